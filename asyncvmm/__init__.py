@@ -1,0 +1,1 @@
+"""asyncvmm: microVMs inside your asyncio program."""

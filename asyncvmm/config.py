@@ -1,0 +1,100 @@
+"""What a caller asks for: VMConfig. Everything that can be checked without the host is checked here, at once.
+
+Sources: the limits of the guest's command line are those of the Linux x86 boot protocol (2047 bytes and a NUL).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, get_args
+
+import attrs
+
+from asyncvmm.errors import CmdlineError, ConfigError, MemorySizeError, VcpuCountError
+
+Accel = Literal["auto", "kvm", "qemu"]
+
+MAX_CMDLINE = 2047
+"""Longest kernel command line, bytes, without its NUL."""
+
+MAX_VCPUS = 254
+"""Most vCPUs an xAPIC can name (8-bit APIC IDs, 0xff is the broadcast, one is the IOAPIC's)."""
+
+MIN_MEMORY_MIB = 2
+"""Least guest memory: below it there is no room for a kernel at 1 MiB."""
+
+MAX_MEMORY_MIB = 16 * 1024 * 1024
+"""Most guest memory (16 TiB); what the host has is checked when the VM starts."""
+
+
+def _check_memory(_: object, __: object, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not MIN_MEMORY_MIB <= value <= MAX_MEMORY_MIB:
+        raise MemorySizeError("guest memory", expected=f"{MIN_MEMORY_MIB} to {MAX_MEMORY_MIB} MiB", found=f"{value}")
+
+
+def _check_vcpus(_: object, __: object, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_VCPUS:
+        raise VcpuCountError("vCPUs", expected=f"1 to {MAX_VCPUS}", found=f"{value}")
+
+
+def _check_accel(_: object, __: object, value: str) -> None:
+    if value not in get_args(Accel):
+        raise ConfigError("accelerator", expected=" or ".join(get_args(Accel)), found=repr(value))
+
+
+def check_cmdline(text: str) -> None:
+    """Refuse a command line that the boot protocol cannot carry. Raises CmdlineError."""
+    size = len(text.encode("utf-8", "surrogateescape"))
+    if "\0" in text:
+        raise CmdlineError("kernel command line", expected="no NUL", found=f"a NUL at character {text.index(chr(0))}")
+    if size > MAX_CMDLINE:
+        raise CmdlineError("kernel command line", expected=f"at most {MAX_CMDLINE} bytes", found=f"{size} bytes")
+
+
+def _check_cmdline(_: object, __: object, value: str | None) -> None:
+    if value is not None:
+        check_cmdline(value)
+
+
+def _check_seconds(_: object, attribute: attrs.Attribute[float], value: float) -> None:
+    if not 0 < value < 1e9:
+        raise ConfigError(attribute.name, expected="seconds above 0", found=value)
+
+
+def _check_workload(_: object, __: object, value: tuple[str, ...]) -> None:
+    if any("\0" in word for word in value):
+        raise ConfigError("workload", expected="words without NUL", found="a NUL")
+    if value and not value[0]:
+        raise ConfigError("workload", expected="a program's name", found="an empty word")
+
+
+def _path(value: str | Path | None) -> Path | None:
+    return None if value is None else Path(value)
+
+
+@attrs.frozen(kw_only=True)
+class VMConfig:
+    """One microVM, as asked for.
+
+    memory_mib: guest RAM in MiB. vcpus: number of virtual CPUs. image: name of a built guest image, used unless
+    ``kernel`` is given. kernel, initrd: files to boot instead. cmdline: kernel command line, whole; None takes
+    the default one. accel: ``auto`` measures and chooses. workload: program and arguments that PID 1 runs once it is
+    ready; empty for none. env: the workload's environment, ``NAME=value`` words on top of a small default.
+    boot_timeout_s: seconds until READY at the most. stall_timeout_s: seconds without a sign of life (serial bytes,
+    exits) after which a guest that is not ready counts as dead. name: the ``vm`` field of events; None draws one.
+
+    Raises ConfigError and its kinds at construction.
+    """
+
+    memory_mib: int = attrs.field(default=256, validator=_check_memory)
+    vcpus: int = attrs.field(default=1, validator=_check_vcpus)
+    image: str = "default"
+    kernel: Path | None = attrs.field(default=None, converter=_path)
+    initrd: Path | None = attrs.field(default=None, converter=_path)
+    cmdline: str | None = attrs.field(default=None, validator=_check_cmdline)
+    accel: Accel = attrs.field(default="auto", validator=_check_accel)
+    workload: tuple[str, ...] = attrs.field(default=(), converter=tuple, validator=_check_workload)
+    env: tuple[str, ...] = attrs.field(default=(), converter=tuple)
+    boot_timeout_s: float = attrs.field(default=300.0, validator=_check_seconds)
+    stall_timeout_s: float = attrs.field(default=60.0, validator=_check_seconds)
+    name: str | None = None

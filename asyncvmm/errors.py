@@ -1,0 +1,155 @@
+"""Every error asyncvmm raises, as one tree. Each carries facts, not prose.
+
+    AsyncVMMError
+    ├── ConfigError            refused before anything was started (also a ValueError)
+    │   ├── KernelError        the kernel file: missing, unreadable, not a kernel, truncated, out of place
+    │   ├── InitrdError        the initrd: missing, unreadable, does not fit
+    │   ├── CmdlineError       the kernel command line: too long, a NUL in it
+    │   ├── MemorySizeError    guest memory: zero, or more than the host has
+    │   ├── VcpuCountError     vCPUs: zero, or more than the accelerator offers
+    │   └── ImageError         a guest image: unknown, damaged, or not to be built here
+    ├── HostError              the host lacks what was asked for
+    │   ├── KvmUnavailable     no /dev/kvm, no permission, wrong API version
+    │   ├── QemuUnavailable    no qemu-system-x86_64, or one that is too old
+    │   └── KvmIoctlError      the kernel refused an ioctl
+    ├── StateError             the call does not fit the state the VM is in
+    ├── MachineError           the backend failed underneath the guest (a QEMU child that died, QMP)
+    └── GuestError             the guest did something that ends what was awaited
+        ├── BootError          it did not become ready; carries the evidence
+        └── GuestStopped       it stopped before the awaited event came
+
+``str(error)`` is one line: what was wrong, then ``expected …, found …`` where both are known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from asyncvmm.effects import ExitStatistics
+
+
+class AsyncVMMError(Exception):
+    """Base of the tree. ``expected``, ``found`` and ``state`` are the facts, None where they do not apply."""
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        expected: object = None,
+        found: object = None,
+        state: str | None = None,
+    ) -> None:
+        self.what = what
+        self.expected = expected
+        self.found = found
+        self.state = state
+        super().__init__(what)
+
+    def __str__(self) -> str:
+        parts = []
+        if self.expected is not None:
+            parts.append(f"expected {self.expected}")
+        if self.found is not None:
+            parts.append(f"found {self.found}")
+        if self.state is not None:
+            parts.append(f"state {self.state}")
+        return f"{self.what}: {', '.join(parts)}" if parts else self.what
+
+
+class ConfigError(AsyncVMMError, ValueError):
+    """What was asked for cannot be; nothing was started."""
+
+
+class KernelError(ConfigError):
+    """The kernel file cannot be booted."""
+
+
+class InitrdError(ConfigError):
+    """The initrd cannot be given to the guest."""
+
+
+class CmdlineError(ConfigError):
+    """The kernel command line cannot be given to the guest."""
+
+
+class MemorySizeError(ConfigError):
+    """Guest memory of that size cannot be had."""
+
+
+class VcpuCountError(ConfigError):
+    """That many vCPUs cannot be had."""
+
+
+class ImageError(ConfigError):
+    """The guest image is unknown, damaged, or cannot be built here."""
+
+
+class HostError(AsyncVMMError):
+    """The host lacks what was asked for."""
+
+
+class KvmUnavailable(HostError):
+    """KVM cannot be used on this host."""
+
+
+class QemuUnavailable(HostError):
+    """QEMU cannot be used on this host."""
+
+
+class KvmIoctlError(HostError):
+    """The kernel refused a KVM ioctl; ``ioctl`` is its name in the KVM API, ``errno`` the reason."""
+
+    def __init__(self, ioctl: str, errno: int, reason: str) -> None:
+        self.ioctl = ioctl
+        self.errno = errno
+        super().__init__(f"{ioctl} failed", expected="success", found=f"errno {errno} ({reason})")
+
+
+class StateError(AsyncVMMError):
+    """The call does not fit the state the VM is in."""
+
+
+class MachineError(AsyncVMMError):
+    """The machine underneath the guest failed."""
+
+
+class GuestError(AsyncVMMError):
+    """The guest ended, or never began, what was awaited.
+
+    ``reason`` is one word (``panic``, ``triple-fault``, ``shutdown``, ``reset``, ``timeout``, ``stalled``,
+    ``emulation-failure``, ``entry-failure``, ``machine``); ``last_exit`` names the last KVM exit and ``rip`` is the
+    instruction pointer then (both None on QEMU, which does not say); ``exits`` is the histogram, ``phases`` maps each
+    finished host phase to nanoseconds, ``serial_tail`` the last 4 KiB of console output.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        reason: str,
+        last_exit: str | None = None,
+        rip: int | None = None,
+        exits: ExitStatistics | None = None,
+        phases: Mapping[str, int] | None = None,
+        serial_tail: bytes = b"",
+        expected: object = None,
+        found: object = None,
+        state: str | None = None,
+    ) -> None:
+        super().__init__(what, expected=expected, found=found, state=state)
+        self.reason = reason
+        self.last_exit = last_exit
+        self.rip = rip
+        self.exits = exits
+        self.phases = dict(phases or {})
+        self.serial_tail = serial_tail
+
+
+class BootError(GuestError):
+    """The guest did not become ready."""
+
+
+class GuestStopped(GuestError):
+    """The guest stopped before the awaited event came."""

@@ -1,0 +1,1 @@
+"""What happened, as typed events: line scanning, the hub that hands them to subscribers, JSON lines."""

@@ -1,0 +1,72 @@
+"""What a machine must offer: the same few calls for every backend, plain records in, effects out.
+
+A machine is driven by one VM object on one event loop. It never calls into that loop's code from another thread:
+``on_effects`` is called on the loop, in the order in which the guest caused the effects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal, Protocol
+
+import attrs
+
+from asyncvmm.effects import Effect, ExitStatistics, Port
+
+AccelName = Literal["kvm", "qemu"]
+
+EffectSink = Callable[[Sequence[Effect]], None]
+"""Takes one batch of effects, on the loop. Must not block and must not raise."""
+
+
+@attrs.frozen(kw_only=True)
+class BootPlan:
+    """What to boot, decided: files, bytes and numbers, nothing left to choose.
+
+    ``name`` names threads and children. ``appended`` is a second cpio archive to stand behind ``initrd`` (empty for
+    none; it starts on a 4-byte boundary). ``cmdline`` is the caller's text; a machine adds what its own devices need.
+    ``tsc_khz`` is the host's TSC frequency, None where it is not known.
+    """
+
+    name: str
+    memory_mib: int
+    vcpus: int
+    kernel: Path
+    initrd: Path | None
+    appended: bytes = b""
+    cmdline: str = ""
+    tsc_khz: int | None = None
+
+
+class Machine(Protocol):
+    """One guest's hardware, from power-on to the last freed resource."""
+
+    accel: AccelName
+
+    async def start(self) -> None:
+        """Create everything and let the guest run. Cancelled or failed, it leaves nothing behind.
+
+        Raises ConfigError (the plan does not fit), HostError or MachineError.
+        """
+
+    async def write(self, port: Port, data: bytes) -> None:
+        """Send bytes to the guest's serial port; returns when the port has taken them all."""
+
+    async def pause(self) -> None:
+        """Stop every vCPU; returns when none runs guest code."""
+
+    async def resume(self) -> None:
+        """Let the vCPUs run on."""
+
+    async def request_shutdown(self) -> None:
+        """Press the guest's power button. Whether it listens is the guest's affair."""
+
+    async def stop(self) -> None:
+        """End the guest and free everything: threads, mappings, descriptors, children. May be called again."""
+
+    def exits(self) -> ExitStatistics | None:
+        """Exits to userspace so far; None where the backend cannot tell."""
+
+    def progress(self) -> int:
+        """A number that grows while the guest shows life (exits taken, serial bytes written)."""

@@ -1,0 +1,198 @@
+"""The KVM API in numbers: ioctl requests, capabilities and structure layouts, named as in <linux/kvm.h>.
+
+Source: Documentation/virt/kvm/api.rst and the uapi headers of Linux, x86-64. Nothing here talks to the kernel.
+"""
+
+from __future__ import annotations
+
+from ctypes import Structure, c_uint8, c_uint16, c_uint32, c_uint64, sizeof
+from enum import IntEnum
+
+KVM_API_VERSION = 12
+_KVMIO = 0xAE
+_IOC_WRITE, _IOC_READ = 1, 2
+
+
+def _io(number: int) -> int:
+    return (_KVMIO << 8) | number
+
+
+def _iow(number: int, size: int) -> int:
+    return (_IOC_WRITE << 30) | (size << 16) | (_KVMIO << 8) | number
+
+
+def _ior(number: int, size: int) -> int:
+    return (_IOC_READ << 30) | (size << 16) | (_KVMIO << 8) | number
+
+
+def _iowr(number: int, size: int) -> int:
+    return ((_IOC_READ | _IOC_WRITE) << 30) | (size << 16) | (_KVMIO << 8) | number
+
+
+class KvmUserspaceMemoryRegion(Structure):
+    """struct kvm_userspace_memory_region."""
+
+    _fields_ = [
+        ("slot", c_uint32),
+        ("flags", c_uint32),
+        ("guest_phys_addr", c_uint64),
+        ("memory_size", c_uint64),
+        ("userspace_addr", c_uint64),
+    ]
+
+
+class KvmPitConfig(Structure):
+    """struct kvm_pit_config."""
+
+    _fields_ = [("flags", c_uint32), ("pad", c_uint32 * 15)]
+
+
+class KvmIrqLevel(Structure):
+    """struct kvm_irq_level."""
+
+    _fields_ = [("irq", c_uint32), ("level", c_uint32)]
+
+
+class KvmRegs(Structure):
+    """struct kvm_regs."""
+
+    _fields_ = [
+        (name, c_uint64)
+        for name in "rax rbx rcx rdx rsi rdi rsp rbp r8 r9 r10 r11 r12 r13 r14 r15 rip rflags".split()
+    ]
+
+
+class KvmSegment(Structure):
+    """struct kvm_segment."""
+
+    _fields_ = [
+        ("base", c_uint64),
+        ("limit", c_uint32),
+        ("selector", c_uint16),
+        ("type", c_uint8),
+        ("present", c_uint8),
+        ("dpl", c_uint8),
+        ("db", c_uint8),
+        ("s", c_uint8),
+        ("l", c_uint8),
+        ("g", c_uint8),
+        ("avl", c_uint8),
+        ("unusable", c_uint8),
+        ("padding", c_uint8),
+    ]
+
+
+class KvmDtable(Structure):
+    """struct kvm_dtable."""
+
+    _fields_ = [("base", c_uint64), ("limit", c_uint16), ("padding", c_uint16 * 3)]
+
+
+class KvmSregs(Structure):
+    """struct kvm_sregs."""
+
+    _fields_ = [
+        *((name, KvmSegment) for name in "cs ds es fs gs ss tr ldt".split()),
+        ("gdt", KvmDtable),
+        ("idt", KvmDtable),
+        *((name, c_uint64) for name in "cr0 cr2 cr3 cr4 cr8 efer apic_base".split()),
+        ("interrupt_bitmap", c_uint64 * 4),
+    ]
+
+
+class KvmCpuidEntry2(Structure):
+    """struct kvm_cpuid_entry2."""
+
+    _fields_ = [
+        *((name, c_uint32) for name in "function index flags eax ebx ecx edx".split()),
+        ("padding", c_uint32 * 3),
+    ]
+
+
+MAX_CPUID_ENTRIES = 256
+
+
+class KvmCpuid2(Structure):
+    """struct kvm_cpuid2 with room for MAX_CPUID_ENTRIES."""
+
+    _fields_ = [("nent", c_uint32), ("padding", c_uint32), ("entries", KvmCpuidEntry2 * MAX_CPUID_ENTRIES)]
+
+
+class KvmMsrEntry(Structure):
+    """struct kvm_msr_entry."""
+
+    _fields_ = [("index", c_uint32), ("reserved", c_uint32), ("data", c_uint64)]
+
+
+MAX_MSR_ENTRIES = 64
+
+
+class KvmMsrs(Structure):
+    """struct kvm_msrs with room for MAX_MSR_ENTRIES."""
+
+    _fields_ = [("nmsrs", c_uint32), ("pad", c_uint32), ("entries", KvmMsrEntry * MAX_MSR_ENTRIES)]
+
+
+class KvmLapicState(Structure):
+    """struct kvm_lapic_state."""
+
+    _fields_ = [("regs", c_uint8 * 1024)]
+
+
+class KvmSignalMask(Structure):
+    """struct kvm_signal_mask with the kernel's 8-byte sigset."""
+
+    _pack_ = 4
+    _fields_ = [("len", c_uint32), ("sigset", c_uint64)]
+
+
+class KvmMpState(Structure):
+    """struct kvm_mp_state."""
+
+    _fields_ = [("mp_state", c_uint32)]
+
+
+class Request(IntEnum):
+    """ioctl requests this VMM makes. KVM_GET/SET_CPUID2 and MSR calls encode the header's size alone."""
+
+    KVM_GET_API_VERSION = _io(0x00)
+    KVM_CREATE_VM = _io(0x01)
+    KVM_CHECK_EXTENSION = _io(0x03)
+    KVM_GET_VCPU_MMAP_SIZE = _io(0x04)
+    KVM_GET_SUPPORTED_CPUID = _iowr(0x05, 8)
+    KVM_CREATE_VCPU = _io(0x41)
+    KVM_SET_USER_MEMORY_REGION = _iow(0x46, sizeof(KvmUserspaceMemoryRegion))
+    KVM_SET_TSS_ADDR = _io(0x47)
+    KVM_SET_IDENTITY_MAP_ADDR = _iow(0x48, 8)
+    KVM_CREATE_IRQCHIP = _io(0x60)
+    KVM_IRQ_LINE = _iow(0x61, sizeof(KvmIrqLevel))
+    KVM_CREATE_PIT2 = _iow(0x77, sizeof(KvmPitConfig))
+    KVM_RUN = _io(0x80)
+    KVM_GET_REGS = _ior(0x81, sizeof(KvmRegs))
+    KVM_SET_REGS = _iow(0x82, sizeof(KvmRegs))
+    KVM_GET_SREGS = _ior(0x83, sizeof(KvmSregs))
+    KVM_SET_SREGS = _iow(0x84, sizeof(KvmSregs))
+    KVM_GET_MSRS = _iowr(0x88, 8)
+    KVM_SET_MSRS = _iow(0x89, 8)
+    KVM_SET_SIGNAL_MASK = _iow(0x8B, 4)
+    KVM_GET_LAPIC = _ior(0x8E, sizeof(KvmLapicState))
+    KVM_SET_LAPIC = _iow(0x8F, sizeof(KvmLapicState))
+    KVM_SET_CPUID2 = _iow(0x90, 8)
+    KVM_GET_MP_STATE = _ior(0x98, sizeof(KvmMpState))
+    KVM_SET_MP_STATE = _iow(0x99, sizeof(KvmMpState))
+    KVM_GET_TSC_KHZ = _io(0xA3)
+
+
+class Capability(IntEnum):
+    """Extensions asked for with KVM_CHECK_EXTENSION."""
+
+    KVM_CAP_IRQCHIP = 0
+    KVM_CAP_USER_MEMORY = 3
+    KVM_CAP_NR_VCPUS = 9
+    KVM_CAP_PIT2 = 33
+    KVM_CAP_MAX_VCPUS = 66
+    KVM_CAP_IMMEDIATE_EXIT = 136
+
+
+KVM_PIT_SPEAKER_DUMMY = 1
+KVM_MP_STATE_RUNNABLE = 0

@@ -1,0 +1,74 @@
+"""File descriptors of KVM and the ioctls on them.
+
+ioctl goes through ctypes, never through ``fcntl.ioctl``: a kicked KVM_RUN returns EINTR, and CPython 3.14's fcntl
+retries EINTR by itself, so that a kicked thread would never come back. ctypes releases the GIL around the call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from pathlib import Path
+
+from asyncvmm.errors import KvmIoctlError, KvmUnavailable
+from asyncvmm.machine.kvm.abi import KVM_API_VERSION, Capability, Request
+
+_IOCTL_TYPES = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p]
+
+raw_ioctl = ctypes.CDLL(None, use_errno=True).ioctl
+"""ioctl(2) with the GIL released: for calls that may take or wait. Gives -1 and ``ctypes.get_errno()``."""
+raw_ioctl.argtypes = _IOCTL_TYPES
+
+raw_ioctl_short = ctypes.PyDLL(None, use_errno=True).ioctl
+"""ioctl(2) with the GIL kept: for calls of a microsecond, where giving it up could cost a whole switch interval."""
+raw_ioctl_short.argtypes = _IOCTL_TYPES
+
+DEV_KVM = Path("/dev/kvm")
+
+
+def ioctl(fd: int, request: Request, argument: ctypes.Structure | ctypes.Array[ctypes.c_uint64] | int = 0) -> int:
+    """Make one ioctl. Raises KvmIoctlError with its name and errno."""
+    value = argument if isinstance(argument, int) else ctypes.addressof(argument)
+    result: int = raw_ioctl(fd, request, value)
+    if result < 0:
+        number = ctypes.get_errno()
+        raise KvmIoctlError(request.name, number, os.strerror(number))
+    return result
+
+
+def open_kvm(path: Path = DEV_KVM) -> int:
+    """Open /dev/kvm, check its API version. Raises KvmUnavailable saying what to mend."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise KvmUnavailable(
+            "KVM", expected=f"{path}", found="no such file (load kvm_intel or kvm_amd; enable VT-x or SVM)"
+        ) from None
+    except PermissionError:
+        raise KvmUnavailable(
+            "KVM", expected=f"read and write access to {path}", found="permission denied (join the kvm group)"
+        ) from None
+    except OSError as error:
+        found = f"{errno.errorcode.get(error.errno or 0, error.errno)} ({error.strerror})"
+        raise KvmUnavailable("KVM", expected=f"{path} opens", found=found) from None
+    try:
+        _check_version(fd)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _check_version(fd: int) -> None:
+    try:
+        version = ioctl(fd, Request.KVM_GET_API_VERSION)
+    except KvmIoctlError as error:
+        raise KvmUnavailable("KVM", expected="a KVM device", found=error.found) from None
+    if version != KVM_API_VERSION:
+        raise KvmUnavailable("KVM", expected=f"API version {KVM_API_VERSION}", found=version)
+
+
+def check_extension(fd: int, capability: Capability) -> int:
+    """KVM_CHECK_EXTENSION: 0 for absent, else 1 or the capability's number."""
+    return ioctl(fd, Request.KVM_CHECK_EXTENSION, int(capability))

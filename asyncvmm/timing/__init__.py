@@ -1,0 +1,1 @@
+"""Host phases and the records derived from them. Names and meanings are an interface."""
