@@ -1,0 +1,109 @@
+"""Building guest images: a kernel, and an initramfs with our PID 1, busybox and the virtio modules.
+
+An image is a function of its inputs: they are hashed into its key, the same inputs give the same bytes, and a build
+whose key is already there does nothing. ``find_image`` and ``list_images`` live in ``store`` and are offered here too.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from asyncvmm.errors import ConfigError
+from asyncvmm.guest import store
+from asyncvmm.guest.apt import Apt
+from asyncvmm.guest.initramfs import build_initramfs
+from asyncvmm.guest.kernel import kernel_release
+from asyncvmm.guest.sources import (
+    Busybox,
+    KernelFiles,
+    KernelSource,
+    default_kernel,
+    find_busybox,
+    given_kernel,
+    has_apt,
+)
+from asyncvmm.guest.store import Image, find_image, home, list_images
+
+__all__ = ["Image", "build_image", "find_image", "home", "list_images"]
+
+BUILDER_VERSION = 1
+"""Raised when the same ingredients come to make another image."""
+
+
+def _silence(_: str) -> None:
+    pass
+
+
+def build_image(
+    name: str = "default",
+    *,
+    kernel: Path | None = None,
+    modules: Path | None = None,
+    report: Callable[[str], None] = _silence,
+) -> Image:
+    """Build the image ``name`` unless it is there already, and return it. Blocks: for seconds, or for a download.
+
+    Without ``kernel`` it takes the distribution's cloud kernel package, downloaded and not installed, or where that
+    cannot be had the host's own kernel. ``modules`` is a directory with the given kernel's modules. ``report`` gets
+    one line for each step. Raises ImageError or KernelError.
+    """
+    store.check_name(name)
+    if modules is not None and kernel is None:
+        raise ConfigError("modules", expected="a kernel to go with them", found="none")
+    with store.locked() as images, tempfile.TemporaryDirectory(prefix="asyncvmm-image-") as scratch:
+        apt = Apt(Path(scratch), report) if has_apt() else None
+        source = given_kernel(kernel, modules) if kernel else default_kernel(apt)
+        return _build(images, name, source, find_busybox(apt), report)
+
+
+def _build(images: Path, name: str, source: KernelSource, busybox: Busybox, report: Callable[[str], None]) -> Image:
+    init = files("asyncvmm.guest").joinpath("init.bin").read_bytes()
+    inputs = {
+        "builder": BUILDER_VERSION,
+        "kernel": source.identity,
+        "busybox": busybox.identity,
+        "init": {"sha256": store.sha256(init)},
+    }
+    key = store.sha256(orjson.dumps(inputs, option=orjson.OPT_SORT_KEYS))[:32]
+    if image := store.built(name, key):
+        report(f"image {name} is up to date")
+        return image
+    kernel_files = source.load()
+    report("building the initramfs")
+    initrd = build_initramfs(init, busybox.data, busybox.applets, kernel_files.modules)
+    manifest = _manifest(key, inputs, kernel_files, initrd)
+    contents = {store.KERNEL: kernel_files.kernel, store.INITRD: initrd, store.MANIFEST: _dump(manifest)}
+    image = store.publish(images, name, key, contents)
+    report(f"image {name} is ready in {image.directory}")
+    return image
+
+
+def _manifest(key: str, inputs: dict[str, Any], kernel_files: KernelFiles, initrd: bytes) -> dict[str, Any]:
+    return {
+        "format": store.FORMAT,
+        "key": key,
+        "inputs": inputs,
+        "kernel_release": kernel_release(kernel_files.kernel),
+        "modules": [
+            {"file": module.file, "device": module.device, "sha256": store.sha256(module.data)}
+            for module in kernel_files.modules
+        ],
+        "outputs": {
+            store.KERNEL: _output(kernel_files.kernel),
+            store.INITRD: _output(initrd),
+        },
+    }
+
+
+def _output(content: bytes) -> dict[str, Any]:
+    return {"sha256": store.sha256(content), "size": len(content)}
+
+
+def _dump(manifest: dict[str, Any]) -> bytes:
+    return orjson.dumps(manifest, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)

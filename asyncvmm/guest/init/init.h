@@ -1,0 +1,58 @@
+/*
+ * PID 1 of an asyncvmm guest: what its files share.
+ *
+ * It keeps the guest contract on COM2 ("the control line"): one text line per fact, ended by "\n". It prints nothing
+ * on the console. The files, in the order in which a boot runs through them: main.c, setup.c, modules.c, uart.c,
+ * control.c, workload.c, lockdown.c, listeners.c.
+ */
+#ifndef ASYNCVMM_INIT_H
+#define ASYNCVMM_INIT_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+/* uart.c: the 16550 at COM2, polled. Without a UART there, writes vanish and reads find nothing. */
+void uart_open(void);
+void uart_revoke(void);
+void uart_write(const char *text, size_t length);
+int uart_read(void); /* a byte, or -1 when none waits */
+
+/* control.c: lines from the host. */
+void control_poll(void);
+bool control_mid_line(void); /* a line has begun and its rest is on the way */
+
+/* setup.c */
+void mount_all(void);
+void bring_up_loopback(void);
+int open_console(void);
+void drain_console(void);
+extern int console_fd;
+
+/* modules.c: drivers for the virtio devices that are there, in the order of /asyncvmm/modules.list. */
+void load_modules(void);
+
+/* workload.c */
+void workload_start(void);
+void workload_go(void);                        /* opens the gate of an armed workload; else nothing */
+bool workload_waits(void);                     /* it stands in the pre-exec window */
+void workload_reaped(pid_t pid, int status);   /* says workload-exit if it was the workload */
+
+/* lockdown.c */
+void lock_kernel(void);        /* shuts root's ways around the missing capabilities, for everybody, for good */
+bool drop_capabilities(void);  /* of the calling process and all it will ever exec */
+
+/* listeners.c */
+void listeners_poll(void);
+
+/* main.c */
+uint64_t monotonic_ns(void);
+void sleep_ms(unsigned milliseconds);
+void say(const char *format, ...) __attribute__((format(printf, 1, 2)));  /* one whole line, with its "\n" */
+ssize_t read_file(const char *path, char *buffer, size_t size);           /* NUL-terminated; -1 if unreadable */
+bool write_file(const char *path, const char *text);
+_Noreturn void power_off(void);
+_Noreturn void restart(void);
+
+#endif
