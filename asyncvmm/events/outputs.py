@@ -1,0 +1,177 @@
+"""Where bytes can go without ever blocking the loop: files, pipes, terminals, unix sockets, callbacks.
+
+A descriptor that is lent to us shares its open file description with others (a shell's terminal, a parent's pipe), so
+O_NONBLOCK is never set on it: Linux sets it for every holder. Where possible the file behind it is opened anew through
+/proc/self/fd, non-blocking for us alone; else it is polled, and given at most PIPE_BUF bytes, which a pipe that polls
+writable takes without blocking (pipe(7)).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import select
+import socket
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from asyncvmm.errors import ConfigError
+
+Target = str | Path | int | Callable[[bytes], None]
+"""A path (made, or emptied), ``-`` for stdout, ``unix:PATH`` to connect to, an open descriptor, or a callback."""
+
+_OWN_FLAGS = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+
+
+class Output(Protocol):
+    """Takes bytes. ``fd`` is what to wait on when it takes none."""
+
+    @property
+    def fd(self) -> int:
+        """A descriptor, or -1."""
+
+    def write(self, data: bytearray) -> int:
+        """Take a first part of ``data``; returns its length, 0 if it takes none now. Raises OSError if it is dead."""
+
+    def close(self) -> None:
+        """Give up what is held. May be called again."""
+
+
+def open_output(target: Target) -> Output:
+    """Open ``target`` for writing, without waiting for anybody. Raises ConfigError if that cannot be."""
+    try:
+        if callable(target):
+            return CallbackOutput(target)
+        if isinstance(target, int):
+            return _of_descriptor(target)
+        name = os.fspath(target)
+        if name == "-":
+            return _of_descriptor(1)
+        return _connect(name[5:]) if name.startswith("unix:") else _of_path(name)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"event output {target}", expected=_expected(error), found=_found(error)) from error
+
+
+class CallbackOutput:
+    """Hands each batch to a function. Whatever it raises counts as its death."""
+
+    fd = -1
+
+    def __init__(self, callback: Callable[[bytes], None]) -> None:
+        self._callback = callback
+
+    def write(self, data: bytearray) -> int:
+        """Call the function with all of ``data``."""
+        try:
+            self._callback(bytes(data))
+        except Exception as error:
+            raise OSError(errno.EPIPE, f"the callback raised {error!r}") from error
+        return len(data)
+
+    def close(self) -> None:
+        """Nothing to give up."""
+
+
+class FileOutput:
+    """A descriptor of our own that does not block: a regular file, or anything opened with O_NONBLOCK."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._whole = stat.S_ISREG(os.fstat(fd).st_mode)
+
+    @property
+    def fd(self) -> int:
+        """The descriptor, -1 once closed."""
+        return self._fd
+
+    def write(self, data: bytearray) -> int:
+        """Write what fits; to a pipe, at most PIPE_BUF bytes that end with a line, which no other writer can tear."""
+        end = len(data)
+        if end > select.PIPE_BUF and not self._whole:
+            end = data.rfind(b"\n", 0, select.PIPE_BUF) + 1 or select.PIPE_BUF
+        try:
+            return os.write(self._fd, data[:end])
+        except BlockingIOError:
+            return 0
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+class PolledOutput(FileOutput):
+    """A shared descriptor that may block: poll(2) is asked before each write."""
+
+    def write(self, data: bytearray) -> int:
+        """Write some, if that would not block."""
+        poller = select.poll()
+        poller.register(self._fd, select.POLLOUT)
+        return super().write(data) if poller.poll(0) else 0
+
+
+class SocketOutput:
+    """A socket, ours or shared: MSG_DONTWAIT makes each call non-blocking, whatever its flags."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+
+    @property
+    def fd(self) -> int:
+        """The socket's descriptor, -1 once closed."""
+        return self._socket.fileno()
+
+    def write(self, data: bytearray) -> int:
+        """Send what fits."""
+        try:
+            return self._socket.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        except BlockingIOError:
+            return 0
+
+    def close(self) -> None:
+        """Close our descriptor of it."""
+        self._socket.close()
+
+
+def _of_path(name: str) -> Output:
+    # O_NONBLOCK: a FIFO that nobody reads is refused (ENXIO) instead of waited for. A regular file does not care.
+    return FileOutput(os.open(name, _OWN_FLAGS | os.O_CREAT | os.O_TRUNC, 0o666))
+
+
+def _of_descriptor(fd: int) -> Output:
+    mode = os.fstat(fd).st_mode
+    if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+        raise OSError(errno.EBADF, "a descriptor opened for reading")
+    if stat.S_ISSOCK(mode):
+        return SocketOutput(socket.socket(fileno=os.dup(fd)))
+    if stat.S_ISREG(mode):
+        return FileOutput(os.dup(fd))  # opened anew, it would have an offset of its own
+    try:
+        return FileOutput(os.open(f"/proc/self/fd/{fd}", _OWN_FLAGS))
+    except OSError:
+        return PolledOutput(os.dup(fd))
+
+
+def _connect(path: str) -> Output:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        sock.connect(path)
+    except BaseException:
+        sock.close()
+        raise
+    return SocketOutput(sock)
+
+
+def _expected(error: OSError | ValueError) -> str:
+    if isinstance(error, OSError) and error.errno == errno.ENXIO:
+        return "a FIFO with a reader, or a file (for a socket, unix:PATH)"
+    return "something to write to"
+
+
+def _found(error: OSError | ValueError) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)

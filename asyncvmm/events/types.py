@@ -1,0 +1,315 @@
+"""Events: one class for each thing that happens to a VM, and their form as one JSON object on one line.
+
+The envelope (``v``, ``ts``, ``t_ns``, ``vm``, ``event``) and the names are an interface: fields are only ever added
+within version 1. ``schema.json`` beside this file describes every line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from datetime import UTC, datetime
+from functools import cache, lru_cache
+from typing import ClassVar, cast
+
+import attrs
+import orjson
+
+from asyncvmm.effects import ExitStatistics, Port
+from asyncvmm.errors import AsyncVMMError, GuestError
+from asyncvmm.events.lines import Line
+from asyncvmm.timing.timeline import Phase
+from asyncvmm.timing.vm_timing import VmTiming
+
+VERSION = 1
+"""The ``v`` of every line."""
+
+
+@attrs.frozen
+class Event:
+    """Something that happened, ``t_ns`` nanoseconds after its VM's start. ``event`` is the class's dotted name."""
+
+    event: ClassVar[str]
+
+    t_ns: int
+
+
+@attrs.frozen
+class VmState(Event):
+    """The VM went into ``state``; ``previous`` is the one it left, None for the first."""
+
+    event: ClassVar[str] = "vm.state"
+
+    state: str
+    previous: str | None = None
+
+
+@attrs.frozen
+class AccelProbe(Event):
+    """What was measured about the host's accelerators, and which was taken.
+
+    ``requested`` is what was asked for, ``accel`` what was chosen; ``ring0_mips`` is million ring-0 instructions a
+    second under KVM, ``exit_us`` the microseconds one exit costs.
+    """
+
+    event: ClassVar[str] = "accel.probe"
+
+    accel: str
+    requested: str | None = None
+    verdict: str | None = None
+    reason: str | None = None
+    kvm_present: bool | None = None
+    kvm_usable: bool | None = None
+    kvm_api: int | None = None
+    ring0_mips: float | None = None
+    exit_us: float | None = None
+    qemu_version: str | None = None
+
+
+@attrs.frozen
+class PhaseEnded(Event):
+    """A phase of host work ended. ``start_ns`` counts from the VM's start, like ``t_ns``, which is the end.
+
+    ``attempt`` numbers boot attempts from 0.
+    """
+
+    event: ClassVar[str] = "phase"
+
+    name: str
+    start_ns: int
+    duration_ns: int
+    parent: str | None = None
+    failed: bool = False
+    attempt: int = 0
+
+    @classmethod
+    def of(cls, phase: Phase, vm_start_ns: int, attempt: int = 0) -> PhaseEnded:
+        """The event of a timeline's phase, whose VM started at ``vm_start_ns`` (CLOCK_MONOTONIC)."""
+        return cls(
+            phase.end_ns - vm_start_ns,
+            phase.name,
+            phase.start_ns - vm_start_ns,
+            phase.duration_ns,
+            phase.parent,
+            phase.failed,
+            attempt,
+        )
+
+
+@attrs.frozen
+class GuestBootTime(Event):
+    """PID 1 reached ``stage`` when its CLOCK_MONOTONIC read ``guest_ns``."""
+
+    event: ClassVar[str] = "guest.boot_time"
+
+    stage: str
+    guest_ns: int
+
+
+@attrs.frozen
+class GuestReady(Event):
+    """The guest said READY."""
+
+    event: ClassVar[str] = "guest.ready"
+
+
+@attrs.frozen
+class GuestPreExec(Event):
+    """The workload is forked, one step before its exec."""
+
+    event: ClassVar[str] = "guest.pre_exec"
+
+
+@attrs.frozen
+class GuestHeartbeat(Event):
+    """PID 1 is alive; ``counter`` grows from 1."""
+
+    event: ClassVar[str] = "guest.heartbeat"
+
+    counter: int
+
+
+@attrs.frozen
+class GuestListener(Event):
+    """Something in the guest listens on ``port``."""
+
+    event: ClassVar[str] = "guest.listener"
+
+    proto: str
+    port: int
+
+
+@attrs.frozen
+class GuestExit(Event):
+    """The workload ended with exit status ``code``."""
+
+    event: ClassVar[str] = "guest.exit"
+
+    code: int
+
+
+@attrs.frozen
+class SerialLine(Event):
+    """One line of a serial port. ``truncated``: the guest wrote more than the cap, or bytes of it were lost."""
+
+    event: ClassVar[str] = "serial.line"
+
+    port: Port
+    text: str
+    truncated: bool = False
+
+    @classmethod
+    def of(cls, t_ns: int, port: Port, line: Line) -> SerialLine:
+        """The event of a scanned line; bytes that are not UTF-8 become U+FFFD."""
+        return cls(t_ns, port, line.text.decode("utf-8", "replace"), line.truncated)
+
+
+@attrs.frozen
+class VmTimingEvent(Event):
+    """The VmTiming of the boot that just succeeded, its fields as they are there."""
+
+    event: ClassVar[str] = "vm.timing"
+
+    setup_ms: int | None = None
+    boot_ms: int | None = None
+    overlay_ms: int | None = None
+    qemu_cmd_build_ms: int | None = None
+    gvproxy_start_ms: int | None = None
+    qemu_fork_ms: int | None = None
+    guest_wait_ms: int | None = None
+    boot_retries: int | None = None
+    total_ms: int | None = None
+
+    @classmethod
+    def of(cls, t_ns: int, timing: VmTiming) -> VmTimingEvent:
+        """The event of ``timing``."""
+        return cls(t_ns, **timing.to_dict())
+
+
+@attrs.frozen
+class VmError(Event):
+    """An error, with its facts. ``kind`` is the error's class name, ``exits`` counts exits by reason."""
+
+    event: ClassVar[str] = "vm.error"
+
+    kind: str
+    what: str
+    expected: str | None = None
+    found: str | None = None
+    state: str | None = None
+    reason: str | None = None
+    last_exit: str | None = None
+    rip: str | None = None
+    exits: Mapping[str, int] | None = None
+    phases: Mapping[str, int] | None = None
+    serial_tail: str | None = None
+
+    @classmethod
+    def of(cls, t_ns: int, error: AsyncVMMError) -> VmError:
+        """The event of ``error``, whatever its kind."""
+        facts = {"kind": type(error).__name__, "what": error.what, "state": error.state}
+        facts["expected"] = None if error.expected is None else str(error.expected)
+        facts["found"] = None if error.found is None else str(error.found)
+        if not isinstance(error, GuestError):
+            return cls(t_ns, **facts)  # type: ignore[arg-type]
+        return cls(
+            t_ns,
+            **facts,  # type: ignore[arg-type]
+            reason=error.reason,
+            last_exit=error.last_exit,
+            rip=None if error.rip is None else hex(error.rip),
+            exits=_counts(error.exits),
+            phases=error.phases,
+            serial_tail=error.serial_tail.decode("utf-8", "replace"),
+        )
+
+
+@attrs.frozen
+class LogLost(Event):
+    """``lines`` events were dropped here because their reader did not keep up."""
+
+    event: ClassVar[str] = "log.lost"
+
+    lines: int
+
+
+EVENTS: Mapping[str, type[Event]] = {
+    kind.event: kind
+    for kind in (
+        VmState,
+        AccelProbe,
+        PhaseEnded,
+        GuestBootTime,
+        GuestReady,
+        GuestPreExec,
+        GuestHeartbeat,
+        GuestListener,
+        GuestExit,
+        SerialLine,
+        VmTimingEvent,
+        VmError,
+        LogLost,
+    )
+}
+"""Every kind of event by its dotted name."""
+
+
+def to_dict(event: Event, vm_id: str, epoch_ns: int) -> dict[str, object]:
+    """The event's JSON object: the envelope, then its fields, those that are None left out.
+
+    ``epoch_ns`` is the wall clock (ns since 1970, UTC) at the VM's start.
+    """
+    t_ns = event.t_ns
+    record: dict[str, object] = {
+        "v": VERSION,
+        "ts": timestamp(epoch_ns + t_ns),
+        "t_ns": t_ns,
+        "vm": vm_id,
+        "event": event.event,
+    }
+    for name in _field_names(type(event)):
+        value = getattr(event, name)
+        if value is not None:
+            record[name] = value
+    return record
+
+
+def to_line(event: Event, vm_id: str, epoch_ns: int) -> bytes:
+    """The event as one line of JSON, newline included. Does not raise, whatever text the fields hold."""
+    record = to_dict(event, vm_id, epoch_ns)
+    try:
+        return orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
+    except TypeError:
+        return orjson.dumps(_sanitised(record), option=orjson.OPT_APPEND_NEWLINE)
+
+
+def timestamp(wall_ns: int) -> str:
+    """RFC 3339 in UTC with microseconds, of nanoseconds since 1970."""
+    seconds, ns = divmod(wall_ns, 1_000_000_000)
+    return f"{_whole_seconds(seconds)}.{ns // 1000:06d}Z"
+
+
+@lru_cache(maxsize=16)
+def _whole_seconds(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+
+
+@cache
+def _field_names(kind: Hashable) -> tuple[str, ...]:
+    return tuple(field.name for field in attrs.fields(cast("type[Event]", kind)) if field.name != "t_ns")
+
+
+def _counts(exits: ExitStatistics | None) -> dict[str, int] | None:
+    return None if exits is None else {reason: entry.count for reason, entry in exits.by_reason.items()}
+
+
+def _sanitised(value: object) -> object:
+    # What JSON cannot hold (lone surrogates of file names, foreign types) becomes text, so that a line always comes.
+    if isinstance(value, Mapping):
+        return {str(_sanitised(key)): _sanitised(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_sanitised(item) for item in value]
+    if value is None or isinstance(value, (bool, float)):
+        return value
+    if isinstance(value, int) and -(1 << 63) <= value < 1 << 64:
+        return value
+    return str(value).encode("utf-8", "backslashreplace").decode()
