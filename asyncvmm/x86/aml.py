@@ -33,7 +33,7 @@ def integer(value: int) -> bytes:
     if value in (0, 1):
         return bytes([value])
     for prefix, form, limit in ((0x0A, "B", 8), (0x0B, "H", 16), (0x0C, "I", 32), (0x0E, "Q", 64)):
-        if value < 1 << limit:
+        if 0 <= value < 1 << limit:
             return bytes([prefix]) + struct.pack(f"<{form}", value)
     raise ValueError(f"not a 64-bit integer: {value:#x}")
 
