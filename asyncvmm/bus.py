@@ -38,11 +38,11 @@ class ByteDevice(Protocol):
 class Attachment:
     """A device at ``first`` .. ``first + size - 1``; its offset for an address is ``address - first``."""
 
+    name: str
     first: int
     size: int
     device: ByteDevice
     lock: AbstractContextManager[object]
-    name: str
 
     @property
     def end(self) -> int:
@@ -127,31 +127,22 @@ class Bus:
         return self._ports.unmapped + self._mmio.unmapped
 
     def attach(
-        self, first: int, size: int, device: ByteDevice, lock: AbstractContextManager[object], name: str | None = None
+        self, name: str, first: int, size: int, device: ByteDevice, lock: AbstractContextManager[object]
     ) -> Attachment:
         """Answer I/O ports ``first`` .. ``first + size - 1`` by ``device``, with ``lock`` held around each access.
 
-        ``name`` is for snapshots and defaults to the device's class and port (``Serial@0x3f8``). Raises ConfigError
-        if a port is taken or none, or if the name is taken.
+        ``name`` is the device's in snapshots. Raises ConfigError if a port is taken or does not exist, or if the name
+        is taken.
         """
-        return self._attach(self._ports, first, size, device, lock, name)
+        return self._attach(self._ports, Attachment(name, first, size, device, lock))
 
     def attach_mmio(
-        self, first: int, size: int, device: ByteDevice, lock: AbstractContextManager[object], name: str | None = None
+        self, name: str, first: int, size: int, device: ByteDevice, lock: AbstractContextManager[object]
     ) -> Attachment:
         """As ``attach``, for physical addresses."""
-        return self._attach(self._mmio, first, size, device, lock, name)
+        return self._attach(self._mmio, Attachment(name, first, size, device, lock))
 
-    def _attach(
-        self,
-        space: AddressSpace,
-        first: int,
-        size: int,
-        device: ByteDevice,
-        lock: AbstractContextManager[object],
-        name: str | None,
-    ) -> Attachment:
-        attachment = Attachment(first, size, device, lock, name or f"{type(device).__name__}@{first:#x}")
+    def _attach(self, space: AddressSpace, attachment: Attachment) -> Attachment:
         if attachment.name in self._names:
             raise ConfigError("bus attachment", expected="a name not yet taken", found=attachment.name)
         space.attach(attachment)

@@ -82,7 +82,8 @@ class Serial:
     did not take all. clock: monotonic nanoseconds, read once per newline written.
 
     ``urgent`` is true while pending output holds a newline or is 256 bytes or more: the loop should take it now
-    rather than wait for more.
+    rather than wait for more. ``taken`` counts the bytes taken from the output, dropped ones included, ``received``
+    those accepted from the host, since this object was made.
     """
 
     __slots__ = (
@@ -110,10 +111,10 @@ class Serial:
         "_readers",
         "_room",
         "_scr",
-        "_taken",
         "_thre_pending",
         "_writers",
         "received",
+        "taken",
         "urgent",
     )
 
@@ -129,7 +130,7 @@ class Serial:
         self._room = room
         self._clock = clock
         self.received = 0
-        self._taken = 0
+        self.taken = 0
         self._level = False
         self._load(SerialState())
 
@@ -165,7 +166,7 @@ class Serial:
         self._feed_cut = state.feed_cut
         self._output, self._lost = bytearray(state.output), state.lost
         newlines = min(state.output.count(b"\n"), NEWLINE_CAP)
-        self._newlines = [self._clock()] * newlines if newlines else []
+        self._newlines = [self._clock() for _ in range(newlines)]
         self.urgent = bool(self._newlines) or len(self._output) >= URGENT_BYTES
         self._select_registers()
 
@@ -411,12 +412,12 @@ class Serial:
     @property
     def transmitted(self) -> int:
         """Bytes the guest has written, dropped ones included, since this object was made."""
-        return self._taken + len(self._output) + self._lost
+        return self.taken + len(self._output) + self._lost
 
     def take_output(self) -> tuple[bytes, tuple[int, ...], int]:
         """Pending output, the time of each newline in it (ns, the first 16,384), and the bytes dropped after it."""
         output, newlines, lost = self._output, self._newlines, self._lost
-        self._taken += len(output) + lost
+        self.taken += len(output) + lost
         self._output, self._newlines, self._lost = bytearray(), [], 0
         self.urgent = False
         self._plain_below = 0

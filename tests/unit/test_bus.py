@@ -33,7 +33,7 @@ def free() -> AbstractContextManager[object]:
 
 def test_an_access_reaches_its_device_at_its_offset() -> None:
     bus, device = Bus(), Memory(8)
-    bus.attach(0x3F8, 8, device, free())
+    bus.attach("device", 0x3F8, 8, device, free())
     bus.write(0x3FF, 0x5A, 1)
     assert device.cells[7] == 0x5A
     assert bus.read(0x3FF, 1) == 0x5A
@@ -42,7 +42,7 @@ def test_an_access_reaches_its_device_at_its_offset() -> None:
 def test_the_devices_lock_is_held_during_an_access_and_free_after_it() -> None:
     lock = threading.Lock()
     bus, device = Bus(), Memory(1, lock)
-    bus.attach(0x10, 1, device, lock)
+    bus.attach("device", 0x10, 1, device, lock)
     bus.write(0x10, 1, 1)
     bus.read(0x10, 1)
     assert not lock.locked()
@@ -50,8 +50,8 @@ def test_the_devices_lock_is_held_during_an_access_and_free_after_it() -> None:
 
 def test_a_wide_access_is_split_over_adjacent_devices() -> None:
     bus, low, high = Bus(), Memory(2), Memory(2)
-    bus.attach(0x70, 2, low, free(), "low")
-    bus.attach(0x72, 2, high, free(), "high")
+    bus.attach("low", 0x70, 2, low, free())
+    bus.attach("high", 0x72, 2, high, free())
     bus.write(0x70, 0x44332211, 4)
     assert (bytes(low.cells), bytes(high.cells)) == (b"\x11\x22", b"\x33\x44")
     assert bus.read(0x71, 2) == 0x3322
@@ -60,7 +60,7 @@ def test_a_wide_access_is_split_over_adjacent_devices() -> None:
 
 def test_unmapped_accesses_read_all_ones_and_count_once_each() -> None:
     bus, device = Bus(), Memory(1)
-    bus.attach(0x80, 1, device, free())
+    bus.attach("device", 0x80, 1, device, free())
     assert bus.read(0x90, 1) == 0xFF
     assert bus.read(0x90, 4) == 0xFFFFFFFF
     assert bus.read(0x7F, 2) == 0x00FF
@@ -72,8 +72,8 @@ def test_unmapped_accesses_read_all_ones_and_count_once_each() -> None:
 
 def test_a_wide_access_at_the_last_port_does_not_wrap_to_the_first() -> None:
     bus, first = Bus(), Memory(1)
-    bus.attach(0, 1, first, free())
-    bus.attach(0xFFFF, 1, Memory(1), free())
+    bus.attach("device", 0, 1, first, free())
+    bus.attach("last", 0xFFFF, 1, Memory(1), free())
     bus.write(0xFFFF, 0xAABB, 2)
     assert first.cells == b"\x00"
     assert bus.read(0xFFFF, 2) == 0xFFBB
@@ -81,8 +81,8 @@ def test_a_wide_access_at_the_last_port_does_not_wrap_to_the_first() -> None:
 
 def test_ports_and_memory_are_spaces_apart() -> None:
     bus, port, memory = Bus(), Memory(1), Memory(1)
-    bus.attach(0x100, 1, port, free(), "port")
-    bus.attach_mmio(0x100, 1, memory, free(), "memory")
+    bus.attach("port", 0x100, 1, port, free())
+    bus.attach_mmio("memory", 0x100, 1, memory, free())
     bus.write_mmio(0x100, 7, 1)
     assert (port.cells[0], memory.cells[0], bus.read_mmio(0x100, 1)) == (0, 7, 7)
 
@@ -90,37 +90,37 @@ def test_ports_and_memory_are_spaces_apart() -> None:
 @pytest.mark.parametrize(("first", "size"), [(0x3F0, 9), (0x3FF, 1), (0x3F8, 8), (0x3FA, 2), (0x300, 0x200)])
 def test_an_overlapping_range_is_refused(first: int, size: int) -> None:
     bus = Bus()
-    bus.attach(0x3F8, 8, Memory(8), free())
+    bus.attach("device", 0x3F8, 8, Memory(8), free())
     with pytest.raises(ConfigError, match="0x3f8 to 0x3ff"):
-        bus.attach(first, size, Memory(size), free(), "other")
-    bus.attach(0x3F0, 8, Memory(8), free(), "below")
-    bus.attach(0x400, 8, Memory(8), free(), "above")
+        bus.attach("other", first, size, Memory(size), free())
+    bus.attach("below", 0x3F0, 8, Memory(8), free())
+    bus.attach("above", 0x400, 8, Memory(8), free())
 
 
 @pytest.mark.parametrize(("first", "size"), [(-1, 2), (0xFFFF, 2), (0x10000, 1), (0x10, 0), (0x10, -1)])
 def test_a_range_outside_the_ports_is_refused(first: int, size: int) -> None:
     with pytest.raises(ConfigError):
-        Bus().attach(first, size, Memory(1), free())
+        Bus().attach("device", first, size, Memory(1), free())
 
 
 def test_a_name_is_given_once() -> None:
     bus = Bus()
-    bus.attach(0x10, 1, Memory(1), free(), "rtc")
+    bus.attach("rtc", 0x10, 1, Memory(1), free())
     with pytest.raises(ConfigError):
-        bus.attach_mmio(0x20, 1, Memory(1), free(), "rtc")
+        bus.attach_mmio("rtc", 0x20, 1, Memory(1), free())
 
 
 def test_attachments_come_in_order_and_by_name() -> None:
     bus = Bus()
-    bus.attach_mmio(0xC0001000, 4096, Memory(4096), free(), "blk")
-    bus.attach(0x3F8, 8, Memory(8), free())
-    bus.attach(0x70, 2, Memory(2), free(), "rtc")
-    assert [attachment.name for attachment in bus.attachments()] == ["rtc", "Memory@0x3f8", "blk"]
+    bus.attach_mmio("blk", 0xC0001000, 4096, Memory(4096), free())
+    bus.attach("device", 0x3F8, 8, Memory(8), free())
+    bus.attach("rtc", 0x70, 2, Memory(2), free())
+    assert [attachment.name for attachment in bus.attachments()] == ["rtc", "device", "blk"]
 
 
 def test_lookup_gives_what_a_hot_path_needs() -> None:
     bus, device, lock = Bus(), Memory(8), threading.Lock()
-    attached = bus.attach(0x2F8, 8, device, lock)
+    attached = bus.attach("device", 0x2F8, 8, device, lock)
     found = bus.lookup(0x2FF)
     assert found is attached
     assert (found.device, found.first, found.lock) == (device, 0x2F8, lock)
@@ -141,9 +141,9 @@ def test_the_bus_acts_as_one_memory_with_holes(ranges: list[tuple[int, int]], po
         wanted = set(range(first, first + length))
         if wanted & mapped:
             with pytest.raises(ConfigError):
-                bus.attach(first, length, Memory(length), free(), str(number))
+                bus.attach(str(number), first, length, Memory(length), free())
         else:
-            bus.attach(first, length, Memory(length), free(), str(number))
+            bus.attach(str(number), first, length, Memory(length), free())
             mapped |= wanted
     bus.write(port, value, size)
     expected = [value >> 8 * index & 0xFF if port + index in mapped else 0xFF for index in range(size)]
