@@ -10,7 +10,7 @@ import gzip
 import lzma
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import attrs
@@ -47,7 +47,9 @@ class Module:
     data: bytes = attrs.field(repr=lambda data: f"<{len(data)} bytes>")
 
 
-def collect_modules(directory: Path) -> list[Module]:
+def collect_modules(
+    directory: Path, wanted: Sequence[tuple[str, int | None]] = WANTED
+) -> list[Module]:
     """The wanted modules found anywhere under ``directory``, each behind what it depends on.
 
     Raises ImageError if the directory or a module cannot be read.
@@ -57,7 +59,7 @@ def collect_modules(directory: Path) -> list[Module]:
     paths = {_name(path): path for path in sorted(directory.rglob("*.ko*")) if path.is_file()}
     cache: dict[str, Module] = {}
     modules: dict[tuple[str, int | None], Module] = {}
-    for name, device in WANTED:
+    for name, device in wanted:
         for module in _with_dependencies(name, device, paths, cache, ()):
             if (module.name, None) not in modules:
                 modules.setdefault((module.name, device), module)
