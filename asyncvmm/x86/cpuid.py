@@ -57,9 +57,9 @@ class CpuidEntry:
 
 @attrs.frozen(kw_only=True)
 class CpuTopology:
-    """One vCPU's place: its APIC ID, how many there are, and whether the host is AMD's (or Hygon's) kind."""
+    """One vCPU's place: its index, how many there are, and whether the host is AMD's (or Hygon's) kind."""
 
-    apic_id: int
+    vcpu: int
     vcpus: int
     amd: bool
 
@@ -74,20 +74,20 @@ class CpuTopology:
         return 1 << self.apic_id_bits
 
 
-def guest_cpuid(
+def vcpu_cpuid(
     supported: Sequence[CpuidEntry],
     *,
-    apic_id: int,
+    vcpu: int,
     vcpus: int,
     tsc_khz: int | None,
     tsc_deadline: bool = True,
 ) -> tuple[CpuidEntry, ...]:
-    """The entries for KVM_SET_CPUID2 of the vCPU with that APIC ID (its index), from those of KVM_GET_SUPPORTED_CPUID.
+    """The entries for KVM_SET_CPUID2 of vCPU number ``vcpu``, from those of KVM_GET_SUPPORTED_CPUID.
 
     ``tsc_khz`` is the guest's TSC frequency, None where it is not known; ``tsc_deadline`` says whether the host has
     KVM_CAP_TSC_DEADLINE_TIMER with its in-kernel local APIC.
     """
-    topology = CpuTopology(apic_id=apic_id, vcpus=vcpus, amd=_is_amd(supported))
+    topology = CpuTopology(vcpu=vcpu, vcpus=vcpus, amd=_is_amd(supported))
     entries: list[CpuidEntry] = []
     for entry in supported:
         if entry.function in _TOPOLOGY_LEAVES:
@@ -118,7 +118,7 @@ def _features(entry: CpuidEntry, topology: CpuTopology, tsc_deadline: bool) -> C
     ecx = entry.ecx & ~(_VMX | _PDCM | _TSC_DEADLINE) | _HYPERVISOR | (_TSC_DEADLINE if tsc_deadline else 0)
     return attrs.evolve(
         entry,
-        ebx=entry.ebx & 0xFFFF | ids << 16 | topology.apic_id << 24,
+        ebx=entry.ebx & 0xFFFF | ids << 16 | topology.vcpu << 24,
         ecx=ecx,
         edx=entry.edx & ~_HTT | (_HTT if topology.vcpus > 1 else 0),
     )
@@ -142,7 +142,7 @@ def _extended_topology(function: int, topology: CpuTopology) -> Iterable[CpuidEn
         (0, 0, 0),
     )
     return [
-        CpuidEntry(function, index, SIGNIFICANT_INDEX, eax=shift, ebx=count, ecx=index | level, edx=topology.apic_id)
+        CpuidEntry(function, index, SIGNIFICANT_INDEX, eax=shift, ebx=count, ecx=index | level, edx=topology.vcpu)
         for index, (shift, count, level) in enumerate(levels)
     ]
 
@@ -153,7 +153,7 @@ def _amd_topology(entry: CpuidEntry, topology: CpuTopology) -> CpuidEntry:
         return attrs.evolve(entry, ecx=entry.ecx & ~0xF0FF | size)
     if entry.function == 0x8000001E:
         # One thread in each core (EBX[15:8] = 0), one node in the package (ECX[10:8] = 0).
-        return attrs.evolve(entry, eax=topology.apic_id, ebx=topology.apic_id, ecx=0, edx=0)
+        return attrs.evolve(entry, eax=topology.vcpu, ebx=topology.vcpu, ecx=0, edx=0)
     return entry
 
 

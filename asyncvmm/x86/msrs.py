@@ -23,13 +23,14 @@ _ZEROED = (
 )
 
 
-BOOT_MSRS: tuple[tuple[int, int], ...] = (
-    *((index, 0) for index in _ZEROED),
-    (IA32_MISC_ENABLE, FAST_STRINGS),
-    (IA32_MTRR_DEF_TYPE, MTRR_ENABLE | MTRR_WRITE_BACK),
-)
-"""(index, value) pairs for KVM_SET_MSRS.
+def boot_msrs() -> tuple[tuple[int, int], ...]:
+    """(index, value) pairs for KVM_SET_MSRS.
 
-All memory is write-back by default. The fixed-range MTRRs stay off: they are zero, which would make everything below
-1 MiB uncacheable, firmware tables included.
-"""
+    All memory is write-back by default. The fixed-range MTRRs stay off: they are zero, which would make everything
+    below 1 MiB uncacheable, firmware tables included.
+    """
+    return (
+        *((index, 0) for index in _ZEROED),
+        (IA32_MISC_ENABLE, FAST_STRINGS),
+        (IA32_MTRR_DEF_TYPE, MTRR_ENABLE | MTRR_WRITE_BACK),
+    )

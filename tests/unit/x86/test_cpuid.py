@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncvmm.x86.cpuid import CpuidEntry, guest_cpuid
+from asyncvmm.x86.cpuid import CpuidEntry, vcpu_cpuid
 
 INTEL = {"ebx": 0x756E6547, "edx": 0x49656E69, "ecx": 0x6C65746E}
 AMD = {"ebx": 0x68747541, "edx": 0x69746E65, "ecx": 0x444D4163}
@@ -51,18 +51,18 @@ def leaf(entries: tuple[CpuidEntry, ...], function: int, index: int = 0) -> Cpui
 def test_a_vcpu_s_apic_id_is_its_index_wherever_it_is_told(
     vcpus: int, data: st.DataObject, vendor: dict[str, int]
 ) -> None:
-    apic_id = data.draw(st.integers(0, vcpus - 1))
-    entries = guest_cpuid(supported(vendor), apic_id=apic_id, vcpus=vcpus, tsc_khz=2_000_000)
-    assert leaf(entries, 1).ebx >> 24 == apic_id
+    vcpu = data.draw(st.integers(0, vcpus - 1))
+    entries = vcpu_cpuid(supported(vendor), vcpu=vcpu, vcpus=vcpus, tsc_khz=2_000_000)
+    assert leaf(entries, 1).ebx >> 24 == vcpu
     for function in (0xB, 0x1F):
-        assert {leaf(entries, function, index).edx for index in range(3)} == {apic_id}
+        assert {leaf(entries, function, index).edx for index in range(3)} == {vcpu}
     if vendor is AMD:
-        assert leaf(entries, 0x8000001E).eax == apic_id
+        assert leaf(entries, 0x8000001E).eax == vcpu
 
 
 @given(vcpus=st.integers(1, 254), vendor=st.sampled_from([INTEL, AMD]))
 def test_the_topology_is_one_package_of_single_threaded_cores(vcpus: int, vendor: dict[str, int]) -> None:
-    entries = guest_cpuid(supported(vendor), apic_id=0, vcpus=vcpus, tsc_khz=None)
+    entries = vcpu_cpuid(supported(vendor), vcpu=0, vcpus=vcpus, tsc_khz=None)
     threads, cores, end = (leaf(entries, 0xB, index) for index in range(3))
     assert (threads.eax, threads.ebx, threads.ecx) == (0, 1, 0x100)
     assert (cores.ebx, cores.ecx) == (vcpus, 0x201)
@@ -73,14 +73,14 @@ def test_the_topology_is_one_package_of_single_threaded_cores(vcpus: int, vendor
 
 
 def test_third_level_caches_are_shared_and_first_level_ones_are_not() -> None:
-    entries = guest_cpuid(supported(INTEL), apic_id=1, vcpus=3, tsc_khz=None)
+    entries = vcpu_cpuid(supported(INTEL), vcpu=1, vcpus=3, tsc_khz=None)
     assert leaf(entries, 4, 0).eax == 1 << 5 | 1 | 3 << 26
     assert leaf(entries, 4, 1).eax == 3 << 5 | 3 | 3 << 14 | 3 << 26
     assert leaf(entries, 4, 2).eax == 0
 
 
 def test_amd_s_leaves_tell_cores_nodes_and_shared_caches() -> None:
-    entries = guest_cpuid(supported(AMD), apic_id=2, vcpus=3, tsc_khz=None)
+    entries = vcpu_cpuid(supported(AMD), vcpu=2, vcpus=3, tsc_khz=None)
     assert leaf(entries, 0x80000008).ecx == 2 | 2 << 12 | 1 << 16
     node = leaf(entries, 0x8000001E)
     assert (node.eax, node.ebx, node.ecx) == (2, 2, 0)
@@ -88,13 +88,13 @@ def test_amd_s_leaves_tell_cores_nodes_and_shared_caches() -> None:
 
 
 def test_amd_s_core_count_is_not_written_on_intel() -> None:
-    entries = guest_cpuid(supported(INTEL), apic_id=0, vcpus=8, tsc_khz=None)
+    entries = vcpu_cpuid(supported(INTEL), vcpu=0, vcpus=8, tsc_khz=None)
     assert leaf(entries, 0x80000008) == next(entry for entry in supported(INTEL) if entry.function == 0x80000008)
 
 
 @pytest.mark.parametrize("vendor", [INTEL, AMD])
 def test_the_clocks_are_told_so_that_nothing_need_be_calibrated(vendor: dict[str, int]) -> None:
-    entries = guest_cpuid(supported(vendor), apic_id=0, vcpus=1, tsc_khz=2_893_202)
+    entries = vcpu_cpuid(supported(vendor), vcpu=0, vcpus=1, tsc_khz=2_893_202)
     assert leaf(entries, 0x40000000).eax == 0x40000010
     timing = leaf(entries, 0x40000010)
     assert (timing.eax, timing.ebx) == (2_893_202, 1_000_000)
@@ -102,7 +102,7 @@ def test_the_clocks_are_told_so_that_nothing_need_be_calibrated(vendor: dict[str
 
 
 def test_intel_s_crystal_is_the_apic_s_clock_and_gives_the_tsc_s_frequency() -> None:
-    entries = guest_cpuid(supported(INTEL), apic_id=0, vcpus=1, tsc_khz=2_893_202)
+    entries = vcpu_cpuid(supported(INTEL), vcpu=0, vcpus=1, tsc_khz=2_893_202)
     ratio = leaf(entries, 0x15)
     assert ratio.ecx == 1_000_000_000
     assert ratio.ecx * ratio.ebx // ratio.eax == 2_893_202_000
@@ -110,7 +110,7 @@ def test_intel_s_crystal_is_the_apic_s_clock_and_gives_the_tsc_s_frequency() -> 
 
 
 def test_an_unknown_tsc_frequency_is_not_told() -> None:
-    entries = guest_cpuid(supported(INTEL), apic_id=0, vcpus=1, tsc_khz=None)
+    entries = vcpu_cpuid(supported(INTEL), vcpu=0, vcpus=1, tsc_khz=None)
     assert leaf(entries, 0x40000000).eax == 0x40000001
     assert all(entry.function != 0x40000010 for entry in entries)
     assert leaf(entries, 0x15) == CpuidEntry(0x15)
@@ -118,15 +118,15 @@ def test_an_unknown_tsc_frequency_is_not_told() -> None:
 
 def test_hypervisor_and_tsc_deadline_are_set_and_nothing_else_is_added() -> None:
     before = supported(INTEL)[1].ecx
-    after = leaf(guest_cpuid(supported(INTEL), apic_id=0, vcpus=1, tsc_khz=None), 1).ecx
+    after = leaf(vcpu_cpuid(supported(INTEL), vcpu=0, vcpus=1, tsc_khz=None), 1).ecx
     assert after & ~before == 1 << 31 | 1 << 24
-    without = leaf(guest_cpuid(supported(INTEL), apic_id=0, vcpus=1, tsc_khz=None, tsc_deadline=False), 1).ecx
+    without = leaf(vcpu_cpuid(supported(INTEL), vcpu=0, vcpus=1, tsc_khz=None, tsc_deadline=False), 1).ecx
     assert without & ~before == 1 << 31
 
 
 @pytest.mark.parametrize("vendor", [INTEL, AMD])
 def test_performance_counters_and_nested_virtualisation_are_not_offered(vendor: dict[str, int]) -> None:
-    entries = guest_cpuid(supported(vendor), apic_id=0, vcpus=1, tsc_khz=None)
+    entries = vcpu_cpuid(supported(vendor), vcpu=0, vcpus=1, tsc_khz=None)
     for function in (0xA, 0x8000000A, 0x80000022):
         assert leaf(entries, function) == CpuidEntry(function)
     assert not leaf(entries, 1).ecx & (1 << 5 | 1 << 15)
@@ -134,7 +134,7 @@ def test_performance_counters_and_nested_virtualisation_are_not_offered(vendor: 
 
 
 def test_other_leaves_pass_unchanged() -> None:
-    entries = guest_cpuid(supported(INTEL), apic_id=0, vcpus=4, tsc_khz=2_000_000)
+    entries = vcpu_cpuid(supported(INTEL), vcpu=0, vcpus=4, tsc_khz=2_000_000)
     assert leaf(entries, 7) == CpuidEntry(7, 0, 1, eax=2, ebx=0xD19F4FBB, ecx=0x1C, edx=0xAC000400)
 
 
@@ -150,5 +150,5 @@ def test_other_leaves_pass_unchanged() -> None:
     st.integers(1, 254),
 )
 def test_registers_stay_32_bits_whatever_the_host_reports(entries: list[CpuidEntry], vcpus: int) -> None:
-    for entry in guest_cpuid(entries, apic_id=vcpus - 1, vcpus=vcpus, tsc_khz=3_000_000):
+    for entry in vcpu_cpuid(entries, vcpu=vcpus - 1, vcpus=vcpus, tsc_khz=3_000_000):
         assert all(0 <= register < 1 << 32 for register in (entry.eax, entry.ebx, entry.ecx, entry.edx))
