@@ -1,1 +1,70 @@
-"""asyncvmm: microVMs inside your asyncio program."""
+"""asyncvmm: microVMs inside your asyncio program.
+
+    async with VM(VMConfig(memory_mib=256, vcpus=2)) as vm:
+        timing = await vm.boot()
+
+The public names are loaded when they are first used, so that importing the package costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from asyncvmm.config import VMConfig as VMConfig
+    from asyncvmm.console import Console as Console
+    from asyncvmm.effects import ExitCount as ExitCount
+    from asyncvmm.effects import ExitStatistics as ExitStatistics
+    from asyncvmm.errors import AsyncVMMError as AsyncVMMError
+    from asyncvmm.errors import BootError as BootError
+    from asyncvmm.errors import ConfigError as ConfigError
+    from asyncvmm.errors import GuestError as GuestError
+    from asyncvmm.errors import GuestStopped as GuestStopped
+    from asyncvmm.errors import HostError as HostError
+    from asyncvmm.errors import MachineError as MachineError
+    from asyncvmm.errors import StateError as StateError
+    from asyncvmm.events.hub import EventHub as EventHub
+    from asyncvmm.timing.vm_timing import VmTiming as VmTiming
+    from asyncvmm.vm import VM as VM
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "VM": "asyncvmm.vm",
+    "VMConfig": "asyncvmm.config",
+    "VmTiming": "asyncvmm.timing.vm_timing",
+    "Console": "asyncvmm.console",
+    "EventHub": "asyncvmm.events.hub",
+    "ExitCount": "asyncvmm.effects",
+    "ExitStatistics": "asyncvmm.effects",
+    **dict.fromkeys(
+        (
+            "AsyncVMMError",
+            "BootError",
+            "ConfigError",
+            "GuestError",
+            "GuestStopped",
+            "HostError",
+            "MachineError",
+            "StateError",
+        ),
+        "asyncvmm.errors",
+    ),
+}
+
+__all__ = [
+    *_HOMES,
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'asyncvmm' has no attribute {name!r}")
+    return getattr(import_module(home), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -82,6 +82,7 @@ class VMConfig:
     ready; empty for none. env: the workload's environment, ``NAME=value`` words on top of a small default.
     boot_timeout_s: seconds until READY at the most. stall_timeout_s: seconds without a sign of life (serial bytes,
     exits) after which a guest that is not ready counts as dead. name: the ``vm`` field of events; None draws one.
+    serial_lines: whether each line of the guest's serial ports becomes an event (``serial.line``).
 
     Raises ConfigError and its kinds at construction.
     """
@@ -98,3 +99,4 @@ class VMConfig:
     boot_timeout_s: float = attrs.field(default=300.0, validator=_check_seconds)
     stall_timeout_s: float = attrs.field(default=60.0, validator=_check_seconds)
     name: str | None = None
+    serial_lines: bool = False

@@ -112,7 +112,9 @@ class StateError(AsyncVMMError):
 
 
 class MachineError(AsyncVMMError):
-    """The machine underneath the guest failed."""
+    """The machine underneath the guest failed. ``retryable``: the same may succeed a moment later (contention)."""
+
+    retryable: bool = False
 
 
 class GuestError(AsyncVMMError):

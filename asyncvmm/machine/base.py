@@ -39,6 +39,14 @@ class BootPlan:
     tsc_khz: int | None = None
 
 
+@attrs.frozen
+class Evidence:
+    """Where a guest stands: the newest exit's name and vCPU 0's RIP, None where the backend cannot tell."""
+
+    last_exit: str | None = None
+    rip: int | None = None
+
+
 class Machine(Protocol):
     """One guest's hardware, from power-on to the last freed resource."""
 
@@ -67,6 +75,9 @@ class Machine(Protocol):
 
     def exits(self) -> ExitStatistics | None:
         """Exits to userspace so far; None where the backend cannot tell."""
+
+    async def evidence(self) -> Evidence:
+        """What can be said about a guest that does not become ready. May pause it; never raises."""
 
     def progress(self) -> int:
         """A number that grows while the guest shows life (exits taken, serial bytes written)."""

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal
+
 import attrs
+
+from asyncvmm.timing.timeline import Phase
 
 
 @attrs.frozen(kw_only=True)
@@ -36,3 +41,18 @@ class VmTiming:
         values = attrs.asdict(self)
         values["total_ms"] = self.total_ms
         return {name: value for name, value in values.items() if value is not None}
+
+
+def boot_timing(phases: Sequence[Phase], accel: Literal["kvm", "qemu"], retries: int) -> VmTiming:
+    """The VmTiming of one boot attempt from its phases. On KVM the qemu_* fields are None, never 0."""
+    spent = {phase.name: phase.duration_ns // 1_000_000 for phase in phases}
+    on_qemu = accel == "qemu"
+    return VmTiming(
+        setup_ms=spent.get("setup"),
+        boot_ms=spent.get("boot"),
+        qemu_cmd_build_ms=spent.get("qemu_cmd_build") if on_qemu else None,
+        gvproxy_start_ms=0,
+        qemu_fork_ms=spent.get("qemu_fork") if on_qemu else None,
+        guest_wait_ms=spent.get("boot_wait"),
+        boot_retries=retries,
+    )

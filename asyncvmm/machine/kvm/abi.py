@@ -57,8 +57,10 @@ class KvmRegs(Structure):
     """struct kvm_regs."""
 
     _fields_ = [
-        (name, c_uint64)
-        for name in "rax rbx rcx rdx rsi rdi rsp rbp r8 r9 r10 r11 r12 r13 r14 r15 rip rflags".split()
+        *((name, c_uint64) for name in ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp")),
+        *((name, c_uint64) for name in ("r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15")),
+        ("rip", c_uint64),
+        ("rflags", c_uint64),
     ]
 
 
@@ -92,10 +94,10 @@ class KvmSregs(Structure):
     """struct kvm_sregs."""
 
     _fields_ = [
-        *((name, KvmSegment) for name in "cs ds es fs gs ss tr ldt".split()),
+        *((name, KvmSegment) for name in ["cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt"]),
         ("gdt", KvmDtable),
         ("idt", KvmDtable),
-        *((name, c_uint64) for name in "cr0 cr2 cr3 cr4 cr8 efer apic_base".split()),
+        *((name, c_uint64) for name in ["cr0", "cr2", "cr3", "cr4", "cr8", "efer", "apic_base"]),
         ("interrupt_bitmap", c_uint64 * 4),
     ]
 
@@ -104,7 +106,7 @@ class KvmCpuidEntry2(Structure):
     """struct kvm_cpuid_entry2."""
 
     _fields_ = [
-        *((name, c_uint32) for name in "function index flags eax ebx ecx edx".split()),
+        *((name, c_uint32) for name in ["function", "index", "flags", "eax", "ebx", "ecx", "edx"]),
         ("padding", c_uint32 * 3),
     ]
 

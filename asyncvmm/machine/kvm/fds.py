@@ -14,7 +14,7 @@ from pathlib import Path
 from asyncvmm.errors import KvmIoctlError, KvmUnavailable
 from asyncvmm.machine.kvm.abi import KVM_API_VERSION, Capability, Request
 
-_IOCTL_TYPES = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p]
+_IOCTL_TYPES = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
 
 raw_ioctl = ctypes.CDLL(None, use_errno=True).ioctl
 """ioctl(2) with the GIL released: for calls that may take or wait. Gives -1 and ``ctypes.get_errno()``."""

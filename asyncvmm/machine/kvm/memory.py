@@ -51,6 +51,17 @@ class GuestMemory:
         start = self._offset(address, len(data))
         self._map[start : start + len(data)] = data
 
+    def read_file(self, address: int, fd: int, size: int) -> int:
+        """Read ``size`` bytes of a file straight into the guest; returns how many there were.
+
+        Raises ConfigError where they are not all RAM, OSError for what read(2) says.
+        """
+        start, done = self._offset(address, size), 0
+        with memoryview(self._map) as view:
+            while done < size and (got := os.preadv(fd, [view[start + done : start + size]], done)):
+                done += got
+        return done
+
     def read(self, address: int, size: int) -> bytes:
         """Copy ``size`` bytes out of the guest. Raises ConfigError where they are not all RAM."""
         start = self._offset(address, size)

@@ -1,0 +1,160 @@
+"""The command line: a thin shell over the library. Every AsyncVMMError is one line on stderr and exit code 2.
+
+Heavy imports happen inside the commands: ``asyncvmm --help`` must not pay for a VMM.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Awaitable, Callable, Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from asyncvmm.errors import AsyncVMMError
+
+EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+T = TypeVar("T")
+Command = Callable[..., None]
+
+
+class Group(click.Group):
+    """A group whose commands end with one line on stderr when asyncvmm refuses or fails."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except AsyncVMMError as error:
+            click.echo(f"asyncvmm: {_one_line(str(error))}", err=True)
+            ctx.exit(EXIT_ERROR)
+        except KeyboardInterrupt:
+            ctx.exit(EXIT_INTERRUPTED)
+        except BrokenPipeError:
+            sys.stderr.close()
+            ctx.exit(EXIT_ERROR)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="asyncvmm")
+def main() -> None:
+    """Event-driven microVMs: boots Linux guests in milliseconds on KVM, in seconds where there is none."""
+
+
+def vm_options(command: Command) -> Command:
+    """The options that ``boot`` and ``run`` share."""
+    options = [
+        click.option("--image", default="default", show_default=True, metavar="NAME", help="Guest image to boot."),
+        click.option("--kernel", type=click.Path(path_type=Path), metavar="FILE", help="bzImage or vmlinux instead."),
+        click.option("--initrd", type=click.Path(path_type=Path), metavar="FILE", help="Initrd for --kernel."),
+        click.option("--cmdline", metavar="TEXT", help="Kernel command line, whole."),
+        click.option("--memory", default=256, show_default=True, metavar="MIB", help="Guest memory, MiB."),
+        click.option("--vcpus", default=1, show_default=True, metavar="N", help="Virtual CPUs."),
+        click.option("--accel", default="auto", show_default=True, metavar="auto|kvm|qemu", help="Machine to use."),
+        click.option("--jsonl", metavar="PATH|-", help="Write events as JSON lines; - is stdout."),
+        click.option("--serial-lines", is_flag=True, help="Make each serial line an event too."),
+        click.option("--timeout", default=300.0, show_default=True, metavar="S", help="Seconds until READY at most."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@main.command()
+@vm_options
+def boot(jsonl: str | None, **asked: Any) -> None:
+    """Boot a guest, report its timings, power it off."""
+    from asyncvmm.commands import boot as run_boot
+
+    run_on_uvloop(run_boot(make_config(**asked), jsonl))
+
+
+@main.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@vm_options
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.pass_context
+def run(ctx: click.Context, jsonl: str | None, command: tuple[str, ...], **asked: Any) -> None:
+    """Run COMMAND as the guest's workload: its output on stdout, its exit code as ours."""
+    from asyncvmm.commands import run as run_workload
+
+    ctx.exit(run_on_uvloop(run_workload(make_config(**asked, workload=command), jsonl)))
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a page.")
+def doctor(as_json: bool) -> None:
+    """Say what this host can do, measured, and what to fix."""
+    from asyncvmm.commands import doctor as run_doctor
+
+    run_doctor(as_json=as_json)
+
+
+@main.group()
+def image() -> None:
+    """Build and list guest images."""
+
+
+@image.command("build")
+@click.option("--name", default="default", show_default=True, help="The image's name.")
+@click.option("--kernel", type=click.Path(path_type=Path), metavar="FILE", help="bzImage or vmlinux to take.")
+@click.option("--modules", type=click.Path(path_type=Path), metavar="DIR", help="Its modules.")
+def image_build(name: str, kernel: Path | None, modules: Path | None) -> None:
+    """Build a bootable guest image from the distribution's packages."""
+    from asyncvmm.commands import build
+
+    build(name, kernel, modules)
+
+
+@image.command("list")
+def image_list() -> None:
+    """List the images that are built."""
+    from asyncvmm.commands import list_built
+
+    list_built()
+
+
+@main.command()
+def schema() -> None:
+    """Print the JSON Schema of the JSON lines."""
+    from asyncvmm.commands import print_schema
+
+    print_schema()
+
+
+def make_config(*, memory: int, timeout: float, **asked: Any) -> Any:
+    """The VMConfig of the shared options. Raises ConfigError."""
+    from asyncvmm.config import VMConfig
+
+    return VMConfig(memory_mib=memory, boot_timeout_s=timeout, **asked)
+
+
+def run_on_uvloop(work: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine on uvloop; Ctrl-C and SIGTERM cancel it, so that everything is freed."""
+    import uvloop
+
+    return uvloop.run(_until_terminated(work))
+
+
+async def _until_terminated(work: Awaitable[T]) -> T:
+    import asyncio
+    import signal
+
+    task = asyncio.current_task()
+    assert task is not None
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, task.cancel)
+    try:
+        return await work
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
+
+
+if __name__ == "__main__":
+    main()

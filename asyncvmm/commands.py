@@ -1,0 +1,106 @@
+"""What the commands do, once the command line is understood. Output on stdout, progress and complaints on stderr."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import anyio
+import orjson
+
+from asyncvmm.config import VMConfig
+from asyncvmm.console import ConsoleReader
+from asyncvmm.events.types import GuestPreExec
+from asyncvmm.vm import VM
+
+
+async def boot(config: VMConfig, jsonl: str | None) -> None:
+    """``asyncvmm boot``: to READY, one summary line (or JSON lines), power off."""
+    async with VM(config) as vm:
+        if jsonl is not None:
+            vm.stream_to(jsonl)
+        timing = await vm.boot()
+        if jsonl != "-":
+            print(f"ready in {timing.total_ms} ms on {vm.accel}", file=sys.stderr)
+        await vm.shutdown()
+
+
+async def run(config: VMConfig, jsonl: str | None) -> int:
+    """``asyncvmm run``: the workload's console output on stdout; gives its exit code."""
+    async with VM(config) as vm, anyio.create_task_group() as tasks:
+        if jsonl is not None:
+            vm.stream_to(jsonl)
+        output = WorkloadOutput(vm)
+        await vm.boot()
+        tasks.start_soon(output.copy)
+        code = await vm.events.exit
+        output.finish()
+        await vm.shutdown()
+        return code
+
+
+class WorkloadOutput:
+    """The console from ``workload-pre-exec`` to ``workload-exit``, copied to stdout."""
+
+    def __init__(self, vm: VM) -> None:
+        self._reader: ConsoleReader | None = None
+        self._vm = vm
+        self._detach = vm.events.attach(self._on_event)
+
+    def _on_event(self, event: object) -> None:
+        if isinstance(event, GuestPreExec):
+            self._reader = self._vm.console.subscribe()
+
+    async def copy(self) -> None:
+        """Copy what comes, until the console ends."""
+        await self._vm.events.pre_exec
+        assert self._reader is not None
+        async for chunk in self._reader:
+            await anyio.to_thread.run_sync(_write_out, chunk)
+
+    def finish(self) -> None:
+        """The workload has ended: what has come by now is all of it."""
+        self._detach()
+        assert self._reader is not None
+        self._reader.end()
+
+
+def _write_out(chunk: bytes) -> None:
+    sys.stdout.buffer.write(chunk)
+    sys.stdout.buffer.flush()
+
+
+def doctor(*, as_json: bool) -> None:
+    """``asyncvmm doctor``: a page on a terminal, one JSON object elsewhere or when asked."""
+    from rich.console import Console
+
+    from asyncvmm.doctor import diagnose, render
+
+    report = diagnose()
+    if as_json or not sys.stdout.isatty():
+        sys.stdout.write(orjson.dumps(report.to_dict(), option=orjson.OPT_APPEND_NEWLINE).decode())
+    else:
+        render(report, Console())
+
+
+def build(name: str, kernel: Path | None, modules: Path | None) -> None:
+    """``asyncvmm image build``: progress on stderr, the image's directory on stdout."""
+    from asyncvmm.guest.image import build_image
+
+    image = build_image(name, kernel=kernel, modules=modules, report=lambda line: print(line, file=sys.stderr))
+    print(image.directory)
+
+
+def list_built() -> None:
+    """``asyncvmm image list``: one image a line."""
+    from asyncvmm.guest.image import list_images
+
+    for image in list_images():
+        print(f"{image.name}\t{image.directory}")
+
+
+def print_schema() -> None:
+    """``asyncvmm schema``: the JSON Schema of every event line."""
+    from asyncvmm.events.schema import schema
+
+    sys.stdout.write(orjson.dumps(schema(), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE).decode())

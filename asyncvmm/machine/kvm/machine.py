@@ -1,0 +1,330 @@
+"""The in-process KVM machine: a KvmVm, its Board, its vCPU threads, and the loop's side of them.
+
+vCPU threads answer register accesses on their own. What those cause reaches the loop through one mailbox as a *notice*:
+this port has output, this port has room, the guest has stopped. Output without a newline may wait ``PARTIAL_LINE_S``
+for one, so that a guest that prints byte by byte does not wake the loop's consumers for each.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Literal, Protocol
+
+import anyio
+import anyio.to_thread
+import attrs
+
+from asyncvmm.effects import Effect, ExitStatistics, Port, Stopped
+from asyncvmm.errors import MachineError, StateError
+from asyncvmm.machine.base import AccelName, BootPlan, EffectSink, Evidence
+from asyncvmm.machine.kvm.exits import Exit
+from asyncvmm.machine.kvm.interleave import Taken, interleave
+from asyncvmm.machine.kvm.loading import load
+from asyncvmm.machine.kvm.platform import Board, Outlets, SerialPort
+from asyncvmm.machine.kvm.statistics import collect
+from asyncvmm.machine.kvm.vm import KvmVm
+from asyncvmm.mailbox import Mailbox
+from asyncvmm.timing.timeline import Timeline
+
+PARTIAL_LINE_S = 0.002
+"""Seconds that output without a newline may wait for one."""
+
+_PARK_TIMEOUT_S = 5.0
+"""Seconds for a kicked vCPU to leave the guest; it takes tens of microseconds."""
+
+
+@attrs.frozen
+class _Output:
+    port: Port
+
+
+@attrs.frozen
+class _Room:
+    port: Port
+
+
+@attrs.frozen
+class TracedExit:
+    """One exit as ``trace_exits`` shows it: the vCPU's index, CLOCK_MONOTONIC ns, and the decoded exit."""
+
+    vcpu: int
+    t_ns: int
+    exit: Exit
+
+
+class TraceSink(Protocol):
+    """Who takes the traced exits."""
+
+    def put(self, traced: TracedExit) -> None:
+        """One more."""
+
+    def end(self) -> None:
+        """No more will come."""
+
+
+_Notice = _Output | _Room | Stopped | TracedExit
+_State = Literal["new", "running", "paused", "ended", "closed"]
+
+
+class KvmMachine:
+    """Machine (see machine.base) on /dev/kvm, its vCPUs threads of this process."""
+
+    accel: AccelName = "kvm"
+
+    def __init__(self, plan: BootPlan, timeline: Timeline, on_effects: EffectSink) -> None:
+        self._plan = plan
+        self._timeline = timeline
+        self._on_effects = on_effects
+        self._state: _State = "new"
+        self._vm: KvmVm | None = None
+        self._board: Board | None = None
+        self._final_exits: ExitStatistics | None = None
+        self._partial: asyncio.TimerHandle | None = None
+        self._room: dict[Port, anyio.Event] = {}
+        self._writing: dict[Port, anyio.Lock] = {}
+        self._trace: TraceSink | None = None
+
+    # -- the Machine protocol --------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Create the VM, load it, start its vCPUs."""
+        if self._state != "new":
+            raise StateError("start", expected="a new machine", state=self._state)
+        self._loop = asyncio.get_running_loop()
+        self._writing = {"console": anyio.Lock(), "control": anyio.Lock()}
+        self._mailbox: Mailbox[_Notice] = Mailbox(lambda: self._loop.call_soon_threadsafe(self._drain))
+        try:
+            await anyio.to_thread.run_sync(self._build)
+            self._run()
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def write(self, port: Port, data: bytes) -> None:
+        """Feed the port's receive backlog, waiting for the guest to make room."""
+        serial = self._serial(port)
+        async with self._writing[port]:
+            while data:
+                if self._state in ("ended", "closed"):
+                    raise StateError("serial input", expected="a running guest", state=self._state)
+                room = self._room[port] = anyio.Event()
+                with serial.lock:
+                    taken = serial.device.feed(data)
+                data = data[taken:]
+                if data:
+                    await room.wait()
+
+    async def pause(self) -> None:
+        """Kick every vCPU out of the guest and keep it out."""
+        vm = self._running_vm()
+        for vcpu in vm.vcpus:
+            vcpu.order("pause")
+        for vcpu in vm.vcpus:
+            if not await anyio.to_thread.run_sync(vcpu.wait_parked, _PARK_TIMEOUT_S):
+                raise MachineError("pause", expected=f"vCPU {vcpu.index} out of the guest", found="still in it")
+        self._state = "paused" if self._state == "running" else self._state
+
+    async def resume(self) -> None:
+        """Let every vCPU enter the guest again."""
+        vm = self._running_vm()
+        for vcpu in vm.vcpus:
+            vcpu.order("run")
+        self._state = "running" if self._state == "paused" else self._state
+
+    async def request_shutdown(self) -> None:
+        """Press the ACPI power button."""
+        self._running_vm()
+        assert self._board is not None
+        self._board.press_power_button()
+
+    async def stop(self) -> None:
+        """Stop the vCPUs, join their threads, hand out what output is left, free everything."""
+        if self._state == "closed":
+            return
+        vm, self._state = self._vm, "closed"
+        self._wake_writers()
+        if self._partial is not None:
+            self._partial.cancel()
+        if self._trace is not None:
+            self._trace.end()
+        with anyio.CancelScope(shield=True):
+            if vm is not None:
+                await anyio.to_thread.run_sync(partial(_end_threads, vm))
+                self._drain()
+                self._final_exits = self.exits()
+                self._vm = None
+                await anyio.to_thread.run_sync(vm.close)
+
+    def exits(self) -> ExitStatistics | None:
+        """The sum of all vCPUs' counters; after the end, as they stood then."""
+        if self._vm is None or self._board is None:
+            return self._final_exits
+        return collect((vcpu.counters for vcpu in self._vm.vcpus), self._board.bus.unmapped)
+
+    async def evidence(self) -> Evidence:
+        """Pause the guest and look at vCPU 0."""
+        if self._vm is None:
+            return Evidence()
+        try:
+            await self.pause()
+            first = self._vm.vcpus[0]
+            return Evidence(first.last_exit, first.regs().rip)
+        except (StateError, MachineError):
+            return Evidence()
+
+    def progress(self) -> int:
+        """Exits so far."""
+        return sum(vcpu.counters.total() for vcpu in self._vm.vcpus) if self._vm else 0
+
+    def trace(self, trace: TraceSink) -> None:
+        """Hand every exit from now on to ``trace``, on the loop; a former one ends. Tracing slows the guest."""
+        vm = self._running_vm()
+        if self._trace is not None:
+            self._trace.end()
+        self._trace = trace
+        for vcpu in vm.vcpus:
+            vcpu.trace = self._post_trace
+
+    def untrace(self, trace: TraceSink) -> None:
+        """End what ``trace`` began, unless another took over."""
+        if self._trace is trace:
+            self._trace = None
+            for vcpu in self._vm.vcpus if self._vm else ():
+                vcpu.trace = None
+
+    # -- on a worker thread ----------------------------------------------------------------------------------------
+
+    def _build(self) -> None:
+        load(self._plan, self._timeline, self._adopt)
+
+    def _adopt(self, vm: KvmVm) -> None:
+        self._vm = vm
+
+    # -- on the loop -----------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        assert self._vm is not None
+        vm = self._vm
+        self._board = Board(self._outlets(vm))
+        for vcpu in vm.vcpus:
+            vcpu.start(f"{self._plan.name}-vcpu{vcpu.index}", self._board.bus, self._halt)
+        self._state = "running"
+
+    def _outlets(self, vm: KvmVm) -> Outlets:
+        return Outlets(
+            irq=vm.set_irq_line,
+            output_pending=self._announce_output,
+            room=self._announce_room,
+            shutdown=lambda: self._halt(self._stopped("shutdown")),
+            reset=lambda: self._halt(self._stopped("reset")),
+            debug_exit=lambda code: self._halt(attrs.evolve(self._stopped("debug-exit"), code=code)),
+        )
+
+    def _stopped(self, reason: Literal["shutdown", "reset", "debug-exit"]) -> Stopped:
+        return Stopped(reason, detail=f"the guest asked for {reason}", last_exit="IO", t_ns=time.monotonic_ns())
+
+    def _drain(self) -> None:
+        effects: list[Effect] = []
+        for notice in self._mailbox.drain():
+            if isinstance(notice, _Output):
+                effects += self._take_output() if self._is_urgent() else self._wait_for_newline()
+            elif isinstance(notice, _Room):
+                self._wake_writer(notice.port)
+            elif isinstance(notice, TracedExit):
+                self._hand_trace(notice)
+            else:
+                effects += [*self._take_output(), *self._end(notice)]
+        if effects:
+            self._on_effects(effects)
+
+    def _wake_writers(self) -> None:
+        for event in self._room.values():
+            event.set()
+
+    def _wake_writer(self, port: Port) -> None:
+        if port in self._room:
+            self._room[port].set()
+
+    def _hand_trace(self, traced: TracedExit) -> None:
+        if self._trace is not None:
+            self._trace.put(traced)
+
+    def _end(self, stopped: Stopped) -> Sequence[Stopped]:
+        """The first reason counts; who waits to write is woken to learn of it."""
+        if self._state == "ended":
+            return ()
+        if self._state != "closed":
+            self._state = "ended"
+        self._wake_writers()
+        if self._trace is not None:
+            self._trace.end()
+        return (stopped,)
+
+    def _is_urgent(self) -> bool:
+        assert self._board is not None
+        return self._board.console.device.urgent or self._board.control.device.urgent
+
+    def _wait_for_newline(self) -> Sequence[Effect]:
+        if self._partial is None:
+            self._partial = self._loop.call_later(PARTIAL_LINE_S, self._flush_partial)
+        return ()
+
+    def _flush_partial(self) -> None:
+        self._partial = None
+        effects = self._take_output()
+        if effects:
+            self._on_effects(effects)
+
+    def _take_output(self) -> Sequence[Effect]:
+        """Take both ports' output. Control first: its marks then never point beyond the console's bytes."""
+        board = self._board
+        if board is None:
+            return ()
+        with board.control.lock:
+            control = Taken(*board.control.device.take_output())
+            marks, board.control_marks = board.control_marks, []
+        with board.console.lock:
+            device = board.console.device
+            first = device.taken
+            console = Taken(*device.take_output(), first=first)
+        return interleave(console, control, marks)
+
+    def _serial(self, port: Port) -> SerialPort:
+        self._running_vm()
+        assert self._board is not None
+        return self._board.console if port == "console" else self._board.control
+
+    def _running_vm(self) -> KvmVm:
+        if self._vm is None or self._board is None or self._state == "closed":
+            raise StateError("machine", expected="a started machine", state=self._state)
+        return self._vm
+
+    # -- on vCPU threads -------------------------------------------------------------------------------------------
+
+    def _halt(self, stopped: Stopped) -> None:
+        """The guest is through: no vCPU enters it again."""
+        vm = self._vm
+        if vm is not None:
+            for vcpu in vm.vcpus:
+                vcpu.order("stop")
+        self._mailbox.post(stopped)
+
+    def _announce_output(self, port: Port) -> None:
+        self._mailbox.post(_Output(port))
+
+    def _announce_room(self, port: Port) -> None:
+        self._mailbox.post(_Room(port))
+
+    def _post_trace(self, vcpu: int, t_ns: int, traced: Exit) -> None:
+        self._mailbox.post(TracedExit(vcpu, t_ns, traced), droppable=True)
+
+
+def _end_threads(vm: KvmVm) -> None:
+    for vcpu in vm.vcpus:
+        vcpu.order("stop")
+    for vcpu in vm.vcpus:
+        while not vcpu.join(0.1):
+            vcpu.kick()

@@ -1,0 +1,89 @@
+"""The board: which devices a KVM machine has, at which ports, behind which locks and interrupt lines.
+
+Addresses and GSIs are those of ``x86.layout``; what a device causes leaves through ``Outlets``.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import attrs
+
+from asyncvmm.bus import Bus
+from asyncvmm.devices.acpi_pm import AcpiPm
+from asyncvmm.devices.debug_exit import DebugExit
+from asyncvmm.devices.ged import Ged
+from asyncvmm.devices.i8042 import I8042
+from asyncvmm.devices.rtc import Rtc
+from asyncvmm.devices.serial import Serial
+from asyncvmm.effects import Port
+from asyncvmm.x86 import layout
+
+
+@attrs.frozen(kw_only=True)
+class Outlets:
+    """Where the board's effects go. All are called on a vCPU thread with the device's lock held.
+
+    irq: GSI and its new level. output_pending, room: which port. The others: the guest is through.
+    """
+
+    irq: Callable[[int, bool], None]
+    output_pending: Callable[[Port], None]
+    room: Callable[[Port], None]
+    shutdown: Callable[[], None]
+    reset: Callable[[], None]
+    debug_exit: Callable[[int], None]
+
+
+class SerialPort:
+    """A 16550A with its lock, as the loop's side uses it."""
+
+    def __init__(self, name: Port, gsi: int, outlets: Outlets, clock: Callable[[], int]) -> None:
+        self.name: Port = name
+        self.lock = threading.Lock()
+        self.device = Serial(
+            interrupt=lambda level: outlets.irq(gsi, level),
+            output_pending=lambda: outlets.output_pending(name),
+            room=lambda: outlets.room(name),
+            clock=clock,
+        )
+
+
+class Board:
+    """All devices of one VM on one bus.
+
+    ``control_marks`` holds, for each newline of the control line's untaken output, how many bytes the console had sent
+    by then: so the loop can hand out both ports' bytes in the order in which the guest wrote them.
+    """
+
+    def __init__(self, outlets: Outlets) -> None:
+        self.bus = Bus()
+        self.control_marks: list[int] = []
+        self.console = SerialPort("console", layout.COM1_GSI, outlets, time.monotonic_ns)
+        self.control = SerialPort("control", layout.COM2_GSI, outlets, self._mark_control_newline)
+        self.ged = Ged(lambda level: outlets.irq(layout.ACPI_EVENT_GSI, level))
+        self.ged_lock = threading.Lock()
+        self._attach(outlets)
+
+    def press_power_button(self) -> None:
+        """Set the GED's event and pulse its line."""
+        with self.ged_lock:
+            self.ged.press_power_button()
+
+    def _attach(self, outlets: Outlets) -> None:
+        attach = self.bus.attach
+        power = AcpiPm(shutdown=outlets.shutdown, reset=outlets.reset)
+        attach("com1", layout.COM1_PORT, layout.SERIAL_PORT_SIZE, self.console.device, self.console.lock)
+        attach("com2", layout.COM2_PORT, layout.SERIAL_PORT_SIZE, self.control.device, self.control.lock)
+        attach("i8042", layout.I8042_DATA_PORT, 5, I8042(outlets.reset), threading.Lock())
+        attach("rtc", layout.RTC_INDEX_PORT, 2, Rtc(time.time), threading.Lock())
+        attach("debug-exit", layout.DEBUG_EXIT_PORT, 1, DebugExit(outlets.debug_exit), threading.Lock())
+        attach("acpi-pm", layout.ACPI_SLEEP_CONTROL_PORT, 3, power, threading.Lock())
+        attach("ged", layout.ACPI_EVENT_PORT, 1, self.ged, self.ged_lock)
+
+    def _mark_control_newline(self) -> int:
+        with self.console.lock:
+            self.control_marks.append(self.console.device.transmitted)
+        return time.monotonic_ns()

@@ -1,0 +1,99 @@
+"""Counting exits on the vCPU threads, each thread into counters of its own; the sum is taken when somebody asks.
+
+No lock: one writer per counter, and a reader may see a count that is one exit ahead of its nanoseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+
+from asyncvmm.effects import ExitCount, ExitStatistics
+
+MOST_ADDRESSES = 256
+"""Distinct addresses counted one by one for each vCPU; a guest that touches more has the rest under ``other``."""
+
+OTHER = "other"
+
+
+class Counter:
+    """How often, how long in all, and how long at most (ns)."""
+
+    __slots__ = ("count", "max_ns", "total_ns")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.total_ns = 0
+        self.max_ns = 0
+
+    def add(self, took_ns: int) -> None:
+        """Count one that took ``took_ns``."""
+        self.count += 1
+        self.total_ns += took_ns
+        if took_ns > self.max_ns:
+            self.max_ns = took_ns
+
+
+class PortCounter(Counter):
+    """One direction of one byte-wide I/O port: the device's bound method, its lock, and the counter. The hot path."""
+
+    __slots__ = ("access", "lock", "offset")
+
+    def __init__(self, access: Callable[..., int | None], offset: int, lock: AbstractContextManager[object]) -> None:
+        super().__init__()
+        self.access = access
+        self.offset = offset
+        self.lock = lock
+
+
+class VcpuCounters:
+    """The counters of one vCPU thread."""
+
+    def __init__(self) -> None:
+        self.ports: dict[int, PortCounter] = {}
+        """Resolved byte-wide ports, by the word that ``exits.io_key`` gives."""
+        self.by_address: dict[str, Counter] = {}
+        self.by_reason: dict[str, Counter] = {}
+        self.last = ""
+
+    def add(self, reason: str, label: str | None, took_ns: int) -> None:
+        """Count one exit outside the hot path; ``label`` as ExitStatistics.by_address names it."""
+        self.by_reason.setdefault(reason, Counter()).add(took_ns)
+        if label is not None:
+            known = label in self.by_address or len(self.by_address) < MOST_ADDRESSES
+            self.by_address.setdefault(label if known else OTHER, Counter()).add(took_ns)
+
+    def total(self) -> int:
+        """Exits so far."""
+        hot = sum(port.count for port in list(self.ports.values()))
+        return hot + sum(counter.count for counter in list(self.by_reason.values()))
+
+    def named_ports(self) -> Iterator[tuple[str, Counter]]:
+        """The hot path's counters with their labels."""
+        for key, counter in list(self.ports.items()):
+            yield port_label(bool(key & 1), key >> 16), counter
+
+
+def port_label(is_out: bool, port: int) -> str:
+    """``out 0x3f8`` or ``in 0x3f8``."""
+    return f"{'out' if is_out else 'in'} {port:#x}"
+
+
+def collect(vcpus: Iterable[VcpuCounters], unmapped: int) -> ExitStatistics:
+    """The sum over all vCPUs, as a record."""
+    reasons: dict[str, ExitCount] = {}
+    addresses: dict[str, ExitCount] = {}
+    for vcpu in vcpus:
+        for label, counter in vcpu.named_ports():
+            _merge(addresses, label, counter)
+            _merge(reasons, "IO", counter)
+        for label, counter in list(vcpu.by_address.items()):
+            _merge(addresses, label, counter)
+        for reason, counter in list(vcpu.by_reason.items()):
+            _merge(reasons, reason, counter)
+    return ExitStatistics(by_reason=reasons, by_address=addresses, unmapped=unmapped)
+
+
+def _merge(into: dict[str, ExitCount], key: str, counter: Counter) -> None:
+    old = into.get(key, ExitCount(0, 0, 0))
+    into[key] = ExitCount(old.count + counter.count, old.total_ns + counter.total_ns, max(old.max_ns, counter.max_ns))

@@ -1,0 +1,223 @@
+"""One vCPU: its descriptor, its kvm_run page, and the thread that runs it.
+
+The thread loops over KVM_RUN. It is told what to do by ``_order`` and made to look by a *kick*: kvm_run.immediate_exit
+is set, so that the next KVM_RUN returns at once, and a signal is sent, so that a running one returns too. The signal is
+blocked in the thread and unblocked only inside KVM_RUN (KVM_SET_SIGNAL_MASK); it stays pending, no handler ever runs,
+and the thread takes it with sigtimedwait. A KVM_RUN that ends so has completed any access that was half done, which is
+why a vCPU is paused there and nowhere else.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import Literal
+
+from asyncvmm.bus import Bus
+from asyncvmm.effects import Stopped, StopReason
+from asyncvmm.machine.kvm.abi import KvmRegs, KvmSignalMask, Request
+from asyncvmm.machine.kvm.dispatch import Dispatcher, needs_stop
+from asyncvmm.machine.kvm.exits import (
+    EXIT_REASON_WORD,
+    IMMEDIATE_EXIT,
+    IO_COUNT_WORD,
+    IO_KEY_WORD,
+    KVM_EXIT_IO,
+    Exit,
+    FailEntryExit,
+    InternalErrorExit,
+    ShutdownExit,
+    decode,
+    exit_name,
+)
+from asyncvmm.machine.kvm.fds import ioctl, raw_ioctl
+from asyncvmm.machine.kvm.statistics import VcpuCounters
+
+KICK_SIGNAL = signal.SIGRTMIN + 6
+_KERNEL_SIGSET_BYTES = 8
+_TRANSIENT = (errno.EINTR, errno.EAGAIN)
+
+Order = Literal["run", "pause", "stop"]
+Halt = Callable[[Stopped], None]
+
+
+class Vcpu:
+    """A created vCPU. ``start`` gives it its thread; ``order`` steers it; ``close`` frees it once the thread ended."""
+
+    def __init__(self, vm_fd: int, index: int, run_size: int) -> None:
+        """KVM_CREATE_VCPU and the mapping of its kvm_run page. Raises KvmIoctlError."""
+        self.index = index
+        self.fd = ioctl(vm_fd, Request.KVM_CREATE_VCPU, index)
+        try:
+            self._map = mmap.mmap(self.fd, run_size)
+        except BaseException:
+            os.close(self.fd)
+            raise
+        self.run = memoryview(self._map)
+        self._words = self.run.cast("I")
+        self.counters = VcpuCounters()
+        self.trace: Callable[[int, int, Exit], None] | None = None
+        self._order: Order = "run"
+        self._changed = threading.Condition()
+        self._parked = False
+        self._thread: threading.Thread | None = None
+
+    # Calls from the loop, or from a worker thread on its behalf.
+
+    def start(self, name: str, bus: Bus, halt: Halt, clock: Callable[[], int] = time.monotonic_ns) -> None:
+        """Start the thread. ``halt`` is told, on that thread, of an exit the guest cannot run on after."""
+        dispatcher = Dispatcher(bus, self.run, self.counters, clock)
+        self._thread = threading.Thread(target=self._main, args=(dispatcher, halt, clock), name=name, daemon=True)
+        self._thread.start()
+
+    def order(self, order: Order) -> None:
+        """Say what the vCPU shall do, and make it look. Returns at once."""
+        with self._changed:
+            if self._order == "stop":
+                return
+            self._order = order
+            self._changed.notify_all()
+        self.kick()
+
+    def kick(self) -> None:
+        """Make a running or coming KVM_RUN return."""
+        self.run[IMMEDIATE_EXIT] = 1
+        thread = self._thread
+        if thread is not None and thread.ident is not None and thread.is_alive():
+            try:
+                signal.pthread_kill(thread.ident, KICK_SIGNAL)
+            except ProcessLookupError:
+                return
+
+    def wait_parked(self, timeout_s: float) -> bool:
+        """Wait until the vCPU is paused or its thread ended. Blocks: not for the loop."""
+        with self._changed:
+            return self._changed.wait_for(self._is_parked, timeout_s)
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait until the thread ended. Blocks: not for the loop."""
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+            return not self._thread.is_alive()
+        return True
+
+    def regs(self) -> KvmRegs:
+        """KVM_GET_REGS; of a parked vCPU only. Raises KvmIoctlError."""
+        regs = KvmRegs()
+        ioctl(self.fd, Request.KVM_GET_REGS, regs)
+        return regs
+
+    @property
+    def last_exit(self) -> str:
+        """The name of the newest exit to userspace."""
+        return exit_name(self._words[EXIT_REASON_WORD]) if self.counters.total() else "none"
+
+    def close(self) -> None:
+        """Free page and descriptor. The thread must have ended."""
+        self._words.release()
+        self.run.release()
+        self._map.close()
+        os.close(self.fd)
+
+    # What follows runs on the vCPU's thread.
+
+    def _main(self, dispatcher: Dispatcher, halt: Halt, clock: Callable[[], int]) -> None:
+        try:
+            signal.pthread_sigmask(signal.SIG_BLOCK, {KICK_SIGNAL})
+            self._unblock_kick_inside_kvm_run()
+            while self._obey():
+                ended = self._run_until_kicked(dispatcher, clock)
+                if ended is not None:
+                    halt(ended)
+        except Exception as error:  # a vCPU thread must never end in silence
+            halt(Stopped("machine", detail=f"vCPU {self.index}: {type(error).__name__}: {error}", t_ns=clock()))
+        finally:
+            with self._changed:
+                self._order, self._parked = "stop", True
+                self._changed.notify_all()
+
+    def _unblock_kick_inside_kvm_run(self) -> None:
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, set()) - {KICK_SIGNAL}
+        bits = sum(1 << (number - 1) for number in blocked)
+        ioctl(self.fd, Request.KVM_SET_SIGNAL_MASK, KvmSignalMask(_KERNEL_SIGSET_BYTES, bits))
+
+    def _obey(self) -> bool:
+        """Follow the order: wait while it is to pause; False when it is to stop."""
+        with self._changed:
+            if self._order == "pause":
+                self._parked = True
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._order != "pause")
+                self._parked = False
+            return self._order == "run"
+
+    def _is_parked(self) -> bool:
+        return self._parked or self._thread is None
+
+    def _run_until_kicked(self, dispatcher: Dispatcher, clock: Callable[[], int]) -> Stopped | None:
+        """Run the guest until the vCPU is kicked (None) or the guest cannot run on (why)."""
+        run, words, fd, ports = self.run, self._words, self.fd, self.counters.ports
+        kvm_run, request = raw_ioctl, int(Request.KVM_RUN)
+        while True:
+            if kvm_run(fd, request, None):
+                if self._take_kick(ctypes.get_errno()):
+                    return None
+                continue
+            begin = clock()
+            port = ports.get(words[IO_KEY_WORD]) if words[EXIT_REASON_WORD] == KVM_EXIT_IO else None
+            if port is None or words[IO_COUNT_WORD] != 1 or self.trace is not None:
+                ended = self._slow(dispatcher)
+                if ended is not None:
+                    return ended
+                continue
+            with port.lock:
+                if words[IO_KEY_WORD] & 1:
+                    port.access(port.offset, run[dispatcher.io_data])
+                else:
+                    run[dispatcher.io_data] = port.access(port.offset)
+            took = clock() - begin
+            port.count += 1
+            port.total_ns += took
+            if took > port.max_ns:
+                port.max_ns = took
+
+    def _slow(self, dispatcher: Dispatcher) -> Stopped | None:
+        if self.trace is not None:
+            self.trace(self.index, time.monotonic_ns(), decode(self.run))
+        current = dispatcher.answer()
+        return self._verdict(current) if needs_stop(current) else None
+
+    def _take_kick(self, number: int) -> bool:
+        """Whether KVM_RUN's errno was a kick; an AP that waits for its SIPI gives EAGAIN and runs again."""
+        if number not in _TRANSIENT:
+            raise OSError(number, os.strerror(number), "KVM_RUN")
+        if number == errno.EAGAIN:
+            return False
+        signal.sigtimedwait([KICK_SIGNAL], 0)
+        self.run[IMMEDIATE_EXIT] = 0
+        return True
+
+    def _verdict(self, current: Exit) -> Stopped:
+        reason: StopReason = "machine"
+        detail, instruction = f"vCPU {self.index}: exit {current}", b""
+        if isinstance(current, ShutdownExit):
+            reason, detail = "triple-fault", f"vCPU {self.index}: triple fault"
+        elif isinstance(current, FailEntryExit):
+            reason, detail = "entry-failure", f"vCPU {self.index}: hardware reason {current.hardware_reason:#x}"
+        elif isinstance(current, InternalErrorExit) and current.is_emulation_failure:
+            reason, instruction = "emulation-failure", current.instruction
+            detail = f"vCPU {self.index}: KVM cannot emulate {instruction.hex(' ') or 'an instruction'}"
+        return Stopped(
+            reason,
+            detail=detail,
+            last_exit=self.last_exit,
+            rip=self.regs().rip,
+            instruction=instruction,
+            t_ns=time.monotonic_ns(),
+        )

@@ -1,0 +1,166 @@
+"""One KVM VM as the kernel holds it: VM descriptor, memory, interrupt controllers, vCPUs with their first state.
+
+Synchronous and blocking: KVM_CREATE_VM and its teardown take from a fraction of a millisecond to tens of them, so the
+machine calls this on a worker thread. What is created here is freed in reverse by ``close``, also half-way.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+from asyncvmm.errors import VcpuCountError
+from asyncvmm.machine.kvm.abi import (
+    KVM_PIT_SPEAKER_DUMMY,
+    MAX_MSR_ENTRIES,
+    KvmDtable,
+    KvmIrqLevel,
+    KvmLapicState,
+    KvmMsrEntry,
+    KvmMsrs,
+    KvmPitConfig,
+    KvmRegs,
+    KvmSegment,
+    KvmSregs,
+    Request,
+)
+from asyncvmm.machine.kvm.fds import ioctl, raw_ioctl_short
+from asyncvmm.machine.kvm.memory import GuestMemory
+from asyncvmm.machine.kvm.system import KvmSystem, cpuid_table, supported_cpuid
+from asyncvmm.machine.kvm.vcpu import Vcpu
+from asyncvmm.timing.timeline import Timeline
+from asyncvmm.x86.cpu import BootCpu, DescriptorTable, SegmentRegister
+from asyncvmm.x86.cpuid import vcpu_cpuid
+from asyncvmm.x86.layout import IDENTITY_MAP_ADDRESS, TSS_ADDRESS, ram_regions
+from asyncvmm.x86.msrs import boot_msrs
+
+_LVT_LINT0, _LVT_LINT1 = 0x350, 0x360
+_DELIVERY_EXTINT, _DELIVERY_NMI = 0x700, 0x400
+_IRQ_LINE = int(Request.KVM_IRQ_LINE)
+
+
+class KvmVm:
+    """A VM with memory and vCPUs, not yet loaded with anything. Phases are recorded on ``timeline``."""
+
+    def __init__(self, memory_bytes: int, vcpus: int, timeline: Timeline) -> None:
+        """Create it all. Raises KvmUnavailable, KvmIoctlError, MemorySizeError, VcpuCountError."""
+        self._timeline = timeline
+        with ExitStack() as undo:
+            with timeline.phase("kvm_open"):
+                self.system = KvmSystem.open()
+                undo.callback(self.system.close)
+            _check_vcpus(vcpus, self.system)
+            with timeline.phase("vm_create"):
+                self.fd = ioctl(self.system.fd, Request.KVM_CREATE_VM)
+                undo.callback(os.close, self.fd)
+                self._set_up_architecture()
+            with timeline.phase("memory"):
+                self.memory = self._create_memory(memory_bytes, undo)
+            with timeline.phase("vcpu_create"):
+                self.vcpus = [self._create_vcpu(index, undo) for index in range(vcpus)]
+            self._undo = undo.pop_all()
+
+    def _set_up_architecture(self) -> None:
+        ioctl(self.fd, Request.KVM_SET_IDENTITY_MAP_ADDR, (ctypes.c_uint64 * 1)(IDENTITY_MAP_ADDRESS))
+        ioctl(self.fd, Request.KVM_SET_TSS_ADDR, TSS_ADDRESS)
+        ioctl(self.fd, Request.KVM_CREATE_IRQCHIP)
+        ioctl(self.fd, Request.KVM_CREATE_PIT2, KvmPitConfig(KVM_PIT_SPEAKER_DUMMY))
+
+    def _create_memory(self, memory_bytes: int, undo: ExitStack) -> GuestMemory:
+        with self._timeline.phase("memory_alloc"):
+            memory = GuestMemory(ram_regions(memory_bytes))
+            undo.callback(memory.close)
+        with self._timeline.phase("memory_register"):
+            memory.register(self.fd)
+        return memory
+
+    def _create_vcpu(self, index: int, undo: ExitStack) -> Vcpu:
+        vcpu = Vcpu(self.fd, index, self.system.run_size)
+        undo.callback(vcpu.close)
+        return vcpu
+
+    def configure(self, boot: BootCpu) -> None:
+        """Give every vCPU its CPUID, and the first one the state in which the boot protocol enters the kernel.
+
+        The others stay as KVM makes them: waiting for INIT and SIPI. Raises KvmIoctlError.
+        """
+        with self._timeline.phase("cpuid_config"):
+            supported = supported_cpuid(self.system.fd)
+            tsc_khz = ioctl(self.vcpus[0].fd, Request.KVM_GET_TSC_KHZ)
+            for vcpu in self.vcpus:
+                entries = vcpu_cpuid(supported, vcpu=vcpu.index, vcpus=len(self.vcpus), tsc_khz=tsc_khz)
+                ioctl(vcpu.fd, Request.KVM_SET_CPUID2, cpuid_table(entries))
+        with self._timeline.phase("register_config"):
+            for vcpu in self.vcpus:
+                _set_lint_pins(vcpu.fd)
+                _set_msrs(vcpu.fd, boot_msrs())
+            _set_boot_state(self.vcpus[0].fd, boot)
+
+    def set_irq_line(self, irq: int, level: bool) -> None:
+        """KVM_IRQ_LINE: a microsecond, so the GIL is kept. Raises nothing: the GSI is ours and the VM is alive."""
+        line = KvmIrqLevel(irq, level)
+        raw_ioctl_short(self.fd, _IRQ_LINE, ctypes.addressof(line))
+
+    def close(self) -> None:
+        """Free everything. Every vCPU thread must have ended."""
+        self._undo.close()
+
+
+def _check_vcpus(vcpus: int, system: KvmSystem) -> None:
+    if vcpus > system.max_vcpus:
+        raise VcpuCountError("vCPUs", expected=f"at most {system.max_vcpus} (this host's KVM)", found=vcpus)
+
+
+def _set_lint_pins(fd: int) -> None:
+    """LINT0 takes the PIC's interrupts, LINT1 the NMI, as firmware leaves them (MP specification 1.4, 3.6.2.2)."""
+    lapic = KvmLapicState()
+    ioctl(fd, Request.KVM_GET_LAPIC, lapic)
+    for register, mode in ((_LVT_LINT0, _DELIVERY_EXTINT), (_LVT_LINT1, _DELIVERY_NMI)):
+        ctypes.c_uint32.from_buffer(lapic, register).value = mode
+    ioctl(fd, Request.KVM_SET_LAPIC, lapic)
+
+
+def _set_msrs(fd: int, msrs: Sequence[tuple[int, int]]) -> None:
+    """KVM_SET_MSRS one by one where the whole is not taken: KVM stops at the first that a host does not know."""
+    rest = list(msrs)
+    while rest:
+        batch = KvmMsrs(nmsrs=min(len(rest), MAX_MSR_ENTRIES))
+        for slot, (index, value) in enumerate(rest[:MAX_MSR_ENTRIES]):
+            batch.entries[slot] = KvmMsrEntry(index, 0, value)
+        done = ioctl(fd, Request.KVM_SET_MSRS, batch)
+        rest = rest[done if done == batch.nmsrs else done + 1 :]
+
+
+def _segment(register: SegmentRegister) -> KvmSegment:
+    return KvmSegment(
+        base=register.base,
+        limit=register.limit,
+        selector=register.selector,
+        type=register.type,
+        present=register.present,
+        dpl=register.dpl,
+        db=register.db,
+        s=register.s,
+        l=register.l,
+        g=register.g,
+        avl=register.avl,
+        unusable=register.unusable,
+    )
+
+
+def _table(table: DescriptorTable) -> KvmDtable:
+    return KvmDtable(base=table.base, limit=table.limit)
+
+
+def _set_boot_state(fd: int, boot: BootCpu) -> None:
+    sregs = KvmSregs()
+    ioctl(fd, Request.KVM_GET_SREGS, sregs)
+    for name in ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt"):
+        setattr(sregs, name, _segment(getattr(boot, name)))
+    sregs.gdt, sregs.idt = _table(boot.gdt), _table(boot.idt)
+    sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer = boot.cr0, boot.cr3, boot.cr4, boot.efer
+    ioctl(fd, Request.KVM_SET_SREGS, sregs)
+    regs = KvmRegs(rip=boot.rip, rsp=boot.rsp, rbp=boot.rsp, rsi=boot.rsi, rbx=boot.rbx, rflags=boot.rflags)
+    ioctl(fd, Request.KVM_SET_REGS, regs)

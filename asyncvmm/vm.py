@@ -1,0 +1,340 @@
+"""VM: one microVM as the caller has it, whatever machine is underneath.
+
+    async with VM(VMConfig(memory_mib=256, vcpus=2)) as vm:
+        timing = await vm.boot()
+
+States: new -> starting -> booting -> ready <-> paused -> stopped. A VM that fails at any point ends in ``failed`` with
+everything freed. A VM belongs to the event loop that boots it.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal, Self, TypedDict
+
+import anyio
+import anyio.to_thread
+
+from asyncvmm.accel import AccelChoice, choose_accel
+from asyncvmm.config import VMConfig
+from asyncvmm.console import Console
+from asyncvmm.effects import ExitStatistics, Stopped
+from asyncvmm.errors import AsyncVMMError, BootError, GuestError, GuestStopped, StateError
+from asyncvmm.events.hub import EventHub
+from asyncvmm.events.jsonl import JsonLines
+from asyncvmm.events.outputs import Target
+from asyncvmm.events.types import PhaseEnded, VmError, VmState, VmTimingEvent
+from asyncvmm.machine.base import AccelName, Evidence, Machine
+from asyncvmm.machine.choose import make_machine, trace_exits
+from asyncvmm.plan import make_plan
+from asyncvmm.timing.profiles import GuestBootProfile
+from asyncvmm.timing.timeline import Timeline
+from asyncvmm.timing.vm_timing import VmTiming, boot_timing
+from asyncvmm.watch import GuestWatch
+
+if TYPE_CHECKING:
+    from asyncvmm.machine.kvm.trace import ExitTrace
+
+State = Literal["new", "starting", "booting", "ready", "paused", "stopped", "failed"]
+
+BOOT_ATTEMPTS = 3
+"""Tries before contention for the host's resources counts as failure."""
+
+_RETRY_PAUSE_S = 0.2
+_ORDINARY_ENDS = ("shutdown", "reset", "debug-exit")
+
+
+class GuestFacts(TypedDict):
+    """The evidence every GuestError carries; see errors.GuestError."""
+
+    reason: str
+    last_exit: str | None
+    rip: int | None
+    exits: ExitStatistics | None
+    phases: Mapping[str, int]
+    serial_tail: bytes
+    state: str
+
+
+class VM:
+    """One microVM. ``boot`` starts it and returns when the guest is ready; ``stop`` (or leaving the block) frees it.
+
+    ``events`` is its EventHub, ``console`` its Console, ``config`` what was asked for, ``name`` the ``vm`` of events.
+    """
+
+    def __init__(self, config: VMConfig | None = None) -> None:
+        self.config = config or VMConfig()
+        self.name = self.config.name or secrets.token_hex(4)
+        self.events = EventHub()
+        self.console = Console(self._write_console)
+        self.timeline = Timeline()
+        self.timing: VmTiming | None = None
+        self._epoch_ns = time.time_ns() - (time.monotonic_ns() - self.timeline.start_ns)
+        self._state: State = "new"
+        self._machine: Machine | None = None
+        self._watch = self._new_watch()
+        self._sinks: list[JsonLines] = []
+        self._attempt = 0
+        self._published_phases = 0
+        self._stopping = anyio.Lock()
+        self._freed = False
+
+    # -- what can be asked -----------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> State:
+        """Where the VM is in its life."""
+        return self._state
+
+    @property
+    def accel(self) -> AccelName | None:
+        """The machine underneath, ``kvm`` or ``qemu``; None before it is chosen."""
+        return self._machine.accel if self._machine else None
+
+    @property
+    def exits(self) -> ExitStatistics | None:
+        """Exits to userspace so far, by reason and address; None where the machine cannot tell."""
+        return self._machine.exits() if self._machine else None
+
+    @property
+    def guest_profile(self) -> GuestBootProfile:
+        """The guest's boot stages recorded so far."""
+        return self._watch.contract.profile
+
+    # -- what can be done ------------------------------------------------------------------------------------------
+
+    def stream_to(self, target: Target) -> JsonLines:
+        """Write every event from now on as JSON lines to ``target`` (see events.outputs). Closed with the VM.
+
+        Raises ConfigError if the target cannot be opened.
+        """
+        sink = JsonLines(target, self.name, self._epoch_ns)
+        self.events.attach(sink.publish)
+        self._sinks.append(sink)
+        return sink
+
+    async def boot(self) -> VmTiming:
+        """Start the guest; returns when it says READY.
+
+        Raises ConfigError or HostError before anything is started, MachineError if the machine fails, BootError with
+        the evidence if the guest does not become ready. Cancelled or failed, it leaves nothing behind.
+        """
+        if self._state != "new":
+            raise StateError("boot", expected="a new VM", state=self._state)
+        self._go("starting")
+        try:
+            return await self._boot()
+        except AsyncVMMError as error:
+            await self._fail(error)
+            raise
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def pause(self) -> None:
+        """Stop every vCPU. Raises StateError unless the VM is ready."""
+        self._require("ready")
+        assert self._machine is not None
+        await self._machine.pause()
+        self._go("paused")
+
+    async def resume(self) -> None:
+        """Let the vCPUs run on. Raises StateError unless the VM is paused."""
+        self._require("paused")
+        assert self._machine is not None
+        await self._machine.resume()
+        self._go("ready")
+
+    async def shutdown(self, timeout_s: float = 30.0) -> None:
+        """Ask the guest to power off, wait ``timeout_s`` seconds for it at the most, then stop it in any case."""
+        if self._machine is not None and self._state == "ready" and not self.events.stopped.done:
+            with anyio.move_on_after(timeout_s):
+                await self._ask_to_power_off(self._machine)
+                await self.events.stopped
+        await self.stop()
+
+    async def stop(self) -> None:
+        """End the guest at once and free everything. May be called again, and from any state."""
+        with anyio.CancelScope(shield=True):
+            async with self._stopping:
+                await self._stop("stopped")
+
+    def trace_exits(self, capacity: int = 4096) -> ExitTrace:
+        """An async iterator over every exit from now on (TracedExit), for debugging; it slows the guest.
+
+        Raises StateError unless the VM runs on KVM.
+        """
+        return trace_exits(self._machine, capacity)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    # -- booting ---------------------------------------------------------------------------------------------------
+
+    async def _boot(self) -> VmTiming:
+        choice = await self._choose()
+        for attempt in range(BOOT_ATTEMPTS):
+            self._attempt = attempt
+            try:
+                return await self._attempt_boot(choice)
+            except AsyncVMMError as error:
+                self._publish_phases()
+                if not getattr(error, "retryable", False) or attempt == BOOT_ATTEMPTS - 1:
+                    raise
+                await self._discard_machine()
+                await anyio.sleep(_RETRY_PAUSE_S * (attempt + 1))
+        raise AssertionError("unreachable")
+
+    async def _choose(self) -> AccelChoice:
+        with self.timeline.phase("accel"):
+            choice = await choose_accel(self.config.accel)
+        if self.events.listening:
+            self.events.publish(choice.event(self._now()))
+        return choice
+
+    async def _attempt_boot(self, choice: AccelChoice) -> VmTiming:
+        first_phase = len(self.timeline.phases)
+        with self.timeline.phase("setup"):
+            plan = await anyio.to_thread.run_sync(make_plan, self.config, self.name, choice.accel, choice.tsc_khz)
+        self._watch = self._new_watch()
+        self._machine = make_machine(choice, plan, self.timeline, self._watch.take)
+        with self.timeline.phase("boot"):
+            await self._machine.start()
+            if self._state == "starting":
+                self._go("booting")
+            with self.timeline.phase("boot_wait"):
+                await self._wait_ready(self._machine)
+        self.timing = timing = boot_timing(self.timeline.phases[first_phase:], choice.accel, self._attempt)
+        self._go("ready")
+        self._publish_phases()
+        if self.events.listening:
+            self.events.publish(VmTimingEvent.of(self._now(), timing))
+        return timing
+
+    async def _wait_ready(self, machine: Machine) -> None:
+        """Until READY; the guest is given up when it shows no life for a while, or when its time is over."""
+        deadline = anyio.current_time() + self.config.boot_timeout_s
+        seen = -1
+        while (left := deadline - anyio.current_time()) > 0:
+            with anyio.move_on_after(min(left, self.config.stall_timeout_s)) as waited:
+                await self.events.ready
+                return
+            progress = machine.progress()
+            if waited.cancelled_caught and progress == seen and left > self.config.stall_timeout_s:
+                raise await self._unready(machine, "stalled", f"no sign of life for {self.config.stall_timeout_s:g} s")
+            seen = progress
+        raise await self._unready(machine, "timeout", f"not ready within {self.config.boot_timeout_s:g} s")
+
+    async def _unready(self, machine: Machine, reason: str, found: str) -> BootError:
+        evidence = await machine.evidence()
+        return BootError("boot", expected="READY", found=found, **self._facts(reason, evidence))
+
+    def _facts(self, reason: str, evidence: Evidence) -> GuestFacts:
+        return {
+            "reason": reason,
+            "last_exit": evidence.last_exit,
+            "rip": evidence.rip,
+            "exits": self.exits,
+            "phases": self.timeline.durations(),
+            "serial_tail": self.console.tail,
+            "state": self._state,
+        }
+
+    # -- the guest's end -------------------------------------------------------------------------------------------
+
+    def _on_stop(self, stopped: Stopped) -> None:
+        """The guest will not run again. Before READY that is a BootError, after it mostly an ordinary end."""
+        evidence = Evidence(stopped.last_exit, stopped.rip)
+        facts = self._facts(stopped.reason, evidence)
+        found = f"{stopped.reason} ({stopped.detail})" if stopped.detail else stopped.reason
+        if stopped.reason == "debug-exit":
+            found = f"debug exit with {stopped.code}"
+        self.console.end()
+        if not self.events.ready.done:
+            self._end_events(BootError("boot", expected="READY", found=found, **facts))
+        elif stopped.reason in _ORDINARY_ENDS:
+            self._go("stopped")
+            self.events.close(stopped.reason)
+        else:
+            self._go("failed")
+            self._end_events(GuestStopped("guest", expected="an orderly end", found=found, **facts))
+
+    def _end_events(self, error: GuestError) -> None:
+        if self.events.listening:
+            self.events.publish(VmError.of(self._now(), error))
+        self.events.fail(error)
+
+    async def _ask_to_power_off(self, machine: Machine) -> None:
+        """By PID 1's control line if it is there, which always listens; else by the power button."""
+        if self._watch.contract.profile.command_loop_ns is not None:
+            await machine.write("control", b"poweroff\n")
+        else:
+            await machine.request_shutdown()
+
+    async def _fail(self, error: AsyncVMMError) -> None:
+        with anyio.CancelScope(shield=True):
+            async with self._stopping:
+                if not self.events.stopped.done:
+                    if self.events.listening:
+                        self.events.publish(VmError.of(self._now(), error))
+                    self.events.fail(error)
+                await self._stop("failed")
+
+    async def _stop(self, final: Literal["stopped", "failed"]) -> None:
+        if self._freed:
+            return
+        self._freed = True
+        if self._machine is not None:
+            await self._machine.stop()
+        self._publish_phases()
+        if self._state not in ("stopped", "failed"):
+            self._go(final)
+        self.console.end()
+        self.events.close()
+        for sink in self._sinks:
+            await sink.aclose()
+
+    async def _discard_machine(self) -> None:
+        if self._machine is not None:
+            with anyio.CancelScope(shield=True):
+                await self._machine.stop()
+            self._machine = None
+
+    # -- small things ----------------------------------------------------------------------------------------------
+
+    async def _write_console(self, data: bytes) -> None:
+        if self._machine is None or self._state not in ("booting", "ready"):
+            raise StateError("console input", expected="a running guest", state=self._state)
+        await self._machine.write("console", data)
+
+    def _new_watch(self) -> GuestWatch:
+        return GuestWatch(
+            self.events, self.console, self.timeline, self._on_stop, serial_lines=self.config.serial_lines
+        )
+
+    def _now(self) -> int:
+        return self.timeline.clock() - self.timeline.start_ns
+
+    def _require(self, state: State) -> None:
+        if self._state != state:
+            raise StateError("VM", expected=f"state {state}", state=self._state)
+
+    def _go(self, state: State) -> None:
+        previous, self._state = self._state, state
+        if self.events.listening:
+            self.events.publish(VmState(self._now(), state, previous))
+
+    def _publish_phases(self) -> None:
+        phases = self.timeline.phases[self._published_phases :]
+        self._published_phases = len(self.timeline.phases)
+        if self.events.listening:
+            for phase in phases:
+                self.events.publish(PhaseEnded.of(phase, self.timeline.start_ns, self._attempt))
