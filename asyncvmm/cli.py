@@ -80,7 +80,7 @@ def boot(jsonl: str | None, **asked: Any) -> None:
 @vm_options
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 @click.pass_context
-def run(ctx: click.Context, jsonl: str | None, command: tuple[str, ...], **asked: Any) -> None:
+def run(ctx: click.Context, /, jsonl: str | None, command: tuple[str, ...], **asked: Any) -> None:
     """Run COMMAND as the guest's workload: its output on stdout, its exit code as ours."""
     from asyncvmm.commands import run as run_workload
 

@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 
 import anyio
+import anyio.to_thread
 import orjson
 
 from asyncvmm.config import VMConfig
 from asyncvmm.console import ConsoleReader
-from asyncvmm.events.types import GuestPreExec
+from asyncvmm.events.types import GuestExit, GuestPreExec
 from asyncvmm.vm import VM
 
 
@@ -27,42 +28,32 @@ async def boot(config: VMConfig, jsonl: str | None) -> None:
 
 async def run(config: VMConfig, jsonl: str | None) -> int:
     """``asyncvmm run``: the workload's console output on stdout; gives its exit code."""
-    async with VM(config) as vm, anyio.create_task_group() as tasks:
+    async with VM(config) as vm:
         if jsonl is not None:
             vm.stream_to(jsonl)
         output = WorkloadOutput(vm)
         await vm.boot()
-        tasks.start_soon(output.copy)
+        await vm.events.pre_exec
+        async for chunk in output.reader:
+            await anyio.to_thread.run_sync(_write_out, chunk)
         code = await vm.events.exit
-        output.finish()
         await vm.shutdown()
-        return code
+    return code
 
 
 class WorkloadOutput:
-    """The console from ``workload-pre-exec`` to ``workload-exit``, copied to stdout."""
+    """The console from ``workload-pre-exec`` to ``workload-exit``, as an iterator (``reader``)."""
 
     def __init__(self, vm: VM) -> None:
-        self._reader: ConsoleReader | None = None
         self._vm = vm
-        self._detach = vm.events.attach(self._on_event)
+        self.reader = ConsoleReader(0)
+        vm.events.attach(self._on_event)
 
     def _on_event(self, event: object) -> None:
         if isinstance(event, GuestPreExec):
-            self._reader = self._vm.console.subscribe()
-
-    async def copy(self) -> None:
-        """Copy what comes, until the console ends."""
-        await self._vm.events.pre_exec
-        assert self._reader is not None
-        async for chunk in self._reader:
-            await anyio.to_thread.run_sync(_write_out, chunk)
-
-    def finish(self) -> None:
-        """The workload has ended: what has come by now is all of it."""
-        self._detach()
-        assert self._reader is not None
-        self._reader.end()
+            self.reader = self._vm.console.subscribe()
+        elif isinstance(event, GuestExit):
+            self.reader.end()
 
 
 def _write_out(chunk: bytes) -> None:

@@ -6,6 +6,7 @@ Source: struct kvm_run in Documentation/virt/kvm/api.rst, section 5. Offsets are
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 
 import attrs
 
@@ -176,7 +177,7 @@ def _decode_internal_error(run: memoryview) -> InternalErrorExit:
     return InternalErrorExit(suberror, bytes(run[_INTERNAL_DATA + 9 : _INTERNAL_DATA + 9 + size]))
 
 
-_DECODERS = {
+_DECODERS: dict[int, Callable[[memoryview], Exit]] = {
     KVM_EXIT_IO: _decode_io,
     KVM_EXIT_HLT: lambda run: HltExit(),
     KVM_EXIT_MMIO: _decode_mmio,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
+from typing import Any
 
 from asyncvmm.effects import ExitCount, ExitStatistics
 
@@ -39,7 +40,7 @@ class PortCounter(Counter):
 
     __slots__ = ("access", "lock", "offset")
 
-    def __init__(self, access: Callable[..., int | None], offset: int, lock: AbstractContextManager[object]) -> None:
+    def __init__(self, access: Callable[..., Any], offset: int, lock: AbstractContextManager[object]) -> None:
         super().__init__()
         self.access = access
         self.offset = offset
