@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import uvloop
@@ -109,32 +110,48 @@ def test_no_item_and_no_wake_up_is_lost_between_threads_and_the_loop(
         assert [number for who, number in received if who == poster] == list(range(each))
 
 
+@pytest.fixture
+def frequent_thread_switches() -> Iterator[None]:
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(usual)
+
+
 @with_either_loop
-def test_each_item_of_a_ping_pong_wakes_a_sleeping_loop(new_loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
+@pytest.mark.usefixtures("frequent_thread_switches")
+def test_threads_that_wait_for_each_answer_never_meet_a_loop_left_asleep(
+    new_loop: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
+    posters, rounds = 3, 1000
+    answers = [threading.Semaphore(0) for _ in range(posters)]
+    answered = 0
+
     async def main() -> None:
-        loop, answered = asyncio.get_running_loop(), threading.Semaphore(0)
-        rounds, seen = 2000, list[int]()
-        done = asyncio.Event()
+        loop, done = asyncio.get_running_loop(), asyncio.Event()
 
         def drain() -> None:
-            for number in mailbox.drain():
-                seen.append(number)
-                answered.release()
-            if len(seen) == rounds:
+            nonlocal answered
+            for poster in mailbox.drain():
+                answers[poster].release()
+                answered += 1
+            if answered == posters * rounds:
                 done.set()
 
         mailbox: Mailbox[int] = Mailbox(lambda: loop.call_soon_threadsafe(drain))
 
-        def post() -> None:
-            for number in range(rounds):
-                mailbox.post(number)
-                assert answered.acquire(timeout=60)
+        def post(poster: int) -> None:
+            for _ in range(rounds):
+                mailbox.post(poster)
+                if not answers[poster].acquire(timeout=30):
+                    return
 
-        thread = threading.Thread(target=post)
-        thread.start()
-        await asyncio.wait_for(done.wait(), 60)
-        thread.join()
-        assert seen == list(range(rounds))
+        threads = [threading.Thread(target=post, args=(poster,)) for poster in range(posters)]
+        for thread in threads:
+            thread.start()
+        await asyncio.wait_for(done.wait(), 30)
+        for thread in threads:
+            thread.join()
 
     with asyncio.Runner(loop_factory=new_loop) as runner:
         runner.run(main())

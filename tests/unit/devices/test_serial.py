@@ -138,6 +138,14 @@ def test_a_feed_beyond_the_backlog_is_cut_and_room_is_told_when_it_has_emptied(w
     assert wires.rooms == 1
 
 
+def test_a_feed_that_fits_does_not_cancel_the_call_an_earlier_one_waits_for(wires: Wires) -> None:
+    wires.port.feed(bytes(BACKLOG_SIZE + 1))
+    wires.port.read(RBR)
+    assert wires.port.feed(b"a") == 1
+    wires.receive()
+    assert wires.rooms == 1
+
+
 def test_a_feed_that_fits_asks_for_no_room_call(wires: Wires) -> None:
     wires.port.feed(b"abc")
     assert wires.receive() == b"abc"
@@ -235,6 +243,29 @@ def test_a_driver_that_never_reads_iir_gets_an_edge_per_fill(wires: Wires) -> No
     wires.levels.clear()
     wires.send(b"a")
     assert wires.levels == [False, True]
+
+
+def test_switching_fifos_off_ends_a_fifo_burst(wires: Wires) -> None:
+    wires.port.write(FCR, 0x01)
+    wires.port.write(IER, 0x02)
+    wires.send(b"a")
+    wires.port.write(FCR, 0x00)
+    wires.levels.clear()
+    wires.send(b"b")
+    assert wires.levels == [False, True]
+
+
+def test_a_burst_goes_on_after_a_restore_until_lsr_is_read(wires: Wires) -> None:
+    wires.port.write(FCR, 0x01)
+    wires.port.write(IER, 0x02)
+    wires.send(b"a")
+    restored = Wires(wires.port.state())
+    restored.send(b"b")
+    assert restored.levels == [True]
+    restored = Wires(restored.port.state())
+    restored.port.read(LSR)
+    restored.send(b"c")
+    assert restored.levels == [True, False, True]
 
 
 def test_out2_does_not_gate_the_line(wires: Wires) -> None:
