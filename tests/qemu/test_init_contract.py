@@ -22,7 +22,23 @@ from asyncvmm.guest.image import Image, find_image
 
 TIMEOUT_S = 120
 CMDLINE = "console=ttyS0 quiet 8250.nr_uarts=1 panic=-1"
-MACHINE = "qemu-system-x86_64 -M q35 -accel tcg -cpu max -m 256 -nodefaults -nographic -no-reboot".split()
+MACHINE = [
+    *("qemu-system-x86_64", "-M", "q35", "-accel", "tcg", "-cpu", "max", "-m", "256"),
+    *("-nodefaults", "-nographic", "-no-reboot"),
+]
+    "qemu-system-x86_64",
+    "-M",
+    "q35",
+    "-accel",
+    "tcg",
+    "-cpu",
+    "max",
+    "-m",
+    "256",
+    "-nodefaults",
+    "-nographic",
+    "-no-reboot",
+]
 REALTIME_S = 1_234_567_890
 
 PROBES = {
