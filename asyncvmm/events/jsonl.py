@@ -11,7 +11,7 @@ import logging
 
 import anyio
 
-from asyncvmm.events.outputs import Target, open_output
+from asyncvmm.events.outputs import Target, WriteWatch, open_output
 from asyncvmm.events.types import Event, LogLost, to_line
 
 LIMIT = 1 << 20
@@ -40,7 +40,7 @@ class JsonLines:
         self._buffer = bytearray()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._timer: asyncio.Handle | None = None
-        self._waiting = -1
+        self._watch: WriteWatch | None = None
         self._drained: anyio.Event | None = None
         self._dead = False
         self._output = open_output(target)
@@ -57,7 +57,7 @@ class JsonLines:
             self._drop(event)
         else:
             self._buffer += line
-        if self._timer is None and self._waiting < 0:
+        if self._timer is None and self._watch is None:
             self._schedule()
 
     async def aclose(self, timeout_s: float = 1.0) -> None:
@@ -118,10 +118,9 @@ class JsonLines:
     def _wait(self) -> None:
         if self._loop is None or self._loop.is_closed():
             return
-        fd = self._output.fd
         try:
-            self._loop.add_writer(fd, self._flush)
-            self._waiting = fd
+            self._watch = WriteWatch(self._output.fd)
+            self._loop.add_reader(self._watch.fd, self._flush)
         except (OSError, ValueError):  # what epoll does not take
             self._timer = self._loop.call_later(_RETRY_S, self._flush)
 
@@ -129,9 +128,11 @@ class JsonLines:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self._waiting >= 0 and self._loop is not None and not self._loop.is_closed():
-            self._loop.remove_writer(self._waiting)
-        self._waiting = -1
+        if self._watch is not None:
+            if self._loop is not None and not self._loop.is_closed():
+                self._loop.remove_reader(self._watch.fd)
+            self._watch.close()
+            self._watch = None
 
     def _drop(self, event: Event) -> None:
         self.lost += 1

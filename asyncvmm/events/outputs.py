@@ -137,6 +137,27 @@ class SocketOutput:
         self._socket.close()
 
 
+class WriteWatch:
+    """Waits for room in ``watched`` by way of an epoll instance, whose ``fd`` turns readable then.
+
+    The loop is given this descriptor and not the watched one, since uvloop sets O_NONBLOCK on what it is given.
+    Raises OSError for what epoll does not take, as regular files.
+    """
+
+    def __init__(self, watched: int) -> None:
+        self._epoll = select.epoll()
+        try:
+            self._epoll.register(watched, select.EPOLLOUT)
+        except BaseException:
+            self._epoll.close()
+            raise
+        self.fd = self._epoll.fileno()
+
+    def close(self) -> None:
+        """Stop watching; take ``fd`` from the loop before."""
+        self._epoll.close()
+
+
 def _of_path(name: str) -> Output:
     # O_NONBLOCK: a FIFO that nobody reads is refused (ENXIO) instead of waited for. A regular file does not care.
     return FileOutput(os.open(name, _OWN_FLAGS | os.O_CREAT | os.O_TRUNC, 0o666))

@@ -6,10 +6,10 @@ within version 1. ``schema.json`` beside this file describes every line.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
-from functools import cache, lru_cache
-from typing import ClassVar, cast
+from functools import lru_cache
+from typing import ClassVar
 
 import attrs
 import orjson
@@ -293,9 +293,14 @@ def _whole_seconds(seconds: int) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
-@cache
-def _field_names(kind: Hashable) -> tuple[str, ...]:
-    return tuple(field.name for field in attrs.fields(cast("type[Event]", kind)) if field.name != "t_ns")
+_FIELDS: dict[type[Event], tuple[str, ...]] = {}
+
+
+def _field_names(kind: type[Event]) -> tuple[str, ...]:
+    names = _FIELDS.get(kind)
+    if names is None:
+        names = _FIELDS[kind] = tuple(field.name for field in attrs.fields(kind) if field.name != "t_ns")
+    return names
 
 
 def _counts(exits: ExitStatistics | None) -> dict[str, int] | None:

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from asyncvmm.events.markers import (
+    STAGES,
+    U64_MAX,
+    BootTime,
+    Heartbeat,
+    Listener,
+    Malformed,
+    Panic,
+    PreExec,
+    Ready,
+    UnknownStage,
+    WorkloadExit,
+    parse_marker,
+    parse_panic,
+)
+
+
+@given(st.sampled_from(STAGES), st.integers(0, U64_MAX))
+@example("ready", U64_MAX)
+def test_every_stage_and_every_u64_is_understood(stage: str, guest_ns: int) -> None:
+    assert parse_marker(f"BOOT_TIME:{stage}:{guest_ns}".encode()) == BootTime(stage, guest_ns)
+
+
+@pytest.mark.parametrize(
+    ("line", "marker"),
+    [
+        (b"READY", Ready()),
+        (b"workload-pre-exec", PreExec()),
+        (b"heartbeat counter=1", Heartbeat(1)),
+        (b"listener proto=tcp port=8080", Listener("tcp", 8080)),
+        (b"listener proto=tcp6 port=65535", Listener("tcp6", 65535)),
+        (b"workload-exit code=0", WorkloadExit(0)),
+        (b"workload-exit code=137", WorkloadExit(137)),
+        (b"BOOT_TIME:coffee_ready:7", UnknownStage()),
+    ],
+)
+def test_a_marker_is_understood(line: bytes, marker: object) -> None:
+    assert parse_marker(line) == marker
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"BOOT_TIME",
+        b"BOOT_TIME:ready",
+        b"BOOT_TIME:ready:",
+        b"BOOT_TIME::1",
+        b"BOOT_TIME:ready:1_000",
+        b"BOOT_TIME:ready: 1",
+        b"BOOT_TIME:ready:1 ",
+        b"BOOT_TIME:ready:+1",
+        b"BOOT_TIME:ready:-1",
+        b"BOOT_TIME:ready:0x10",
+        b"BOOT_TIME:ready:1.5",
+        b"BOOT_TIME:ready:1:2",
+        b"BOOT_TIME:ready:nan",
+        "BOOT_TIME:ready:١٢".encode(),
+        b"BOOT_TIME:ready:18446744073709551616",
+        b"BOOT_TIME:ready:" + b"9" * 5000,
+        b"BOOT_TIME:ready:12\0",
+        b"BOOT_TIMEready12",
+        b"heartbeat counter=",
+        b"heartbeat counter=99999999999999999999",
+        b"listener proto=tcp port=0",
+        b"listener proto=tcp port=65536",
+        b"listener proto=sctp port=1",
+        b"workload-exit code=256",
+        b"workload-exit code=-1",
+    ],
+)
+def test_a_malformed_marker_is_said_to_be_one_with_a_short_excerpt(line: bytes) -> None:
+    marker = parse_marker(line)
+    assert isinstance(marker, Malformed)
+    assert line.startswith(marker.excerpt)
+    assert len(marker.excerpt) <= 128
+
+
+@pytest.mark.parametrize("line", [b"", b"ready", b"READY ", b" READY", b"READY!", b"xBOOT_TIME:ready:1", b"Welcome"])
+def test_other_lines_are_none(line: bytes) -> None:
+    assert parse_marker(line) is None
+
+
+@given(
+    st.one_of(
+        st.binary(max_size=80),
+        st.binary(max_size=30).map(lambda tail: b"BOOT_TIME:ready:" + tail),
+        st.binary(max_size=30).map(lambda tail: b"heartbeat counter=" + tail),
+        st.binary(max_size=30).map(lambda tail: b"listener proto=tcp port=" + tail),
+    )
+)
+def test_no_line_raises_and_a_number_comes_only_from_ascii_digits(line: bytes) -> None:
+    marker = parse_marker(line)
+    if isinstance(marker, BootTime):
+        assert line.isascii()
+        assert line.rsplit(b":")[-1].isdigit()
+        assert marker.guest_ns <= U64_MAX
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"Kernel panic - not syncing: VFS: no root",
+        b"[    0.123456] Kernel panic - not syncing: VFS: no root",
+        b"[    0.123456][    T1] Kernel panic - not syncing: VFS: no root",
+    ],
+)
+def test_a_panic_is_seen_with_and_without_printk_time(line: bytes) -> None:
+    assert parse_panic(line) == Panic("VFS: no root")
+
+
+@pytest.mark.parametrize("line", [b"---[ end Kernel panic - not syncing: VFS ]---", b"echo Kernel panic", b""])
+def test_other_mentions_are_not_a_panic(line: bytes) -> None:
+    assert parse_panic(line) is None

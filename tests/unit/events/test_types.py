@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime
+
+import attrs
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jsonschema import Draft202012Validator, ValidationError
+
+from asyncvmm.effects import ExitCount, ExitStatistics
+from asyncvmm.errors import BootError, KernelError, KvmIoctlError
+from asyncvmm.events import types
+from asyncvmm.events.lines import Line
+from asyncvmm.events.schema import schema, schema_text
+from asyncvmm.events.types import EVENTS, Event, to_line
+from asyncvmm.timing.timeline import Phase
+from asyncvmm.timing.vm_timing import VmTiming
+
+EPOCH_NS = 1_763_692_533_123_456_789
+VALIDATOR = Draft202012Validator(schema())
+
+BOOT_ERROR = BootError(
+    "the guest panicked",
+    reason="panic",
+    last_exit="IO",
+    rip=0xFFFFFFFF81000000,
+    exits=ExitStatistics({"IO": ExitCount(3, 300, 200)}, {}),
+    phases={"memory": 12},
+    serial_tail=b"Kernel panic \xff",
+    expected="READY",
+    found="a panic",
+    state="booting",
+)
+
+SAMPLES: list[Event] = [
+    types.VmState(1, "booting", "new"),
+    types.VmState(0, "new"),
+    types.AccelProbe(2, "qemu", "auto", "slow", "3.1 MIPS is below 20", True, True, 12, 3.1, 45.5, "7.2.9"),
+    types.AccelProbe(2, "kvm"),
+    types.PhaseEnded.of(Phase("memory", 105, 125, "setup", True), 100, attempt=1),
+    types.GuestBootTime(3, "ready", (1 << 64) - 1),
+    types.GuestReady(4),
+    types.GuestPreExec(5),
+    types.GuestHeartbeat(6, 1),
+    types.GuestListener(7, "tcp", 8080),
+    types.GuestExit(8, 137),
+    types.SerialLine.of(9, "console", Line(b"\xffhello", 9, True)),
+    types.VmTimingEvent.of(10, VmTiming(setup_ms=1, boot_ms=2, boot_retries=0)),
+    types.VmError.of(11, BOOT_ERROR),
+    types.VmError.of(12, KernelError("the kernel", expected=4096, found=12)),
+    types.VmError.of(13, KvmIoctlError("KVM_RUN", 14, "Bad address")),
+    types.LogLost(14, 3),
+]
+
+
+def parsed(event: Event) -> dict[str, object]:
+    line = to_line(event, "a1b2", EPOCH_NS)
+    assert line.endswith(b"\n")
+    assert line.count(b"\n") == 1
+    record = orjson.loads(line)
+    assert isinstance(record, dict)
+    return record
+
+
+@pytest.mark.parametrize("event", SAMPLES, ids=lambda event: event.event)
+def test_every_line_keeps_to_the_schema(event: Event) -> None:
+    record = parsed(event)
+    VALIDATOR.validate(record)
+    assert list(record)[:5] == ["v", "ts", "t_ns", "vm", "event"]
+    assert None not in record.values()
+
+
+def test_every_kind_of_event_has_a_sample_here() -> None:
+    assert {event.event for event in SAMPLES} == set(EVENTS)
+
+
+def test_the_schema_is_one_and_names_the_fields_of_every_class() -> None:
+    Draft202012Validator.check_schema(schema())
+    definitions = schema()["$defs"]
+    assert set(definitions) == set(EVENTS) == set(schema()["properties"]["event"]["enum"])
+    for name, kind in EVENTS.items():
+        fields = {field.name for field in attrs.fields(kind)} - {"t_ns"}
+        assert set(definitions[name]["properties"]) == fields, name
+        required = {field.name for field in attrs.fields(kind) if field.default is attrs.NOTHING} - {"t_ns"}
+        assert required <= set(definitions[name]["required"]), name
+    assert orjson.loads(schema_text()) == schema()
+
+
+def test_the_schema_allows_more_fields_and_refuses_wrong_ones() -> None:
+    record = parsed(types.GuestBootTime(3, "ready", 5))
+    VALIDATOR.validate({**record, "new_in_a_later_release": 1})
+    for wrong in ({"stage": "lunch"}, {"guest_ns": -1}, {"v": 2}, {"event": "guest.bot_time"}, {"ts": "yesterday"}):
+        with pytest.raises(ValidationError):
+            VALIDATOR.validate({**record, **wrong})
+
+
+def test_the_design_example_comes_out_as_written() -> None:
+    epoch_ns = int(datetime(2026, 11, 21, 2, 25, 33, tzinfo=UTC).timestamp()) * 10**9 + 123_456_789 - 184_250_331
+    assert to_line(types.GuestBootTime(184_250_331, "mounts_done", 31_250_110), "a1b2", epoch_ns) == (
+        b'{"v":1,"ts":"2026-11-21T02:25:33.123456Z","t_ns":184250331,"vm":"a1b2","event":"guest.boot_time",'
+        b'"stage":"mounts_done","guest_ns":31250110}\n'
+    )
+
+
+@given(st.integers(0, 4 * 10**18))
+def test_a_timestamp_is_the_wall_clock_cut_to_microseconds(wall_ns: int) -> None:
+    text = types.timestamp(wall_ns)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", text)
+    moment = datetime.fromisoformat(text)
+    assert int(moment.timestamp()) == wall_ns // 10**9
+    assert moment.microsecond == wall_ns % 10**9 // 1000
+
+
+@given(st.text(st.characters(), max_size=50) | st.just("/boot/\udcff"), st.binary(max_size=50))
+def test_no_text_keeps_a_line_from_coming(text: str, raw: bytes) -> None:
+    error = BootError(text, reason="panic", serial_tail=raw, found=text)
+    VALIDATOR.validate(parsed(types.VmError.of(1, error)))
+
+
+def test_a_phase_counts_from_the_start_of_its_vm() -> None:
+    event = types.PhaseEnded.of(Phase("memory", 105, 125), 100)
+    assert (event.start_ns, event.duration_ns, event.t_ns) == (5, 20, 25)
+
+
+def test_an_error_carries_its_evidence() -> None:
+    record = parsed(types.VmError.of(11, BOOT_ERROR))
+    assert record["kind"] == "BootError"
+    assert record["rip"] == "0xffffffff81000000"
+    assert record["exits"] == {"IO": 3}
+    assert record["serial_tail"] == "Kernel panic \ufffd"
