@@ -58,7 +58,7 @@ def build_image(
         raise ConfigError("modules", expected="a kernel to go with them", found="none")
     with store.locked() as images, tempfile.TemporaryDirectory(prefix="asyncvmm-image-") as scratch:
         apt = Apt(Path(scratch), report) if has_apt() else None
-        source = given_kernel(kernel, modules) if kernel else default_kernel(apt)
+        source = given_kernel(kernel, modules) if kernel else default_kernel(apt, report)
         return _build(images, name, source, find_busybox(apt), report)
 
 

@@ -47,9 +47,7 @@ class Module:
     data: bytes = attrs.field(repr=lambda data: f"<{len(data)} bytes>")
 
 
-def collect_modules(
-    directory: Path, wanted: Sequence[tuple[str, int | None]] = WANTED
-) -> list[Module]:
+def collect_modules(directory: Path, wanted: Sequence[tuple[str, int | None]] = WANTED) -> list[Module]:
     """The wanted modules found anywhere under ``directory``, each behind what it depends on.
 
     Raises ImageError if the directory or a module cannot be read.

@@ -61,8 +61,11 @@ def given_kernel(kernel: Path, modules: Path | None) -> KernelSource:
     return KernelSource(identity, lambda: files)
 
 
-def default_kernel(apt: Apt | None) -> KernelSource:
-    """The distribution's cloud kernel, else the host's own. Raises ImageError naming all that was tried."""
+def default_kernel(apt: Apt | None, report: Callable[[str], None]) -> KernelSource:
+    """The distribution's cloud kernel, else, with a word to ``report``, the host's own.
+
+    Raises ImageError naming all that was tried.
+    """
     tried = []
     attempts: tuple[Callable[[], KernelSource], ...] = (lambda: _packaged_kernel(apt), _host_kernel)
     for attempt in attempts:
@@ -70,6 +73,7 @@ def default_kernel(apt: Apt | None) -> KernelSource:
             return attempt()
         except ImageError as error:
             tried.append(str(error))
+            report(str(error))
     raise ImageError("no kernel for the image", expected="apt, or a readable host kernel", found="; ".join(tried))
 
 

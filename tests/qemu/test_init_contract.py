@@ -26,19 +26,6 @@ MACHINE = [
     *("qemu-system-x86_64", "-M", "q35", "-accel", "tcg", "-cpu", "max", "-m", "256"),
     *("-nodefaults", "-nographic", "-no-reboot"),
 ]
-    "qemu-system-x86_64",
-    "-M",
-    "q35",
-    "-accel",
-    "tcg",
-    "-cpu",
-    "max",
-    "-m",
-    "256",
-    "-nodefaults",
-    "-nographic",
-    "-no-reboot",
-]
 REALTIME_S = 1_234_567_890
 
 PROBES = {

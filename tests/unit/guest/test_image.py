@@ -111,4 +111,4 @@ def test_modules_without_a_kernel_are_refused(tmp_path: Path) -> None:
 )
 def test_without_apt_and_without_a_host_kernel_the_error_names_all_that_was_tried() -> None:
     with pytest.raises(ImageError, match=r"apt-get.*; .*/boot/vmlinuz-"):
-        default_kernel(None)
+        default_kernel(None, print)
