@@ -33,6 +33,8 @@ LOW_RAM_END = 0x9FC00
 RSDP_ADDRESS = 0xE0000
 ACPI_AREA_END = 0xF0000
 MP_TABLE_ADDRESS = 0xF0000
+RESET_VECTOR = 0xFFFF0
+"""F000:FFF0, where a restart that does not know better jumps to in real mode."""
 BIOS_AREA_END = 0x100000
 
 KERNEL_ADDRESS = 0x100000

@@ -27,6 +27,7 @@ from asyncvmm.x86.layout import (
     PAGE_SIZE,
     PAGE_TABLES,
     PVH_START_INFO,
+    RESET_VECTOR,
     RSDP_ADDRESS,
     ZERO_PAGE,
     MmioDevice,
@@ -37,6 +38,7 @@ from asyncvmm.x86.layout import (
 from asyncvmm.x86.mptable import mp_tables, virtio_mmio_cmdline
 from asyncvmm.x86.paging import identity_page_tables
 from asyncvmm.x86.pvh import start_info
+from asyncvmm.x86.reset_vector import reset_vector
 
 Protocol = Literal["bzimage", "pvh", "elf64"]
 
@@ -144,11 +146,11 @@ def _boot_layout(
 
 
 def _firmware_segments(vcpus: int, acpi_devices: Sequence[MmioDevice] | None) -> tuple[Segment, ...]:
-    """MP table always, ACPI tables unless ``acpi_devices`` is None."""
-    mp = Segment(MP_TABLE_ADDRESS, mp_tables(vcpus))
+    """MP table and reset vector always, ACPI tables unless ``acpi_devices`` is None."""
+    common = (Segment(MP_TABLE_ADDRESS, mp_tables(vcpus)), Segment(RESET_VECTOR, reset_vector()))
     if acpi_devices is None:
-        return (mp,)
-    return Segment(RSDP_ADDRESS, acpi_tables(vcpus, acpi_devices)), mp
+        return common
+    return Segment(RSDP_ADDRESS, acpi_tables(vcpus, acpi_devices)), *common
 
 
 def _placed(kernel: BzImage | ElfKernel, prefer_pvh: bool) -> _Placed:

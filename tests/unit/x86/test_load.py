@@ -61,7 +61,10 @@ def test_without_acpi_devices_are_named_on_the_command_line(bzimage: Build) -> N
     assert layout.cmdline == "quiet virtio_mmio.device=4K@0xc0001000:5"
     assert layout.rsdp_address is None
     assert struct.unpack_from("<Q", segment_at(layout, 0x7000), 0x70) == (0,)
-    assert [segment.address for segment in layout.segments if 0xE0000 <= segment.address < 0x100000] == [0xF0000]
+    assert [segment.address for segment in layout.segments if 0xE0000 <= segment.address < 0x100000] == [
+        0xF0000,
+        0xFFFF0,
+    ]
 
 
 def test_the_kernel_is_not_copied(bzimage: Build) -> None:

@@ -5,7 +5,7 @@ import struct
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncvmm.x86.layout import BIOS_AREA_END, MP_TABLE_ADDRESS, mmio_device
+from asyncvmm.x86.layout import MP_TABLE_ADDRESS, RESET_VECTOR, mmio_device
 from asyncvmm.x86.mptable import mp_tables, virtio_mmio_cmdline
 
 ENTRY_SIZES = {0: 20, 1: 8, 2: 8, 3: 8, 4: 8}
@@ -37,7 +37,7 @@ def test_every_vcpu_is_listed_and_the_first_one_boots(vcpus: int) -> None:
     processors = [entry for entry in entries_of(block) if entry[0] == 0]
     assert [entry[1] for entry in processors] == list(range(vcpus))
     assert [entry[3] for entry in processors] == [3] + [1] * (vcpus - 1)
-    assert MP_TABLE_ADDRESS + len(block) <= BIOS_AREA_END
+    assert MP_TABLE_ADDRESS + len(block) <= RESET_VECTOR
 
 
 def test_lines_go_to_the_ioapic_pin_of_the_same_number() -> None:
