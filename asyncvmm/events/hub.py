@@ -23,6 +23,8 @@ CAPACITY = 1024
 
 Sink = Callable[[Event], None]
 
+_MILESTONES = frozenset(kind.event for kind in (GuestReady, GuestPreExec, GuestListener, GuestExit))
+
 _log = logging.getLogger("asyncvmm.events")
 
 
@@ -54,7 +56,8 @@ class EventHub:
 
     def publish(self, event: Event) -> None:
         """Give the event to everybody who listens. Never raises, never waits."""
-        self._reach(event)
+        if event.event in _MILESTONES:
+            self._reach(event)
         for queue in self._queues:
             if queue.closed:
                 self._forget(queue)

@@ -127,10 +127,11 @@ async def test_a_pipe_that_cannot_be_opened_anew_is_polled(
     with monkeypatch.context() as patch:
         patch.setattr(os, "open", refuse)  # what another user's pipe answers
         sink = JsonLines(writer, "a1b2", EPOCH_NS)
-    os.close(writer)
     for number in range(1, 3001):
         sink.publish(beat(number))
     await asyncio.sleep(0.01)
+    assert os.get_blocking(writer)
+    os.close(writer)
     task = asyncio.create_task(read_to_end(reader))
     await sink.aclose(timeout_s=30)
     assert counters(await task) == list(range(1, 3001))
