@@ -1,0 +1,110 @@
+"""One end of a socket pair on the event loop: bounded reads from callbacks, awaited writes, a safe end."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+
+from asyncvmm.errors import MachineError, StateError
+
+READ_SIZE = 64 * 1024
+"""Most bytes one read takes, so that no peer keeps the loop from turning."""
+
+SEND_BUFFER = 1 << 20
+"""Asked for QEMU's end. It writes byte by byte, and each byte is charged with its bookkeeping (some 770 bytes): the
+usual 208 KiB hold 278 of them. The kernel cuts this down to what it allows."""
+
+
+class Channel:
+    """Our end of a socket pair; ``peer`` is the other. ``received`` counts the bytes read.
+
+    ``ended`` is set once the peer has gone. Raises MachineError when there are no descriptors left.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        try:
+            self._socket, self.peer = socket.socketpair()
+        except OSError as error:
+            raise MachineError("socket pair", expected="two free descriptors", found=error.strerror) from error
+        self._socket.setblocking(False)
+        self.peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        self._turn = asyncio.Lock()
+        self._writable: asyncio.Future[None] | None = None
+        self.received = 0
+        self.ended = False
+        self.closed = False
+
+    def watch(self, on_readable: Callable[[], object]) -> None:
+        """Call ``on_readable`` on the loop whenever there is something to read."""
+        self._loop.add_reader(self._socket, on_readable)
+
+    def read(self) -> bytes:
+        """What is there, at most READ_SIZE bytes; empty if nothing is, or nothing will ever be again (``ended``)."""
+        if self.ended or self.closed:
+            return b""
+        try:
+            data = self._socket.recv(READ_SIZE)
+        except (BlockingIOError, InterruptedError):
+            return b""
+        except ConnectionError:
+            data = b""
+        if not data:
+            self.ended = True
+            self._loop.remove_reader(self._socket)
+        self.received += len(data)
+        return data
+
+    def write_now(self, data: bytes) -> None:
+        """Send a few bytes into the empty socket, before anybody reads it."""
+        self._socket.sendall(data)
+
+    async def write(self, data: bytes) -> None:
+        """Send all of ``data``, in one piece among several writers.
+
+        Cancelled, it has sent a beginning of it. Raises StateError when the channel is closed meanwhile.
+        """
+        async with self._turn:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[self._send_some(rest) :]
+                if rest:
+                    await self._wait_writable()
+
+    def _send_some(self, data: memoryview) -> int:
+        if self.closed:
+            raise StateError("the guest's machine has ended", expected="a running machine")
+        try:
+            return self._socket.send(data)
+        except (BlockingIOError, InterruptedError):
+            return 0
+        except ConnectionError as error:
+            raise StateError("the guest's machine has ended", expected="a running machine") from error
+
+    async def _wait_writable(self) -> None:
+        future = self._writable = self._loop.create_future()
+        self._loop.add_writer(self._socket, _resolve, future)
+        try:
+            await future
+        finally:
+            self._writable = None
+            if not self.closed:
+                self._loop.remove_writer(self._socket)
+
+    def close(self) -> None:
+        """Close both ends and wake a waiting writer. May be called again."""
+        self.peer.close()
+        if self.closed:
+            return
+        self.closed = True
+        self._loop.remove_reader(self._socket)
+        self._loop.remove_writer(self._socket)
+        self._socket.close()
+        if self._writable is not None:
+            _resolve(self._writable)
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

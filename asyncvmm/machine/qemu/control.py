@@ -1,0 +1,104 @@
+"""QMP on the event loop: commands awaited by their replies, events handed on as they come."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from asyncvmm.errors import MachineError, StateError
+from asyncvmm.machine.qemu.channel import Channel
+from asyncvmm.machine.qemu.qmp import OPENING, RUN_ID, QmpDecoder, QmpEvent, QmpReply, encode_command
+
+
+class QmpControl:
+    """The conversation with one QEMU, from before it is started. ``started`` resolves when its vCPUs run.
+
+    ``on_event`` takes QEMU's events, ``on_failure`` a breach of the protocol; both on the loop.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        on_event: Callable[[QmpEvent], None],
+        on_failure: Callable[[MachineError], None],
+    ) -> None:
+        self._channel = channel
+        self._on_event = on_event
+        self._on_failure = on_failure
+        self._decoder = QmpDecoder()
+        self._ids = itertools.count(1)
+        self._replies: dict[int | str | None, asyncio.Future[Any]] = {}
+        self.has_started = False
+        self.started = self._expect(RUN_ID)
+        channel.write_now(OPENING)
+        channel.watch(self.read)
+
+    async def execute(self, name: str, arguments: Mapping[str, Any] | None = None) -> Any:
+        """Run a command; what it returns. Raises MachineError if QEMU refuses it or ends meanwhile."""
+        id_ = next(self._ids)
+        reply = self._expect(id_)
+        try:
+            await self._channel.write(encode_command(name, id_, arguments))
+            return await reply
+        except StateError as error:
+            raise MachineError(f"QMP {name}", expected="a reply", found="QEMU has ended") from error
+        finally:
+            self._replies.pop(id_, None)
+
+    def ask(self, name: str, on_answer: Callable[[Any], None]) -> None:
+        """Run a command from a callback. ``on_answer`` takes what it returns; a refusal goes unheard."""
+        id_ = next(self._ids)
+
+        def answered(reply: asyncio.Future[Any]) -> None:
+            self._replies.pop(id_, None)
+            if not reply.cancelled() and reply.exception() is None:
+                on_answer(reply.result())
+
+        self._expect(id_).add_done_callback(answered)
+        try:
+            self._channel.write_now(encode_command(name, id_))
+        except OSError:
+            self._replies[id_].cancel()
+
+    def read(self) -> bool:
+        """Take in what QEMU has said, a bounded piece of it; whether there was any."""
+        data = self._channel.read()
+        try:
+            for message in self._decoder.feed(data):
+                if isinstance(message, QmpEvent):
+                    self._on_event(message)
+                elif isinstance(message, QmpReply):
+                    self._settle(message)
+        except MachineError as error:
+            self.close(error)
+            self._on_failure(error)
+            return False
+        return bool(data)
+
+    def close(self, error: MachineError | None = None) -> None:
+        """End the conversation; whoever waits for a reply gets ``error``. May be called again."""
+        self._channel.close()
+        for reply in self._replies.values():
+            if not reply.done():
+                reply.set_exception(error or MachineError("QMP", expected="a reply", found="QEMU has ended"))
+                reply.exception()  # counts as seen: there may be nobody left to await it
+        self._replies.clear()
+
+    def _expect(self, id_: int | str) -> asyncio.Future[Any]:
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._replies[id_] = future
+        return future
+
+    def _settle(self, reply: QmpReply) -> None:
+        if reply.id == RUN_ID and reply.error is None:
+            self.has_started = True
+        future = self._replies.get(reply.id)
+        if future is None or future.done():
+            return
+        if reply.error is None:
+            future.set_result(reply.value)
+        else:
+            future.set_exception(MachineError("QMP", expected="success", found=reply.error))
+            future.exception()  # counts as seen: the one who asked may have been cancelled

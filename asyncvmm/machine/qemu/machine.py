@@ -1,0 +1,282 @@
+"""The QEMU machine: a guest in a QEMU child, its serial lines and QMP on inherited socket pairs.
+
+Everything arrives in callbacks of the event loop: there is no task, thread or timer to be cancelled, and the child is
+never waited for by polling. The guest's effects may come before ``start`` has returned.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from asyncvmm.effects import Effect, Port, SerialOutput, Stopped, StopReason
+from asyncvmm.errors import MachineError, StateError
+from asyncvmm.machine.base import AccelName, BootPlan, EffectSink, Evidence
+from asyncvmm.machine.qemu.binary import find_qemu
+from asyncvmm.machine.qemu.channel import Channel
+from asyncvmm.machine.qemu.child import Child, start_error
+from asyncvmm.machine.qemu.command import ChildDescriptors, QemuAccel, QemuBinary, build_command, kernel_cmdline
+from asyncvmm.machine.qemu.control import QmpControl
+from asyncvmm.machine.qemu.files import check_readable, join_initrd
+from asyncvmm.machine.qemu.qmp import QmpEvent
+from asyncvmm.machine.qemu.reasons import debug_exit_code, is_contention, reason_of_halt, reason_of_shutdown
+from asyncvmm.machine.qemu.waiting import in_thread, wait_out
+from asyncvmm.timing.timeline import Timeline
+
+DRY_READS = 8
+"""Most reads that empty the console before the control line is read; more is a guest that floods."""
+
+_State = Literal["new", "starting", "running", "ended"]
+
+
+class QemuMachine:
+    """A Machine (machine/base.py) on QEMU. ``qemu`` None finds one; ``accel`` is QEMU's own accelerator."""
+
+    accel: AccelName = "qemu"
+
+    def __init__(
+        self,
+        plan: BootPlan,
+        timeline: Timeline,
+        on_effects: EffectSink,
+        *,
+        accel: QemuAccel = "tcg",
+        qemu: QemuBinary | None = None,
+    ) -> None:
+        self._plan = plan
+        self._timeline = timeline
+        self._on_effects = on_effects
+        self._qemu_accel = accel
+        self._qemu = qemu
+        self._state: _State = "new"
+        self._child: Child | None = None
+        self._ports: dict[Port, Channel] = {}
+        self._qmp: QmpControl | None = None
+        self._initrd: int | None = None
+        self._shutdown: StopReason | None = None
+        self._reported = False
+        self._pausing = False
+        self._child_gone: asyncio.Future[None] | None = None
+        self._received = 0
+
+    # -- the protocol ----------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Start QEMU and let the guest run. Cancelled or failed, it leaves nothing behind.
+
+        Raises KernelError, InitrdError, CmdlineError, QemuUnavailable, HostError, or MachineError, whose
+        ``retryable`` says whether the host merely was short of something.
+        """
+        if self._state != "new":
+            raise StateError("start", expected="a new machine", state=self._state)
+        self._state = "starting"
+        try:
+            with self._timeline.phase("qemu_cmd_build"):
+                qemu = await self._prepare()
+            self._require("starting")
+            with self._timeline.phase("qemu_fork"):
+                self._spawn(qemu)
+            with self._timeline.phase("qemu_qmp_connect"):
+                await self._running()
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def write(self, port: Port, data: bytes) -> None:
+        """Send bytes to the guest's serial port. Cancelled, it has sent a beginning of them. Raises StateError."""
+        self._require("running")
+        await self._ports[port].write(data)
+
+    async def pause(self) -> None:
+        """Stop every vCPU. Raises StateError or MachineError."""
+        self._pausing = True
+        await self._command("stop")
+
+    async def resume(self) -> None:
+        """Let the vCPUs run on. Raises StateError or MachineError."""
+        await self._command("cont")
+        self._pausing = False
+
+    async def request_shutdown(self) -> None:
+        """Press the ACPI power button. Raises StateError or MachineError."""
+        await self._command("system_powerdown")
+
+    async def stop(self) -> None:
+        """Kill QEMU, reap it, free everything; a cancellation is heard once that is done. May be called again."""
+        if self._child is None:
+            self._free()
+            return
+        # An end that was asked for is no news.
+        self._reported = True
+        self._child.kill()
+        if self._child_gone is not None:
+            await wait_out(self._child_gone)
+
+    def exits(self) -> None:
+        """None: QEMU keeps its exits to itself."""
+
+    async def evidence(self) -> Evidence:
+        """Nothing: QEMU does not say where its guest stands."""
+        return Evidence()
+
+    def progress(self) -> int:
+        """Serial bytes the guest has written so far."""
+        return self._received + sum(port.received for port in self._ports.values())
+
+    # -- starting --------------------------------------------------------------------------------------------------
+
+    async def _prepare(self) -> QemuBinary:
+        """Everything that can fail before there is a process."""
+        kernel_cmdline(self._plan, self._qemu_accel)
+        await in_thread(self._open_files)
+        return await in_thread(find_qemu) if self._qemu is None else self._qemu
+
+    def _open_files(self) -> None:
+        check_readable(self._plan)
+        if self._plan.appended:
+            self._initrd = join_initrd(self._plan)
+
+    def _spawn(self, qemu: QemuBinary) -> None:
+        loop = asyncio.get_running_loop()
+        qmp = Channel(loop)
+        self._qmp = QmpControl(qmp, self._on_event, self._fail)
+        control = self._ports["control"] = Channel(loop)
+        console = self._ports["console"] = Channel(loop)
+        ends = ChildDescriptors(qmp=qmp.peer.fileno(), console=console.peer.fileno(), control=control.peer.fileno())
+        command = build_command(self._plan, qemu, self._qemu_accel, ends, self._initrd_path())
+        inherited = [ends.qmp, ends.console, ends.control] + ([] if self._initrd is None else [self._initrd])
+        self._child = Child(loop, command, inherited)
+        self._child_gone = loop.create_future()
+        self._child.watch(self._on_child_end)
+        for channel in (qmp, control, console):
+            channel.peer.close()
+        self._close_initrd()
+        console.watch(self._read_console)
+        control.watch(self._read_control)
+
+    def _initrd_path(self) -> str | None:
+        if self._initrd is not None:
+            return f"/proc/self/fd/{self._initrd}"
+        return None if self._plan.initrd is None else str(self._plan.initrd)
+
+    async def _running(self) -> None:
+        """Until QEMU has taken its command line and let the vCPUs run, or has ended instead."""
+        assert self._qmp is not None
+        try:
+            await self._qmp.started
+        except MachineError:
+            if self._child is None or self._child.status is None:
+                raise
+            retryable = is_contention(self._child.status, self._child.last_words())
+            raise start_error("QEMU refused to start", self._child.describe_end(), retryable=retryable) from None
+        if self._state == "starting":
+            # Else the guest has come to its end already, as its effects say.
+            self._state = "running"
+
+    # -- what the guest writes -------------------------------------------------------------------------------------
+
+    def _read_console(self) -> None:
+        self._deliver(self._take("console"))
+
+    def _read_control(self) -> None:
+        """PID 1 drains its console before it speaks on the control line: read in that order, it stays so."""
+        effects: list[Effect] = []
+        for _ in range(DRY_READS):
+            taken = self._take("console")
+            if not taken:
+                break
+            effects += taken
+        self._deliver([*effects, *self._take("control")])
+
+    def _take(self, port: Port) -> list[SerialOutput]:
+        data = self._ports[port].read()
+        if not data:
+            return []
+        newlines = data.count(b"\n")
+        return [SerialOutput(port, data, (time.monotonic_ns(),) * newlines)]
+
+    def _deliver(self, effects: list[Effect] | list[SerialOutput]) -> None:
+        if effects:
+            self._on_effects(effects)
+
+    # -- how it ends -----------------------------------------------------------------------------------------------
+
+    def _on_event(self, event: QmpEvent) -> None:
+        if event.name == "SHUTDOWN":
+            self._shutdown = self._shutdown or reason_of_shutdown(event.data)
+        elif event.name == "GUEST_PANICKED":
+            self._shutdown = "panic"
+        elif event.name == "STOP" and not self._pausing and self._qmp is not None:
+            self._qmp.ask("query-status", self._on_halt)
+
+    def _on_halt(self, status: Mapping[str, Any]) -> None:
+        """The vCPUs stopped unasked: QEMU lives on, the guest does not."""
+        reason = reason_of_halt(status)
+        if reason is not None and self._shutdown is None:
+            self._report(reason, f"QEMU: {status.get('status')}")
+
+    def _on_child_end(self) -> None:
+        """Read what is left, say why, free everything."""
+        assert self._child is not None
+        assert self._child.status is not None
+        assert self._qmp is not None
+        # What the child left in its sockets is a few hundred KiB at the most.
+        while self._qmp.read():
+            pass
+        for port in ("console", "control"):
+            while effects := self._take(port):
+                self._deliver(effects)
+        if self._qmp.has_started:
+            self._report_end(self._child, self._child.status)
+        self._free()
+
+    def _report_end(self, child: Child, status: int) -> None:
+        code = debug_exit_code(status, child.last_words())
+        if self._shutdown is not None:
+            self._report(self._shutdown, "")
+        elif code is not None:
+            self._report("debug-exit", "", code)
+        else:
+            self._report("machine", child.describe_end())
+
+    def _report(self, reason: StopReason, detail: str, code: int | None = None) -> None:
+        if not self._reported:
+            self._reported = True
+            self._on_effects([Stopped(reason, detail, code=code, t_ns=time.monotonic_ns())])
+
+    def _fail(self, error: MachineError) -> None:
+        """QMP broke: nothing more can be said to this QEMU."""
+        self._report("machine", str(error))
+        if self._child is not None:
+            self._child.kill()
+
+    def _free(self) -> None:
+        self._state = "ended"
+        self._received = self.progress()
+        for channel in self._ports.values():
+            channel.close()
+        self._ports = {}
+        if self._qmp is not None:
+            self._qmp.close()
+        self._close_initrd()
+        if self._child_gone is not None and not self._child_gone.done():
+            self._child_gone.set_result(None)
+
+    def _close_initrd(self) -> None:
+        if self._initrd is not None:
+            os.close(self._initrd)
+            self._initrd = None
+
+    # -- small things ----------------------------------------------------------------------------------------------
+
+    async def _command(self, name: str) -> None:
+        self._require("running")
+        assert self._qmp is not None
+        await self._qmp.execute(name)
+
+    def _require(self, state: _State) -> None:
+        if self._state != state:
+            raise StateError("the guest's machine", expected=state, state=self._state)
