@@ -25,7 +25,7 @@ class SerialOutput:
     """Bytes the guest wrote to a serial port.
 
     ``newlines`` holds, for each newline in ``data``, CLOCK_MONOTONIC ns of the moment the guest wrote it (on QEMU:
-    the moment the bytes were read from its socket). ``lost`` counts bytes dropped before ``data`` because the loop
+    the moment the bytes were read from its socket). ``lost`` counts bytes dropped after ``data`` because the loop
     did not keep up.
     """
 

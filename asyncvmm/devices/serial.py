@@ -17,7 +17,7 @@ quick and must not call back into the port.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from asyncvmm.devices.serial_state import (
@@ -406,6 +406,28 @@ class Serial:
         if inputs & MSR_RI:  # TERI is the trailing edge only
             changed &= ~MSR_RI
         self._msr = inputs | (self._msr & 0x0F) | changed >> 4
+
+    # -- for a run loop that answers polled accesses itself ----------------------------------------------------------
+
+    @property
+    def constant_lsr(self) -> int | None:
+        """What every LSR read gives until the next call changes it; None if a read itself changes something."""
+        return self._lsr if self._lsr_plain else None
+
+    @property
+    def posts_writes(self) -> bool:
+        """Whether THR writes do nothing but add to the output, so that they may come later, together, by ``post``."""
+        return not (self._lcr & LCR_DLAB or self._mcr & MCR_LOOP or self._ier & IER_THRI)
+
+    def post(self, data: bytes, newline_ns: Sequence[int]) -> None:
+        """THR writes that were kept aside, with the time of each newline. ``output_pending`` is not called."""
+        room = max(0, OUTPUT_CAP - len(self._output))
+        self._output += data[:room]
+        self._lost += len(data) - min(room, len(data))
+        times = min(data.count(b"\n", 0, room), NEWLINE_CAP - len(self._newlines))
+        self._newlines += newline_ns[:times]
+        self.urgent = self.urgent or times > 0 or len(self._output) >= URGENT_BYTES
+        self._find_plain_writes()
 
     # -- the loop's side -------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ for one, so that a guest that prints byte by byte does not wake the loop's consu
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -21,10 +22,12 @@ from asyncvmm.effects import Effect, ExitStatistics, Port, Stopped
 from asyncvmm.errors import MachineError, StateError
 from asyncvmm.machine.base import AccelName, BootPlan, EffectSink, Evidence
 from asyncvmm.machine.kvm.exits import Exit
+from asyncvmm.machine.kvm.fastpath.binding import Fastpath
+from asyncvmm.machine.kvm.fastpath.binding import load as load_library
 from asyncvmm.machine.kvm.interleave import Taken, interleave
 from asyncvmm.machine.kvm.loading import load
 from asyncvmm.machine.kvm.platform import Board, Outlets, SerialPort
-from asyncvmm.machine.kvm.statistics import collect
+from asyncvmm.machine.kvm.statistics import VcpuCounters, collect, posted_counters
 from asyncvmm.machine.kvm.vm import KvmVm
 from asyncvmm.mailbox import Mailbox
 from asyncvmm.timing.timeline import Timeline
@@ -86,6 +89,8 @@ class KvmMachine:
         self._room: dict[Port, anyio.Event] = {}
         self._writing: dict[Port, anyio.Lock] = {}
         self._trace: TraceSink | None = None
+        self._fastpath: Fastpath | None = None
+        self._posted_fd = -1
 
     # -- the Machine protocol --------------------------------------------------------------------------------------
 
@@ -111,9 +116,7 @@ class KvmMachine:
                 if self._state in ("ended", "closed"):
                     raise StateError("serial input", expected="a running guest", state=self._state)
                 room = self._room[port] = anyio.Event()
-                with serial.lock:
-                    taken = serial.device.feed(data)
-                data = data[taken:]
+                data = data[serial.feed(data) :]
                 if data:
                     await room.wait()
 
@@ -153,7 +156,9 @@ class KvmMachine:
         with anyio.CancelScope(shield=True):
             if vm is not None:
                 await anyio.to_thread.run_sync(partial(_end_threads, vm))
+                self._close_fastpath()
                 self._drain()
+                self._hand_out(self._take_output())
                 self._final_exits = self.exits()
                 self._vm = None
                 await anyio.to_thread.run_sync(vm.close)
@@ -162,7 +167,7 @@ class KvmMachine:
         """The sum of all vCPUs' counters; after the end, as they stood then."""
         if self._vm is None or self._board is None:
             return self._final_exits
-        return collect((vcpu.counters for vcpu in self._vm.vcpus), self._board.bus.unmapped)
+        return collect(self._counters(), self._board.bus.unmapped)
 
     async def evidence(self) -> Evidence:
         """Pause the guest and look at vCPU 0."""
@@ -177,7 +182,7 @@ class KvmMachine:
 
     def progress(self) -> int:
         """Exits so far."""
-        return sum(vcpu.counters.total() for vcpu in self._vm.vcpus) if self._vm else 0
+        return sum(counters.total() for counters in self._counters())
 
     def trace(self, trace: TraceSink) -> None:
         """Hand every exit from now on to ``trace``, on the loop; a former one ends. Tracing slows the guest."""
@@ -187,6 +192,7 @@ class KvmMachine:
         self._trace = trace
         for vcpu in vm.vcpus:
             vcpu.trace = self._post_trace
+            vcpu.kick()
 
     def untrace(self, trace: TraceSink) -> None:
         """End what ``trace`` began, unless another took over."""
@@ -194,6 +200,12 @@ class KvmMachine:
             self._trace = None
             for vcpu in self._vm.vcpus if self._vm else ():
                 vcpu.trace = None
+
+    def _counters(self) -> list[VcpuCounters]:
+        if self._vm is None:
+            return []
+        counters = [vcpu.counters for vcpu in self._vm.vcpus]
+        return [*counters, posted_counters(self._fastpath, self._vm.tsc_khz)] if self._fastpath else counters
 
     # -- on a worker thread ----------------------------------------------------------------------------------------
 
@@ -208,10 +220,30 @@ class KvmMachine:
     def _run(self) -> None:
         assert self._vm is not None
         vm = self._vm
-        self._board = Board(self._outlets(vm))
+        self._open_fastpath()
+        self._board = Board(self._outlets(vm), self._fastpath)
         for vcpu in vm.vcpus:
-            vcpu.start(f"{self._plan.name}-vcpu{vcpu.index}", self._board.bus, self._halt)
+            vcpu.start(f"{self._plan.name}-vcpu{vcpu.index}", self._board.bus, self._halt, self._fastpath)
         self._state = "running"
+
+    def _open_fastpath(self) -> None:
+        library = load_library()
+        if library is None:
+            return
+        self._posted_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._fastpath = Fastpath(library, self._posted_fd)
+        self._loop.add_reader(self._posted_fd, self._on_posted)
+
+    def _close_fastpath(self) -> None:
+        if self._posted_fd >= 0:
+            self._loop.remove_reader(self._posted_fd)
+            os.close(self._posted_fd)
+            self._posted_fd = -1
+
+    def _on_posted(self) -> None:
+        """The native run loop has output: it rings once for the first byte and once when it has become urgent."""
+        os.eventfd_read(self._posted_fd)
+        self._hand_out(self._take_output() if self._is_urgent() else self._wait_for_newline())
 
     def _outlets(self, vm: KvmVm) -> Outlets:
         return Outlets(
@@ -237,6 +269,9 @@ class KvmMachine:
                 self._hand_trace(notice)
             else:
                 effects += [*self._take_output(), *self._end(notice)]
+        self._hand_out(effects)
+
+    def _hand_out(self, effects: Sequence[Effect]) -> None:
         if effects:
             self._on_effects(effects)
 
@@ -265,7 +300,8 @@ class KvmMachine:
 
     def _is_urgent(self) -> bool:
         assert self._board is not None
-        return self._board.console.device.urgent or self._board.control.device.urgent
+        posted = self._fastpath is not None and self._fastpath.data.urgent
+        return bool(posted) or self._board.console.device.urgent or self._board.control.device.urgent
 
     def _wait_for_newline(self) -> Sequence[Effect]:
         if self._partial is None:
@@ -274,9 +310,7 @@ class KvmMachine:
 
     def _flush_partial(self) -> None:
         self._partial = None
-        effects = self._take_output()
-        if effects:
-            self._on_effects(effects)
+        self._hand_out(self._take_output())
 
     def _take_output(self) -> Sequence[Effect]:
         """Take both ports' output. Control first: its marks then never point beyond the console's bytes."""
@@ -286,10 +320,7 @@ class KvmMachine:
         with board.control.lock:
             control = Taken(*board.control.device.take_output())
             marks, board.control_marks = board.control_marks, []
-        with board.console.lock:
-            device = board.console.device
-            first = device.taken
-            console = Taken(*device.take_output(), first=first)
+        console = board.console.take()
         return interleave(console, control, marks)
 
     def _serial(self, port: Port) -> SerialPort:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import attrs
 
-from asyncvmm.bus import Bus
+from asyncvmm.bus import Bus, ByteDevice
 from asyncvmm.devices.acpi_pm import AcpiPm
 from asyncvmm.devices.debug_exit import DebugExit
 from asyncvmm.devices.ged import Ged
@@ -19,6 +19,9 @@ from asyncvmm.devices.i8042 import I8042
 from asyncvmm.devices.rtc import Rtc
 from asyncvmm.devices.serial import Serial
 from asyncvmm.effects import Port
+from asyncvmm.machine.kvm.fastpath.binding import Fastpath
+from asyncvmm.machine.kvm.fastpath.serial import PostedSerial
+from asyncvmm.machine.kvm.interleave import Taken
 from asyncvmm.x86 import layout
 
 
@@ -43,12 +46,47 @@ class SerialPort:
     def __init__(self, name: Port, gsi: int, outlets: Outlets, clock: Callable[[], int]) -> None:
         self.name: Port = name
         self.lock = threading.Lock()
+        self.posted: PostedSerial | None = None
         self.device = Serial(
             interrupt=lambda level: outlets.irq(gsi, level),
             output_pending=lambda: outlets.output_pending(name),
             room=lambda: outlets.room(name),
             clock=clock,
         )
+
+    @property
+    def on_bus(self) -> ByteDevice:
+        """What the bus is to see."""
+        return self.posted or self.device
+
+    def post_through(self, fastpath: Fastpath, first_port: int) -> None:
+        """Let the native run loop answer this port's polled accesses."""
+        self.posted = PostedSerial(self.device, fastpath, first_port)
+
+    def transmitted(self) -> int:
+        """Bytes the guest has written so far."""
+        with self.lock:
+            self._collect()
+            return self.device.transmitted
+
+    def take(self) -> Taken:
+        """The pending output."""
+        with self.lock:
+            self._collect()
+            first = self.device.taken
+            return Taken(*self.device.take_output(), first=first)
+
+    def feed(self, data: bytes) -> int:
+        """Bytes for the guest; returns how many the port took."""
+        with self.lock:
+            taken = self.device.feed(data)
+            if self.posted is not None:
+                self.posted.publish()
+            return taken
+
+    def _collect(self) -> None:
+        if self.posted is not None:
+            self.posted.collect()
 
 
 class Board:
@@ -58,13 +96,15 @@ class Board:
     by then: so the loop can hand out both ports' bytes in the order in which the guest wrote them.
     """
 
-    def __init__(self, outlets: Outlets) -> None:
+    def __init__(self, outlets: Outlets, fastpath: Fastpath | None) -> None:
         self.bus = Bus()
         self.control_marks: list[int] = []
         self.console = SerialPort("console", layout.COM1_GSI, outlets, time.monotonic_ns)
         self.control = SerialPort("control", layout.COM2_GSI, outlets, self._mark_control_newline)
         self.ged = Ged(lambda level: outlets.irq(layout.ACPI_EVENT_GSI, level))
         self.ged_lock = threading.Lock()
+        if fastpath is not None:
+            self.console.post_through(fastpath, layout.COM1_PORT)
         self._attach(outlets)
 
     def press_power_button(self) -> None:
@@ -75,8 +115,8 @@ class Board:
     def _attach(self, outlets: Outlets) -> None:
         attach = self.bus.attach
         power = AcpiPm(shutdown=outlets.shutdown, reset=outlets.reset)
-        attach("com1", layout.COM1_PORT, layout.SERIAL_PORT_SIZE, self.console.device, self.console.lock)
-        attach("com2", layout.COM2_PORT, layout.SERIAL_PORT_SIZE, self.control.device, self.control.lock)
+        attach("com1", layout.COM1_PORT, layout.SERIAL_PORT_SIZE, self.console.on_bus, self.console.lock)
+        attach("com2", layout.COM2_PORT, layout.SERIAL_PORT_SIZE, self.control.on_bus, self.control.lock)
         attach("i8042", layout.I8042_DATA_PORT, 5, I8042(outlets.reset), threading.Lock())
         attach("rtc", layout.RTC_INDEX_PORT, 2, Rtc(time.time), threading.Lock())
         attach("debug-exit", layout.DEBUG_EXIT_PORT, 1, DebugExit(outlets.debug_exit), threading.Lock())
@@ -84,6 +124,5 @@ class Board:
         attach("ged", layout.ACPI_EVENT_PORT, 1, self.ged, self.ged_lock)
 
     def _mark_control_newline(self) -> int:
-        with self.console.lock:
-            self.control_marks.append(self.console.device.transmitted)
+        self.control_marks.append(self.console.transmitted())
         return time.monotonic_ns()

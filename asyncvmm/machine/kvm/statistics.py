@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from asyncvmm.effects import ExitCount, ExitStatistics
+from asyncvmm.machine.kvm.fastpath.binding import Fastpath
 
 MOST_ADDRESSES = 256
 """Distinct addresses counted one by one for each vCPU; a guest that touches more has the rest under ``other``."""
@@ -33,6 +34,12 @@ class Counter:
         self.total_ns += took_ns
         if took_ns > self.max_ns:
             self.max_ns = took_ns
+
+    def merge(self, other: Counter) -> None:
+        """Add another's count and times."""
+        self.count += other.count
+        self.total_ns += other.total_ns
+        self.max_ns = max(self.max_ns, other.max_ns)
 
 
 class PortCounter(Counter):
@@ -98,3 +105,18 @@ def collect(vcpus: Iterable[VcpuCounters], unmapped: int) -> ExitStatistics:
 def _merge(into: dict[str, ExitCount], key: str, counter: Counter) -> None:
     old = into.get(key, ExitCount(0, 0, 0))
     into[key] = ExitCount(old.count + counter.count, old.total_ns + counter.total_ns, max(old.max_ns, counter.max_ns))
+
+
+def posted_counters(fastpath: Fastpath, tsc_khz: int) -> VcpuCounters:
+    """What the native run loop answered, its cycles of the time-stamp counter turned into nanoseconds."""
+    counters = VcpuCounters()
+    for port in fastpath.data.port:
+        if port.count:
+            counter = Counter()
+            counter.count = port.count
+            counter.total_ns, counter.max_ns = (
+                cycles * 1_000_000 // tsc_khz for cycles in (port.cycles, port.max_cycles)
+            )
+            counters.by_address[port_label(bool(port.key & 1), port.key >> 16)] = counter
+            counters.by_reason.setdefault("IO", Counter()).merge(counter)
+    return counters

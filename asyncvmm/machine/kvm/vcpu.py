@@ -36,6 +36,7 @@ from asyncvmm.machine.kvm.exits import (
     decode,
     exit_name,
 )
+from asyncvmm.machine.kvm.fastpath.binding import Fastpath
 from asyncvmm.machine.kvm.fds import ioctl, raw_ioctl
 from asyncvmm.machine.kvm.statistics import VcpuCounters
 
@@ -61,6 +62,8 @@ class Vcpu:
             raise
         self.run = memoryview(self._map)
         self._words = self.run.cast("I")
+        self._run_address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        self._fastpath: Fastpath | None = None
         self.counters = VcpuCounters()
         self.trace: Callable[[int, int, Exit], None] | None = None
         self._order: Order = "run"
@@ -70,9 +73,20 @@ class Vcpu:
 
     # Calls from the loop, or from a worker thread on its behalf.
 
-    def start(self, name: str, bus: Bus, halt: Halt, clock: Callable[[], int] = time.monotonic_ns) -> None:
-        """Start the thread. ``halt`` is told, on that thread, of an exit the guest cannot run on after."""
+    def start(
+        self,
+        name: str,
+        bus: Bus,
+        halt: Halt,
+        fastpath: Fastpath | None = None,
+        clock: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        """Start the thread. ``halt`` is told, on that thread, of an exit the guest cannot run on after.
+
+        With ``fastpath`` the native run loop answers what it can, except while exits are traced.
+        """
         dispatcher = Dispatcher(bus, self.run, self.counters, clock)
+        self._fastpath = fastpath
         self._thread = threading.Thread(target=self._main, args=(dispatcher, halt, clock), name=name, daemon=True)
         self._thread.start()
 
@@ -162,11 +176,11 @@ class Vcpu:
 
     def _run_until_kicked(self, dispatcher: Dispatcher, clock: Callable[[], int]) -> Stopped | None:
         """Run the guest until the vCPU is kicked (None) or the guest cannot run on (why)."""
-        run, words, fd, ports = self.run, self._words, self.fd, self.counters.ports
-        kvm_run, request = raw_ioctl, int(Request.KVM_RUN)
+        run, words, ports = self.run, self._words, self.counters.ports
+        enter, arguments = self._entrance()
         while True:
-            if kvm_run(fd, request, None):
-                if self._take_kick(ctypes.get_errno()):
+            if failed := enter(*arguments):
+                if self._take_kick(ctypes.get_errno() if failed == -1 else -failed):
                     return None
                 continue
             begin = clock()
@@ -186,6 +200,12 @@ class Vcpu:
             port.total_ns += took
             if took > port.max_ns:
                 port.max_ns = took
+
+    def _entrance(self) -> tuple[Callable[..., int], tuple[int, ...]]:
+        """What enters the guest until the next kick: the native run loop, or plain KVM_RUN."""
+        if self._fastpath is None or self.trace is not None:
+            return raw_ioctl, (self.fd, int(Request.KVM_RUN), 0)
+        return self._fastpath.run, (self.fd, self._run_address, self._fastpath.address)
 
     def _slow(self, dispatcher: Dispatcher) -> Stopped | None:
         if self.trace is not None:

@@ -88,7 +88,7 @@ class KvmVm:
         """
         with self._timeline.phase("cpuid_config"):
             supported = supported_cpuid(self.system.fd)
-            tsc_khz = ioctl(self.vcpus[0].fd, Request.KVM_GET_TSC_KHZ)
+            self.tsc_khz = tsc_khz = ioctl(self.vcpus[0].fd, Request.KVM_GET_TSC_KHZ)
             for vcpu in self.vcpus:
                 entries = vcpu_cpuid(supported, vcpu=vcpu.index, vcpus=len(self.vcpus), tsc_khz=tsc_khz)
                 ioctl(vcpu.fd, Request.KVM_SET_CPUID2, cpuid_table(entries))
@@ -96,7 +96,7 @@ class KvmVm:
             for vcpu in self.vcpus:
                 _set_lint_pins(vcpu.fd)
                 _set_msrs(vcpu.fd, boot_msrs())
-            _set_boot_state(self.vcpus[0].fd, boot)
+            set_boot_state(self.vcpus[0].fd, boot)
 
     def set_irq_line(self, irq: int, level: bool) -> None:
         """KVM_IRQ_LINE: a microsecond, so the GIL is kept. Raises nothing: the GSI is ours and the VM is alive."""
@@ -154,7 +154,7 @@ def _table(table: DescriptorTable) -> KvmDtable:
     return KvmDtable(base=table.base, limit=table.limit)
 
 
-def _set_boot_state(fd: int, boot: BootCpu) -> None:
+def set_boot_state(fd: int, boot: BootCpu) -> None:
     sregs = KvmSregs()
     ioctl(fd, Request.KVM_GET_SREGS, sregs)
     for name in ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt"):

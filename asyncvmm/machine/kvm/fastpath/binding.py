@@ -1,0 +1,96 @@
+"""``fastpath.so`` through ctypes. The library ships prebuilt; ``fastpath.c`` beside it says what it does and why.
+
+Where it cannot be loaded (another architecture, a mount without exec) ``load`` gives None and vCPUs run without it:
+slower, the same in every other respect.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, Structure, byref, c_int, c_long, c_uint8, c_uint32, c_uint64, c_void_p, sizeof
+from functools import cache
+from pathlib import Path
+
+LIBRARY = Path(__file__).with_name("fastpath.so")
+
+PORTS = 4
+RING_BYTES = 65536
+MOST_NEWLINES = 2048
+
+OFF, CONSTANT_READ, POSTED_WRITE = 0, 1, 2
+
+
+class FastPort(Structure):
+    """struct port."""
+
+    _fields_ = [
+        ("key", c_uint32),
+        ("kind", c_uint32),
+        ("value", c_uint32),
+        ("unused", c_uint32),
+        ("count", c_uint64),
+        ("cycles", c_uint64),
+        ("max_cycles", c_uint64),
+    ]
+
+
+class FastpathData(Structure):
+    """struct fastpath: shared by all vCPU threads of a VM, and the loop."""
+
+    _fields_ = [
+        ("lock", c_uint32),
+        ("used", c_uint32),
+        ("newlines", c_uint32),
+        ("announced", c_uint32),
+        ("urgent", c_uint32),
+        ("event_fd", c_int),
+        ("port", FastPort * PORTS),
+        ("newline_ns", c_uint64 * MOST_NEWLINES),
+        ("ring", c_uint8 * RING_BYTES),
+    ]
+
+
+class Library:
+    """The library's functions. ``run`` releases the GIL, the others keep it: they take well under a microsecond."""
+
+    def __init__(self) -> None:
+        released, kept = ctypes.CDLL(str(LIBRARY)), ctypes.PyDLL(str(LIBRARY))
+        self.run = released.fastpath_run
+        self.run.argtypes, self.run.restype = (c_int, c_void_p, c_void_p), c_long
+        self.set = kept.fastpath_set
+        self.set.argtypes, self.set.restype = (POINTER(FastpathData), c_int, c_uint32, c_uint32, c_uint32), None
+        self.take = kept.fastpath_take
+        self.take.argtypes, self.take.restype = (POINTER(FastpathData), c_void_p, c_void_p, POINTER(c_uint32)), c_uint32
+        if kept.fastpath_size() != sizeof(FastpathData):
+            raise OSError("fastpath.so was built from another fastpath.c")
+
+
+@cache
+def load() -> Library | None:
+    """The library, loaded once a process; None where it cannot be."""
+    try:
+        return Library()
+    except OSError:
+        return None
+
+
+class Fastpath:
+    """One VM's posted port accesses. ``address`` is what the run loop takes."""
+
+    def __init__(self, library: Library, event_fd: int) -> None:
+        self._library = library
+        self.run = library.run
+        self.data = FastpathData(event_fd=event_fd)
+        self.address = ctypes.addressof(self.data)
+        self._bytes = (c_uint8 * RING_BYTES)()
+        self._newlines = (c_uint64 * MOST_NEWLINES)()
+        self._count = c_uint32()
+
+    def set(self, slot: int, key: int, kind: int, value: int = 0) -> None:
+        """Answer the accesses named ``key`` (exits.io_key) as ``kind`` says, from now on."""
+        self._library.set(byref(self.data), slot, key, kind, value)
+
+    def take(self) -> tuple[bytes, list[int]]:
+        """The bytes posted since the last call, and CLOCK_MONOTONIC ns of each newline in them."""
+        size = self._library.take(byref(self.data), self._bytes, self._newlines, byref(self._count))
+        return bytes(memoryview(self._bytes)[:size]), self._newlines[: self._count.value]
