@@ -121,6 +121,15 @@ def image_list() -> None:
 
 
 @main.command()
+@click.argument("file", type=click.Path(path_type=Path))
+def timeline(file: Path) -> None:
+    """Draw the boot that FILE (JSON lines) records."""
+    from asyncvmm.commands import timeline as draw
+
+    draw(file)
+
+
+@main.command()
 def schema() -> None:
     """Print the JSON Schema of the JSON lines."""
     from asyncvmm.commands import print_schema
