@@ -1,7 +1,8 @@
 """Kernel command lines that boot the guest image quietly. Words from Linux's kernel-parameters.txt.
 
-console: COM1. 8250.nr_uarts=1 keeps the kernel off COM2, the control line. panic=-1 resets at once, so that a panic ends
-the boot instead of hanging it; reboot=a resets by the register the ACPI tables name. quiet: each byte of console output is an exit. random.trust_cpu=on: no wait for entropy.
+console: COM1. 8250.nr_uarts=1 keeps the kernel off COM2, the control line. panic=-1 resets at once, so that a panic
+ends the boot instead of hanging it; reboot=a resets by the register that the ACPI tables name. quiet: each byte of
+console output is an exit. random.trust_cpu=on: no wait for entropy.
 """
 
 from __future__ import annotations
