@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import attrs
 
@@ -14,10 +15,10 @@ from asyncvmm.machine.kvm.abi import (
     KvmCpuidEntry2,
     Request,
 )
-from asyncvmm.machine.kvm.fds import check_extension, ioctl, open_kvm
+from asyncvmm.machine.kvm.fds import DEV_KVM, check_extension, ioctl, open_kvm
 from asyncvmm.x86.cpuid import CpuidEntry
 
-_NEEDED = (Capability.KVM_CAP_IRQCHIP, Capability.KVM_CAP_USER_MEMORY, Capability.KVM_CAP_IMMEDIATE_EXIT)
+NEEDED = (Capability.KVM_CAP_IRQCHIP, Capability.KVM_CAP_USER_MEMORY, Capability.KVM_CAP_IMMEDIATE_EXIT)
 
 
 @attrs.frozen
@@ -29,11 +30,11 @@ class KvmSystem:
     max_vcpus: int
 
     @classmethod
-    def open(cls) -> KvmSystem:
+    def open(cls, path: Path = DEV_KVM) -> KvmSystem:
         """Open /dev/kvm and check what every VM needs. Raises KvmUnavailable."""
-        fd = open_kvm()
+        fd = open_kvm(path)
         try:
-            for capability in _NEEDED:
+            for capability in NEEDED:
                 if not check_extension(fd, capability):
                     raise KvmUnavailable("KVM", expected=capability.name, found="a kernel without it")
             run_size = ioctl(fd, Request.KVM_GET_VCPU_MMAP_SIZE)

@@ -155,6 +155,7 @@ def _table(table: DescriptorTable) -> KvmDtable:
 
 
 def set_boot_state(fd: int, boot: BootCpu) -> None:
+    """KVM_SET_SREGS and KVM_SET_REGS: the state in which the vCPU starts. Raises KvmIoctlError."""
     sregs = KvmSregs()
     ioctl(fd, Request.KVM_GET_SREGS, sregs)
     for name in ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt"):

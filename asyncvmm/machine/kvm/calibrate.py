@@ -1,0 +1,179 @@
+"""Measuring KVM: how fast ring-0 code runs in a guest, and what one exit costs.
+
+/dev/kvm being there says little: nested inside another hypervisor, KVM may emulate a guest kernel instruction by
+instruction. A tiny guest times ring-0 loops, each longer than the last until one takes long enough to be measured;
+OUTs back to back give the cost of an exit.
+
+All of it happens on a thread of its own with a time limit: a KVM that never comes back costs that limit, no more.
+"""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from contextlib import closing
+from importlib.resources import files
+from itertools import pairwise
+from pathlib import Path
+
+import attrs
+
+from asyncvmm.errors import AsyncVMMError, KvmUnavailable
+from asyncvmm.machine.kvm.calibration_guest import (
+    ASK,
+    EXITS,
+    INSTRUCTIONS_PER_ROUND,
+    MARK,
+    REPORT,
+    TICKS,
+    CalibrationGuest,
+    Interrupted,
+)
+from asyncvmm.machine.kvm.fds import DEV_KVM
+
+LIMIT_S = 2.0
+"""Longest a measurement may take before its guest is stopped; it takes some tens of milliseconds."""
+
+GRACE_S = 1.0
+"""How long a stopped guest may take to come back before it is left behind."""
+
+_FIRST_ROUNDS = 250
+"""Some milliseconds where every instruction is emulated, half a microsecond on a processor."""
+_GROWTH = 20
+_MOST_ROUNDS = _FIRST_ROUNDS * _GROWTH**3
+_LONG_ENOUGH_NS = 1_000_000
+_SAMPLES = 3
+
+
+@attrs.frozen
+class KvmMeasurement:
+    """What a KVM was found to do.
+
+    ring0_mips: million ring-0 instructions a second. exit_us: microseconds from one OUT to the next, with what this
+    process does in between. tsc_khz: the TSC's frequency, None where KVM does not know it. elapsed_ms: what measuring
+    took, creating and freeing the VM included.
+    """
+
+    ring0_mips: float
+    exit_us: float
+    tsc_khz: int | None = None
+    elapsed_ms: float = 0.0
+
+
+def measure(path: Path = DEV_KVM, *, limit_s: float = LIMIT_S, program: bytes | None = None) -> KvmMeasurement:
+    """Run the calibration guest, or ``program`` in its place. Blocks: some tens of milliseconds, for ``limit_s`` and
+    GRACE_S together at the very most.
+
+    Raises KvmUnavailable (not to be opened, or the guest did not do what it should), KvmIoctlError.
+    """
+    begin = time.monotonic_ns()
+    calibration = _Calibration(path, program or _program())
+    # A daemon: a call into a broken KVM that never returns must not keep this process from ending.
+    thread = threading.Thread(target=calibration.main, name="kvm-calibrate", daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    if thread.is_alive():
+        calibration.stop()
+        thread.join(GRACE_S)
+    measured = calibration.result(limit_s)
+    return attrs.evolve(measured, elapsed_ms=(time.monotonic_ns() - begin) / 1e6)
+
+
+def _program() -> bytes:
+    return files("asyncvmm.guest").joinpath("calibrate.bin").read_bytes()
+
+
+class _Calibration:
+    """One measurement: ``main`` on a thread of its own, the rest on the thread that waits for it."""
+
+    def __init__(self, path: Path, program: bytes) -> None:
+        self._path = path
+        self._program = program
+        self._lock = threading.Lock()
+        self._stopped = False
+        self._guest: CalibrationGuest | None = None
+        self._measured: KvmMeasurement | None = None
+        self._error: AsyncVMMError | None = None
+
+    def main(self) -> None:
+        """Create the VM, measure, free it; leave a result or an error."""
+        try:
+            with closing(CalibrationGuest(self._path, self._program)) as guest:
+                if self._may_run(guest):
+                    self._measured = _measure(guest)
+        except Interrupted:
+            return
+        except AsyncVMMError as error:
+            self._error = error
+        except Exception as error:
+            self._error = KvmUnavailable("KVM", expected="to be measured", found=f"{type(error).__name__}: {error}")
+
+    def _may_run(self, guest: CalibrationGuest) -> bool:
+        with self._lock:
+            self._guest = guest
+            return not self._stopped
+
+    def stop(self) -> None:
+        """Make the guest stop, or never start."""
+        with self._lock:
+            self._stopped = True
+            if self._guest is not None:
+                self._guest.kick()
+
+    def result(self, limit_s: float) -> KvmMeasurement:
+        """What was measured. Raises what went wrong."""
+        if self._error is not None:
+            raise self._error
+        if self._measured is None:
+            raise KvmUnavailable("KVM running a tiny guest", expected=f"an end within {limit_s} s", found="none")
+        return self._measured
+
+
+def _measure(guest: CalibrationGuest) -> KvmMeasurement:
+    rounds, samples, exits = _FIRST_ROUNDS, list[float](), list[int]()
+    tsc_khz = guest.tsc_khz()
+    while len(samples) < _SAMPLES:
+        sample = _pass(guest, rounds)
+        exits += sample.exits_ns
+        loop_ns = sample.loop_ns(tsc_khz)
+        if loop_ns >= _LONG_ENOUGH_NS or rounds >= _MOST_ROUNDS:
+            samples.append(loop_ns)
+        else:
+            rounds *= _GROWTH
+    # The fastest is the one that other work disturbed least, in this process (the GIL) or on this host.
+    return KvmMeasurement(
+        ring0_mips=rounds * INSTRUCTIONS_PER_ROUND * 1e3 / min(samples),
+        exit_us=min(exits) / 1e3,
+        tsc_khz=tsc_khz,
+    )
+
+
+@attrs.frozen
+class _Pass:
+    """One pass of the guest: ``ticks`` of its TSC (in units of TICKS) and host nanoseconds for the loop, the loop's
+    exit included; then host nanoseconds for each exit."""
+
+    ticks: int
+    host_ns: int
+    exits_ns: list[int]
+
+    def loop_ns(self, tsc_khz: int | None) -> float:
+        """How long the loop took. Where the guest's clock says nothing, the host's does."""
+        if tsc_khz and self.ticks:
+            return self.ticks * TICKS * 1e6 / tsc_khz
+        return max(self.host_ns - statistics.median(self.exits_ns), 1.0)
+
+
+def _pass(guest: CalibrationGuest, rounds: int) -> _Pass:
+    guest.run_to(ASK)
+    guest.answer(rounds)
+    marks = [time.monotonic_ns()]
+    guest.run_to(REPORT)
+    marks.append(time.monotonic_ns())
+    ticks = guest.written()
+    for _ in range(EXITS):
+        guest.run_to(MARK)
+        marks.append(time.monotonic_ns())
+    took = [later - earlier for earlier, later in pairwise(marks)]
+    return _Pass(ticks, took[0], took[1:])
