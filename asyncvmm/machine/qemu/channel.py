@@ -15,6 +15,9 @@ SEND_BUFFER = 1 << 20
 """Asked for QEMU's end. It writes byte by byte, and each byte is charged with its bookkeeping (some 770 bytes): the
 usual 208 KiB hold 278 of them. The kernel cuts this down to what it allows."""
 
+INPUT_BUFFER = 1 << 14
+"""Asked for our end: what is typed ahead of a guest that does not read. More waits in ``write``."""
+
 
 class Channel:
     """Our end of a socket pair; ``peer`` is the other. ``received`` counts the bytes read.
@@ -29,6 +32,7 @@ class Channel:
         except OSError as error:
             raise MachineError("socket pair", expected="two free descriptors", found=error.strerror) from error
         self._socket.setblocking(False)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, INPUT_BUFFER)
         self.peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         self._turn = asyncio.Lock()
         self._writable: asyncio.Future[None] | None = None

@@ -30,7 +30,7 @@ class QmpControl:
         self._decoder = QmpDecoder()
         self._ids = itertools.count(1)
         self._replies: dict[int | str | None, asyncio.Future[Any]] = {}
-        self.has_started = False
+        self.has_started = False  # unlike ``started``, whose waiter may have cancelled it
         self.started = self._expect(RUN_ID)
         channel.write_now(OPENING)
         channel.watch(self.read)
@@ -68,7 +68,7 @@ class QmpControl:
         try:
             for message in self._decoder.feed(data):
                 if isinstance(message, QmpEvent):
-                    self._on_event(message)
+                    self._take_event(message)
                 elif isinstance(message, QmpReply):
                     self._settle(message)
         except MachineError as error:
@@ -91,9 +91,15 @@ class QmpControl:
         self._replies[id_] = future
         return future
 
-    def _settle(self, reply: QmpReply) -> None:
-        if reply.id == RUN_ID and reply.error is None:
+    def _take_event(self, event: QmpEvent) -> None:
+        # Sent before the first vCPU runs, where the reply to ``cont`` is sent after: a guest that ends QEMU at once
+        # ends it before the reply.
+        if event.name == "RESUME" and not self.has_started:
             self.has_started = True
+            self._settle(QmpReply(RUN_ID))
+        self._on_event(event)
+
+    def _settle(self, reply: QmpReply) -> None:
         future = self._replies.get(reply.id)
         if future is None or future.done():
             return

@@ -79,14 +79,15 @@ class QmpDecoder:
 
 def _parse(line: bytes) -> QmpMessage | None:
     try:
-        record = orjson.loads(line)
+        record = dict(orjson.loads(line).items())
+        id_ = record.get("id") if isinstance(record.get("id"), int | str) else None
         if "event" in record:
             return QmpEvent(str(record["event"]), dict(record.get("data", {})))
         if "QMP" in record:
             version = record["QMP"]["version"]["qemu"]
             return QmpGreeting((int(version["major"]), int(version["minor"]), int(version["micro"])))
         if "error" in record:
-            return QmpReply(record.get("id"), error=str(record["error"].get("desc", record["error"])))
-        return QmpReply(record.get("id"), record["return"]) if "return" in record else None
+            return QmpReply(id_, error=str(record["error"].get("desc", record["error"])))
+        return QmpReply(id_, record["return"]) if "return" in record else None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise MachineError("QMP message", expected="a QMP object", found=repr(line[:80])) from error
