@@ -210,7 +210,7 @@ def test_a_user_without_permission_is_told_so(readable_to_all: Path) -> None:
     path = readable_to_all / "kvm"
     path.touch()
     path.chmod(0)
-    command = [sys.executable, "-c", AS_NOBODY, path]
+    command = [sys.executable, "-c", AS_NOBODY, str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.startswith("unusable False False permission denied")
 
