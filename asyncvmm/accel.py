@@ -28,6 +28,12 @@ SLOW_MIPS = 20.0
 _FAST_KVM = f"KVM at {SLOW_MIPS:g} or more million ring-0 instructions a second"
 
 
+def speed_text(ring0_mips: float) -> str:
+    """The speed for people."""
+    number = f"{ring0_mips:.0f}" if ring0_mips >= 100 else f"{ring0_mips:.3g}"
+    return f"{number} million ring-0 instructions a second"
+
+
 @attrs.frozen(kw_only=True)
 class KvmFacts:
     """What is known about this host's KVM.
@@ -64,7 +70,7 @@ class KvmFacts:
             return f"KVM is {self.verdict} (expected {self.expected}, found {self.found})"
         if self.ring0_mips is None:
             return "KVM is usable"
-        return f"KVM is {self.verdict} ({self.ring0_mips:.3g} million ring-0 instructions a second)"
+        return f"KVM is {self.verdict} ({speed_text(self.ring0_mips)})"
 
 
 @attrs.frozen(kw_only=True)

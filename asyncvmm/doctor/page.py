@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from asyncvmm.accel import speed_text
 from asyncvmm.doctor.report import VERDICTS, DoctorReport, HostReport, ImageReport, KvmReport, Problem, QemuReport
 
 _COLOURS = {"fast": "green", "usable": "green", "built": "green", "slow": "yellow"}
@@ -47,7 +48,7 @@ def _kvm(kvm: KvmReport) -> str:
     if kvm.ring0_mips is None or kvm.exit_us is None:
         return f"{kvm.device.path}: {kvm.found}"
     tsc = f", TSC {kvm.tsc_khz / 1000:.0f} MHz" if kvm.tsc_khz else ""
-    speed = f"{kvm.ring0_mips:.3g} million ring-0 instructions/s, an exit takes {kvm.exit_us:.3g} us"
+    speed = f"{speed_text(kvm.ring0_mips)}, an exit takes {kvm.exit_us:.1f} us"
     return f"{speed}, at most {kvm.max_vcpus} vCPUs{tsc}"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from asyncvmm.accel import SLOW_MIPS
+from asyncvmm.accel import SLOW_MIPS, speed_text
 from asyncvmm.doctor.report import DeviceReport, HostReport, ImageReport, KvmReport, Problem, QemuReport
 
 _INSTALL_QEMU = {
@@ -31,7 +31,7 @@ def _kvm_problem(host: HostReport, kvm: KvmReport) -> Problem | None:
     if kvm.verdict == "slow":
         return Problem(
             "KVM is slow",
-            f"{kvm.ring0_mips or 0:.3g} million ring-0 instructions a second ({SLOW_MIPS:g} needed)",
+            f"{speed_text(kvm.ring0_mips or 0)} ({SLOW_MIPS:g} needed)",
             "run on bare metal, or where the host gives this machine hardware nested virtualization",
         )
     found = f"{kvm.found} (expected {kvm.expected})"

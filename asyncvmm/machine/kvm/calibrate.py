@@ -141,9 +141,10 @@ def _measure(guest: CalibrationGuest) -> KvmMeasurement:
             samples.append(loop_ns)
         else:
             rounds *= _GROWTH
-    # The fastest is the one that other work disturbed least, in this process (the GIL) or on this host.
+    # Of the loops the middle one, for a guest's clock may jump when its thread changes processors; of the exits the
+    # cheapest, the one that other work in this process (the GIL) or on this host disturbed least.
     return KvmMeasurement(
-        ring0_mips=rounds * INSTRUCTIONS_PER_ROUND * 1e3 / min(samples),
+        ring0_mips=rounds * INSTRUCTIONS_PER_ROUND * 1e3 / statistics.median(samples),
         exit_us=min(exits) / 1e3,
         tsc_khz=tsc_khz,
     )
