@@ -357,5 +357,4 @@ def _end_threads(vm: KvmVm) -> None:
     for vcpu in vm.vcpus:
         vcpu.order("stop")
     for vcpu in vm.vcpus:
-        while not vcpu.join(0.1):
-            vcpu.kick()
+        vcpu.join()

@@ -69,6 +69,8 @@ class Vcpu:
         self._order: Order = "run"
         self._changed = threading.Condition()
         self._parked = False
+        self._kickable: int | None = None
+        self._kicked = False
         self._thread: threading.Thread | None = None
 
     # Calls from the loop, or from a worker thread on its behalf.
@@ -97,29 +99,30 @@ class Vcpu:
                 return
             self._order = order
             self._changed.notify_all()
-        self.kick()
+        if order != "run":
+            self.kick()
 
     def kick(self) -> None:
-        """Make a running or coming KVM_RUN return."""
-        self.run[IMMEDIATE_EXIT] = 1
-        thread = self._thread
-        if thread is not None and thread.ident is not None and thread.is_alive():
-            try:
-                signal.pthread_kill(thread.ident, KICK_SIGNAL)
-            except ProcessLookupError:
-                return
+        """Make a running or coming KVM_RUN return.
+
+        The thread says itself from when to when it may be signalled: before it has blocked the signal, one would kill
+        the process, and after its end there is nobody to signal. One signal at a time: they would queue up.
+        """
+        with self._changed:
+            if self._kickable is not None and not self._kicked:
+                self._kicked = True
+                self.run[IMMEDIATE_EXIT] = 1
+                signal.pthread_kill(self._kickable, KICK_SIGNAL)
 
     def wait_parked(self, timeout_s: float) -> bool:
         """Wait until the vCPU is paused or its thread ended. Blocks: not for the loop."""
         with self._changed:
             return self._changed.wait_for(self._is_parked, timeout_s)
 
-    def join(self, timeout_s: float) -> bool:
-        """Wait until the thread ended. Blocks: not for the loop."""
+    def join(self) -> None:
+        """Wait until the thread ended, which was ordered to stop. Blocks: not for the loop."""
         if self._thread is not None:
-            self._thread.join(timeout_s)
-            return not self._thread.is_alive()
-        return True
+            self._thread.join()
 
     def regs(self) -> KvmRegs:
         """KVM_GET_REGS; of a parked vCPU only. Raises KvmIoctlError."""
@@ -145,6 +148,8 @@ class Vcpu:
         try:
             signal.pthread_sigmask(signal.SIG_BLOCK, {KICK_SIGNAL})
             self._unblock_kick_inside_kvm_run()
+            with self._changed:
+                self._kickable = threading.get_ident()
             while self._obey():
                 ended = self._run_until_kicked(dispatcher, clock)
                 if ended is not None:
@@ -153,7 +158,7 @@ class Vcpu:
             halt(Stopped("machine", detail=f"vCPU {self.index}: {type(error).__name__}: {error}", t_ns=clock()))
         finally:
             with self._changed:
-                self._order, self._parked = "stop", True
+                self._order, self._parked, self._kickable = "stop", True, None
                 self._changed.notify_all()
 
     def _unblock_kick_inside_kvm_run(self) -> None:
@@ -219,8 +224,10 @@ class Vcpu:
             raise OSError(number, os.strerror(number), "KVM_RUN")
         if number == errno.EAGAIN:
             return False
-        signal.sigtimedwait([KICK_SIGNAL], 0)
-        self.run[IMMEDIATE_EXIT] = 0
+        with self._changed:
+            signal.sigtimedwait([KICK_SIGNAL], 0)
+            self.run[IMMEDIATE_EXIT] = 0
+            self._kicked = False
         return True
 
     def _verdict(self, current: Exit) -> Stopped:
