@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from asyncvmm.effects import Effect, Port, SerialOutput, Stopped, StopReason
@@ -21,6 +21,7 @@ from asyncvmm.machine.qemu.child import Child, start_error
 from asyncvmm.machine.qemu.command import ChildDescriptors, QemuAccel, QemuBinary, build_command, kernel_cmdline
 from asyncvmm.machine.qemu.control import QmpControl
 from asyncvmm.machine.qemu.files import check_readable, join_initrd
+from asyncvmm.machine.qemu.ordering import split_before_exit
 from asyncvmm.machine.qemu.qmp import QmpEvent
 from asyncvmm.machine.qemu.reasons import debug_exit_code, is_contention, reason_of_halt, reason_of_shutdown
 from asyncvmm.machine.qemu.waiting import in_thread, wait_out
@@ -154,8 +155,8 @@ class QemuMachine:
         for channel in (qmp, control, console):
             channel.peer.close()
         self._close_initrd()
-        console.watch(self._read_console)
-        control.watch(self._read_control)
+        console.watch(self._read_ports)
+        control.watch(self._read_ports)
 
     def _initrd_path(self) -> str | None:
         if self._initrd is not None:
@@ -178,18 +179,27 @@ class QemuMachine:
 
     # -- what the guest writes -------------------------------------------------------------------------------------
 
-    def _read_console(self) -> None:
-        self._deliver(self._take("console"))
+    def _read_ports(self) -> None:
+        self._hand_out_ports()
 
-    def _read_control(self) -> None:
-        """PID 1 drains its console before it speaks on the control line: read in that order, it stays so."""
-        effects: list[Effect] = []
+    def _hand_out_ports(self) -> bool:
+        """Hand out what both ports have, in the order in which the guest wrote it, as far as that can be known.
+
+        The sockets do not say. PID 1 drains its console before each line that begins or ends the workload: so of
+        lines and console bytes found together, the end comes after the bytes, everything else before them. The
+        console is read second: what the guest wrote on it before such an end is there by then.
+        """
+        control = self._take("control")
+        console: list[SerialOutput] = []
         for _ in range(DRY_READS):
             taken = self._take("console")
             if not taken:
                 break
-            effects += taken
-        self._deliver([*effects, *self._take("control")])
+            console += taken
+        before, after = split_before_exit(control)
+        effects = [*before, *console, *after]
+        self._deliver(effects)
+        return bool(effects)
 
     def _take(self, port: Port) -> list[SerialOutput]:
         data = self._ports[port].read()
@@ -198,7 +208,7 @@ class QemuMachine:
         newlines = data.count(b"\n")
         return [SerialOutput(port, data, (time.monotonic_ns(),) * newlines)]
 
-    def _deliver(self, effects: list[Effect] | list[SerialOutput]) -> None:
+    def _deliver(self, effects: Sequence[Effect]) -> None:
         if effects:
             self._on_effects(effects)
 
@@ -226,9 +236,8 @@ class QemuMachine:
         # What the child left in its sockets is a few hundred KiB at the most.
         while self._qmp.read():
             pass
-        for port in ("console", "control"):
-            while effects := self._take(port):
-                self._deliver(effects)
+        while self._hand_out_ports():
+            pass
         if self._qmp.has_started:
             self._report_end(self._child, self._child.status)
         self._free()
