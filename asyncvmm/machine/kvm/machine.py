@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 import time
 from collections.abc import Sequence
-from functools import partial
 from typing import Literal, Protocol
 
 import anyio
@@ -19,7 +19,7 @@ import anyio.to_thread
 import attrs
 
 from asyncvmm.effects import Effect, ExitStatistics, Port, Stopped
-from asyncvmm.errors import MachineError, StateError
+from asyncvmm.errors import KvmIoctlError, MachineError, StateError
 from asyncvmm.machine.base import AccelName, BootPlan, EffectSink, Evidence
 from asyncvmm.machine.kvm.exits import Exit
 from asyncvmm.machine.kvm.fastpath.binding import Fastpath
@@ -91,6 +91,8 @@ class KvmMachine:
         self._trace: TraceSink | None = None
         self._fastpath: Fastpath | None = None
         self._posted_fd = -1
+        self._building = threading.Lock()
+        self._freeing: asyncio.Task[None] | None = None
 
     # -- the Machine protocol --------------------------------------------------------------------------------------
 
@@ -103,6 +105,8 @@ class KvmMachine:
         self._mailbox: Mailbox[_Notice] = Mailbox(lambda: self._loop.call_soon_threadsafe(self._drain))
         try:
             await anyio.to_thread.run_sync(self._build)
+            if self._state != "new":
+                raise StateError("start", expected="a machine that nobody stops meanwhile", state=self._state)
             self._run()
         except BaseException:
             await self.stop()
@@ -145,23 +149,27 @@ class KvmMachine:
 
     async def stop(self) -> None:
         """Stop the vCPUs, join their threads, hand out what output is left, free everything."""
-        if self._state == "closed":
-            return
-        vm, self._state = self._vm, "closed"
+        self._state = "closed"
         self._wake_writers()
-        if self._partial is not None:
-            self._partial.cancel()
         if self._trace is not None:
             self._trace.end()
+        if self._freeing is None:
+            self._freeing = asyncio.get_running_loop().create_task(self._free())
         with anyio.CancelScope(shield=True):
-            if vm is not None:
-                await anyio.to_thread.run_sync(partial(_end_threads, vm))
-                self._close_fastpath()
-                self._drain()
-                self._hand_out(self._take_output())
-                self._final_exits = self.exits()
-                self._vm = None
-                await anyio.to_thread.run_sync(vm.close)
+            await asyncio.shield(self._freeing)
+
+    async def _free(self) -> None:
+        """A task of its own: every stop waits for it, and a cancelled one does not end it half-way."""
+        vm = await anyio.to_thread.run_sync(self._end_threads)
+        if vm is not None:
+            self._close_fastpath()
+            self._drain()
+            self._hand_out(self._take_output())
+            if self._partial is not None:
+                self._partial.cancel()
+            self._final_exits = self.exits()
+            self._vm = None
+            await anyio.to_thread.run_sync(vm.close)
 
     def exits(self) -> ExitStatistics | None:
         """The sum of all vCPUs' counters; after the end, as they stood then."""
@@ -171,13 +179,11 @@ class KvmMachine:
 
     async def evidence(self) -> Evidence:
         """Pause the guest and look at vCPU 0."""
-        if self._vm is None:
-            return Evidence()
         try:
             await self.pause()
-            first = self._vm.vcpus[0]
+            first = self._running_vm().vcpus[0]
             return Evidence(first.last_exit, first.regs().rip)
-        except (StateError, MachineError):
+        except (StateError, MachineError, KvmIoctlError):
             return Evidence()
 
     def progress(self) -> int:
@@ -190,6 +196,8 @@ class KvmMachine:
         if self._trace is not None:
             self._trace.end()
         self._trace = trace
+        if self._state == "ended":
+            trace.end()
         for vcpu in vm.vcpus:
             vcpu.trace = self._post_trace
             vcpu.kick()
@@ -210,7 +218,19 @@ class KvmMachine:
     # -- on a worker thread ----------------------------------------------------------------------------------------
 
     def _build(self) -> None:
-        load(self._plan, self._timeline, self._adopt)
+        with self._building:
+            if self._state == "new":
+                load(self._plan, self._timeline, self._adopt)
+
+    def _end_threads(self) -> KvmVm | None:
+        """End what is being built or runs. Whoever awaited the building may have been cancelled, its thread was not."""
+        with self._building:
+            vm = self._vm
+        for vcpu in vm.vcpus if vm else ():
+            vcpu.order("stop")
+        for vcpu in vm.vcpus if vm else ():
+            vcpu.join()
+        return vm
 
     def _adopt(self, vm: KvmVm) -> None:
         self._vm = vm
@@ -352,9 +372,3 @@ class KvmMachine:
     def _post_trace(self, vcpu: int, t_ns: int, traced: Exit) -> None:
         self._mailbox.post(TracedExit(vcpu, t_ns, traced), droppable=True)
 
-
-def _end_threads(vm: KvmVm) -> None:
-    for vcpu in vm.vcpus:
-        vcpu.order("stop")
-    for vcpu in vm.vcpus:
-        vcpu.join()
