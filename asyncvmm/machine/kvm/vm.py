@@ -28,11 +28,10 @@ from asyncvmm.machine.kvm.abi import (
 )
 from asyncvmm.machine.kvm.fds import ioctl, raw_ioctl_short
 from asyncvmm.machine.kvm.memory import GuestMemory
-from asyncvmm.machine.kvm.system import KvmSystem, cpuid_table, supported_cpuid
+from asyncvmm.machine.kvm.system import KvmSystem, guest_cpuid
 from asyncvmm.machine.kvm.vcpu import Vcpu
 from asyncvmm.timing.timeline import Timeline
 from asyncvmm.x86.cpu import BootCpu, DescriptorTable, SegmentRegister
-from asyncvmm.x86.cpuid import vcpu_cpuid
 from asyncvmm.x86.layout import IDENTITY_MAP_ADDRESS, TSS_ADDRESS, ram_regions
 from asyncvmm.x86.msrs import boot_msrs
 
@@ -87,11 +86,10 @@ class KvmVm:
         The others stay as KVM makes them: waiting for INIT and SIPI. Raises KvmIoctlError.
         """
         with self._timeline.phase("cpuid_config"):
-            supported = supported_cpuid(self.system.fd)
             self.tsc_khz = tsc_khz = ioctl(self.vcpus[0].fd, Request.KVM_GET_TSC_KHZ)
             for vcpu in self.vcpus:
-                entries = vcpu_cpuid(supported, vcpu=vcpu.index, vcpus=len(self.vcpus), tsc_khz=tsc_khz)
-                ioctl(vcpu.fd, Request.KVM_SET_CPUID2, cpuid_table(entries))
+                table = guest_cpuid(self.system.fd, vcpu=vcpu.index, vcpus=len(self.vcpus), tsc_khz=tsc_khz)
+                ioctl(vcpu.fd, Request.KVM_SET_CPUID2, table)
         with self._timeline.phase("register_config"):
             for vcpu in self.vcpus:
                 _set_lint_pins(vcpu.fd)

@@ -1,0 +1,38 @@
+"""What one process asks /dev/kvm once and keeps."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from asyncvmm.machine.kvm.fds import open_kvm
+from asyncvmm.machine.kvm.system import cpuid_table, guest_cpuid, supported_cpuid
+from asyncvmm.x86.cpuid import vcpu_cpuid
+
+TSC_KHZ = 2_000_000
+
+
+@pytest.fixture
+def kvm_fd() -> Iterator[int]:
+    fd = open_kvm()
+    yield fd
+    os.close(fd)
+
+
+def test_a_kept_cpuid_table_says_what_a_fresh_one_would(kvm_fd: int) -> None:
+    for vcpu in range(3):
+        fresh = cpuid_table(vcpu_cpuid(supported_cpuid(kvm_fd), vcpu=vcpu, vcpus=3, tsc_khz=TSC_KHZ))
+        assert bytes(guest_cpuid(kvm_fd, vcpu=vcpu, vcpus=3, tsc_khz=TSC_KHZ)) == bytes(fresh)
+
+
+def test_two_vms_of_one_shape_share_their_cpuid_table(kvm_fd: int) -> None:
+    first = guest_cpuid(kvm_fd, vcpu=0, vcpus=1, tsc_khz=TSC_KHZ)
+    assert guest_cpuid(kvm_fd, vcpu=0, vcpus=1, tsc_khz=TSC_KHZ) is first
+
+
+def test_another_shape_has_a_table_of_its_own(kvm_fd: int) -> None:
+    one = guest_cpuid(kvm_fd, vcpu=0, vcpus=1, tsc_khz=TSC_KHZ)
+    assert bytes(guest_cpuid(kvm_fd, vcpu=1, vcpus=2, tsc_khz=TSC_KHZ)) != bytes(one)
+    assert bytes(guest_cpuid(kvm_fd, vcpu=0, vcpus=1, tsc_khz=TSC_KHZ + 1)) != bytes(one)
