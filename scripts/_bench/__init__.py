@@ -1,0 +1,1 @@
+"""What ``scripts/bench`` is made of: one module for each figure, and what they share."""

@@ -1,0 +1,56 @@
+"""Compiling floors and guests, once for each content, into the bench's cache."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from _bench.bench import Bench, Skipped
+
+HERE = Path(__file__).parent
+GUEST_SCRIPT = HERE / "guests" / "guest.ld"
+_GUEST_FLAGS = (
+    "-m64",
+    "-nostdlib",
+    "-static",
+    "-no-pie",
+    "-Wl,--build-id=none,--no-warn-rwx-segments",
+    f"-Wl,-T,{GUEST_SCRIPT}",
+)
+_FLOOR_FLAGS = ("-std=gnu11", "-O2", "-Wall", "-Wextra")
+
+
+def build_floor(bench: Bench, name: str) -> Path:
+    """The C floor ``name``. Raises Skipped without a compiler."""
+    return _build(bench, HERE / f"{name}.c", _FLOOR_FLAGS)
+
+
+def build_guest(bench: Bench, name: str, **defines: int) -> Path:
+    """The guest ``name``, an ELF with a PVH note; ``defines`` are the assembler's macros. Raises Skipped."""
+    flags = [f"-D{key}={value}" for key, value in sorted(defines.items())]
+    return _build(bench, HERE / "guests" / f"{name}.S", (*_GUEST_FLAGS, *flags))
+
+
+def _build(bench: Bench, source: Path, flags: Sequence[str]) -> Path:
+    compiler = shutil.which("gcc")
+    if compiler is None:
+        raise Skipped("no gcc to build it with")
+    bench.cache.mkdir(parents=True, exist_ok=True)
+    target = bench.cache / f"{source.stem}-{_key(source, flags)}"
+    if not target.exists():
+        aside = target.with_suffix(f".{os.getpid()}")
+        subprocess.run([compiler, *flags, "-o", aside, source], check=True, timeout=120)
+        aside.rename(target)
+    return target
+
+
+def _key(source: Path, flags: Sequence[str]) -> str:
+    beside = sorted(path for path in source.parent.iterdir() if path.suffix in (".h", ".inc", ".ld"))
+    digest = hashlib.sha256(" ".join(flags).encode())
+    for path in (source, *beside):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,95 @@
+"""The command line of ``scripts/bench``: choose, measure, print."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import importlib
+import json
+import os
+import platform
+import sys
+import time
+import traceback
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from _bench.bench import Bench, Measure, Skipped
+from asyncvmm.errors import AsyncVMMError
+
+FIGURES = {
+    "create_to_first_exit": ("create", "create a VM up to its first exit, beside a C program"),
+    "out_exit": ("out_exit", "one OUT exit, beside a C loop; idle and with a busy Python thread"),
+    "serial_polled_bytes_per_second": ("polled", "polled serial output, beside QEMU's isa-serial"),
+    "toy_first_line": ("toy", "library call to a toy guest's first line, beside QEMU from exec"),
+    "loop_stall": ("stall", "longest stall of the loop during a boot"),
+    "newline_to_coroutine": ("newline", "a guest's newline to the awaiting coroutine, on both loops"),
+    "import_time": ("imports", "import asyncvmm, beside import asyncio"),
+    "linux_exits_to_ready": ("linux_exits", "userspace exits of a stock Linux until READY, in the lab (--lab)"),
+}
+"""Name: the module that measures it, and what it is."""
+
+ONLY_IN_THE_LAB = {"linux_exits_to_ready"}
+
+
+def main(root: Path, arguments: list[str]) -> int:
+    """Run the bench as these arguments say and return the exit code: 0, or 1 if nothing could be measured."""
+    options = _parse(arguments)
+    if options.list:
+        for name, (_, what) in FIGURES.items():
+            print(f"{name:32}{what}")
+        return 0
+    bench = Bench(root, options.quick)
+    run = _run_facts(options.quick)
+    printed = sum([_measure(bench, name, run) for name in _chosen(options)])
+    return 0 if printed else 1
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("bench", description="Measure asyncvmm beside its floors and peers.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="figures to measure (all but the lab's)")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds")
+    parser.add_argument("--lab", action="store_true", help="those that need the lab, too (minutes)")
+    parser.add_argument("--list", action="store_true", help="say what there is to measure")
+    options = parser.parse_args(arguments)
+    unknown = [name for name in options.names if name not in FIGURES]
+    if unknown:
+        parser.error(f"no figure named {', '.join(unknown)}; see --list")
+    return options
+
+
+def _chosen(options: argparse.Namespace) -> list[str]:
+    if options.names:
+        return list(options.names)
+    return [name for name in FIGURES if options.lab or name not in ONLY_IN_THE_LAB]
+
+
+def _run_facts(quick: bool) -> dict[str, Any]:
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "quick": quick,
+        "python": platform.python_version(),
+        "kernel": platform.release(),
+        "cpus": os.cpu_count(),
+    }
+
+
+def _measure(bench: Bench, name: str, run: dict[str, Any]) -> int:
+    """Measure one name, print its lines, return how many."""
+    measure: Measure = importlib.import_module(f"_bench.{FIGURES[name][0]}").measure
+    bench.say(f"{name} ...")
+    begin = time.monotonic()
+    try:
+        figures = asyncio.run(measure(bench))
+    except (Skipped, AsyncVMMError) as reason:
+        bench.say(f"{name}: not measured: {reason}")
+        return 0
+    except Exception:  # one figure's failure must not cost the others
+        bench.say(f"{name}: not measured: {traceback.format_exc()}")
+        return 0
+    for figure in figures:
+        sys.stdout.write(json.dumps({**figure.record(), "run": run}) + "\n")
+    sys.stdout.flush()
+    bench.say(f"{name}: {time.monotonic() - begin:.1f} s")
+    return len(figures)
