@@ -371,4 +371,3 @@ class KvmMachine:
 
     def _post_trace(self, vcpu: int, t_ns: int, traced: Exit) -> None:
         self._mailbox.post(TracedExit(vcpu, t_ns, traced), droppable=True)
-
