@@ -6,6 +6,7 @@ Facts: Linux Documentation/arch/x86/boot.rst (bzImage, 64-bit protocol), Xen's P
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Literal
 
 import attrs
@@ -121,7 +122,7 @@ def plan_boot(
         ramdisk_size=initrd_size,
         rsdp_address=RSDP_ADDRESS if acpi else 0,
     )
-    firmware = _firmware_segments(vcpus, mmio_devices if acpi else None)
+    firmware = _firmware_segments(vcpus, tuple(mmio_devices) if acpi else None)
     return _boot_layout(kernel, params, ram, text, firmware)
 
 
@@ -145,8 +146,12 @@ def _boot_layout(
     )
 
 
-def _firmware_segments(vcpus: int, acpi_devices: Sequence[MmioDevice] | None) -> tuple[Segment, ...]:
-    """MP table and reset vector always, ACPI tables unless ``acpi_devices`` is None."""
+@lru_cache(maxsize=64)
+def _firmware_segments(vcpus: int, acpi_devices: tuple[MmioDevice, ...] | None) -> tuple[Segment, ...]:
+    """MP table and reset vector always, ACPI tables unless ``acpi_devices`` is None.
+
+    Kept, because VMs of one shape have the same, and they are most of a plan's work.
+    """
     common = (Segment(MP_TABLE_ADDRESS, mp_tables(vcpus)), Segment(RESET_VECTOR, reset_vector()))
     if acpi_devices is None:
         return common
