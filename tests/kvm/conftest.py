@@ -1,0 +1,305 @@
+"""Tiny guests on this machine's own /dev/kvm: how they are built, booted, watched and counted.
+
+Guests are tests/guests/kvm/*.S, assembled into .cache/guests under a name that says what went into them: where there is
+no assembler, as in the lab, those built before serve. ``pytest --collect-only tests/kvm`` builds them all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+
+import anyio
+import anyio.lowlevel
+import attrs
+import pytest
+
+from asyncvmm.effects import Effect, ExitStatistics, SerialOutput, Stopped
+from asyncvmm.errors import KvmUnavailable
+from asyncvmm.machine.base import BootPlan
+from asyncvmm.machine.kvm.fds import open_kvm
+from asyncvmm.machine.kvm.machine import KvmMachine
+from asyncvmm.timing.timeline import Timeline
+
+SOURCES = Path(__file__).parents[1] / "guests" / "kvm"
+CACHE = Path(__file__).parents[2] / ".cache" / "guests"
+IN_LAB = bool(os.environ.get("ASYNCVMM_LAB"))
+PATIENCE_S = 100.0 if IN_LAB else 20.0
+"""A guest that has not done by then what a test waits for never will."""
+LONGEST_STALL_S = 0.5 if IN_LAB else 0.05
+NAME = "kvmtest"
+
+VARIANTS: dict[str, tuple[str, dict[str, int]]] = {
+    **{path.stem: (path.stem, {}) for path in SOURCES.glob("*.S") if path.stem not in ("end", "echo", "ring3")},
+    "reset-i8042": ("end", {"PORT": 0x64, "VALUE": 0xFE}),
+    "reset-acpi": ("end", {"PORT": 0x602, "VALUE": 0x01}),
+    "shutdown-s5": ("end", {"PORT": 0x600, "VALUE": 0x34}),
+    "debug-exit": ("end", {"PORT": 0xF4, "VALUE": 0x5C}),
+    "echo-ioapic": ("echo", {"CHIP": 0}),
+    "echo-pic": ("echo", {"CHIP": 1}),
+    "ring3": ("ring3", {"RING0_ROUNDS": 20_000, "RING3_ROUNDS": 20_000_000}),
+}
+"""Guests by name: the source and what is defined for it."""
+
+
+# -- building ----------------------------------------------------------------------------------------------------------
+
+
+def guest_path(name: str) -> Path:
+    """Where the guest is, or would be."""
+    source, defines = VARIANTS[name]
+    inputs = [(SOURCES / file).read_bytes() for file in (f"{source}.S", "machine.inc", "guest.ld")]
+    digest = hashlib.sha256(b"\0".join([*inputs, repr(sorted(defines.items())).encode()]))
+    return CACHE / f"{name}-{digest.hexdigest()[:16]}.elf"
+
+
+def build(name: str, target: Path) -> None:
+    """Assemble and link, aside and then renamed: another run may do the same."""
+    source, defines = VARIANTS[name]
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+        unlinked, linked = Path(scratch, "o"), Path(scratch, "elf")
+        words = [f"-D{key}={value}" for key, value in defines.items()]
+        assemble = ["gcc", "-c", *words, "-o", str(unlinked), str(SOURCES / f"{source}.S")]
+        link = ["ld", "--no-warn-rwx-segments", "-T", str(SOURCES / "guest.ld"), "-o", str(linked), str(unlinked)]
+        for command in (assemble, link):
+            subprocess.run(command, check=True, timeout=60)
+        linked.rename(target)
+
+
+def kvm_problem() -> str | None:
+    """Why /dev/kvm cannot be used here, None if it can."""
+    try:
+        os.close(open_kvm())
+    except KvmUnavailable as error:
+        return str(error)
+    return None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kvm() -> None:
+    """Every test here needs /dev/kvm."""
+    problem = kvm_problem()
+    if problem is not None:
+        pytest.skip(f"no /dev/kvm: {problem}")
+
+
+def pytest_collection_finish() -> None:
+    """Build what is not there, so that a run elsewhere finds it."""
+    if shutil.which("gcc") and shutil.which("ld"):
+        for name in VARIANTS:
+            if not (target := guest_path(name)).exists():
+                build(name, target)
+
+
+@pytest.fixture(scope="session")
+def guest() -> Callable[[str], Path]:
+    """The ELF of a guest, by name."""
+
+    def find(name: str) -> Path:
+        if not (path := guest_path(name)).exists():
+            pytest.skip(f"no gcc and ld to build the guest {name} with")
+        return path
+
+    return find
+
+
+# -- watching the loop -------------------------------------------------------------------------------------------------
+
+
+class Punctuality:
+    """How late the loop comes back from short sleeps, less how late a thread of no other business does meanwhile.
+
+    Where everything is late, other processes have the processors, and it is not the loop's fault.
+    """
+
+    period_s = 0.005
+
+    def __init__(self) -> None:
+        self._loop_late: list[tuple[float, float]] = []
+        self._thread_late: list[tuple[float, float]] = []
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._sleep_in_thread, name="punctuality", daemon=True)
+
+    async def run(self) -> None:
+        """Sleep in short turns until cancelled."""
+        self._thread.start()
+        try:
+            while True:
+                due = time.monotonic() + self.period_s
+                await anyio.sleep(self.period_s)
+                self._note(self._loop_late, due)
+        finally:
+            self._ended.set()
+            self._thread.join()
+
+    def longest_s(self) -> float:
+        """The longest stall that was the loop's own."""
+        return max((now - due - self._excuse(due, now) for due, now in self._loop_late), default=0.0)
+
+    def _excuse(self, due: float, now: float) -> float:
+        return sum(max(0.0, min(now, late) - max(due, start)) for start, late in self._thread_late)
+
+    def _sleep_in_thread(self) -> None:
+        while not self._ended.is_set():
+            due = time.monotonic() + self.period_s
+            time.sleep(self.period_s)
+            self._note(self._thread_late, due)
+
+    def _note(self, late: list[tuple[float, float]], due: float) -> None:
+        now = time.monotonic()
+        if now - due > self.period_s:
+            late.append((due, now))
+
+
+# -- running -----------------------------------------------------------------------------------------------------------
+
+
+@attrs.define
+class Run:
+    """A guest that runs, and what has been heard of it."""
+
+    machine: KvmMachine = attrs.field(init=False)
+    effects: list[Effect] = attrs.field(factory=list)
+    _heard: anyio.Event = attrs.field(factory=anyio.Event)
+
+    def take(self, effects: Sequence[Effect]) -> None:
+        """An EffectSink."""
+        self.effects.extend(effects)
+        self._heard.set()
+        self._heard = anyio.Event()
+
+    @property
+    def output(self) -> bytes:
+        """All of the console."""
+        return b"".join(e.data for e in self.effects if isinstance(e, SerialOutput) and e.port == "console")
+
+    @property
+    def lost(self) -> int:
+        """Console bytes that were dropped."""
+        return sum(e.lost for e in self.effects if isinstance(e, SerialOutput))
+
+    @property
+    def ends(self) -> list[Stopped]:
+        """Every Stopped; there must not be two."""
+        return [e for e in self.effects if isinstance(e, Stopped)]
+
+    @property
+    def exits(self) -> ExitStatistics:
+        """The machine's exit statistics."""
+        statistics = self.machine.exits()
+        assert statistics is not None
+        return statistics
+
+    def count(self, label: str) -> int:
+        """How many exits of one ``by_address`` label."""
+        entry = self.exits.by_address.get(label)
+        return entry.count if entry else 0
+
+    async def until(self, condition: Callable[[], object]) -> None:
+        """Wait until effects make ``condition`` true."""
+        with anyio.fail_after(PATIENCE_S):
+            while not condition():
+                await self._heard.wait()
+
+    async def said(self, data: bytes) -> None:
+        """Wait until the console has had ``data``."""
+        await self.until(lambda: data in self.output)
+
+    async def end(self) -> Stopped:
+        """Wait for the guest's end."""
+        await self.until(lambda: self.ends)
+        assert len(self.ends) == 1
+        return self.ends[0]
+
+
+Make = Callable[..., Run]
+Boot = Callable[..., AbstractAsyncContextManager[Run]]
+
+
+@pytest.fixture
+def make(guest: Callable[[str], Path]) -> Make:
+    """A machine that has not been started, with a guest by name or path."""
+
+    def make(name: str | Path, *, memory_mib: int = 4, vcpus: int = 1, cmdline: str = "") -> Run:
+        kernel = guest(name) if isinstance(name, str) else name
+        plan = BootPlan(name=NAME, memory_mib=memory_mib, vcpus=vcpus, kernel=kernel, initrd=None, cmdline=cmdline)
+        run = Run()
+        run.machine = KvmMachine(plan, Timeline(), run.take)
+        return run
+
+    return make
+
+
+@pytest.fixture
+def boot(make: Make) -> Boot:
+    """Boot a guest for a block of code; the loop must not stall meanwhile, unless the test says it ``stalls``."""
+
+    @asynccontextmanager
+    async def boot(name: str, *, stalls: bool = False, memory_mib: int = 4, vcpus: int = 1) -> AsyncIterator[Run]:
+        run = make(name, memory_mib=memory_mib, vcpus=vcpus)
+        punctuality = Punctuality()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(punctuality.run)
+            await anyio.lowlevel.checkpoint()
+            try:
+                await run.machine.start()
+                yield run
+            finally:
+                await run.machine.stop()
+                tasks.cancel_scope.cancel()
+        assert stalls or punctuality.longest_s() <= LONGEST_STALL_S
+
+    return boot
+
+
+# -- counting ----------------------------------------------------------------------------------------------------------
+
+
+@attrs.frozen
+class Resources:
+    """What a VM is made of, as the process shows it."""
+
+    descriptors: tuple[str, ...]
+    threads: tuple[str, ...]
+    mappings: int
+
+    @classmethod
+    def now(cls) -> Resources:
+        """Count them. Descriptors are those of KVM; mappings those of vCPUs and of guest RAM of 67 MiB."""
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        sizes = (tuple(int(word, 16) for word in line.split()[0].split("-")) for line in maps)
+        return cls(
+            tuple(sorted(link for link in _links() if "kvm" in link)),
+            tuple(thread.name for thread in threading.enumerate() if thread.name.startswith(NAME)),
+            sum("kvm-vcpu" in line for line in maps) + sum(end - start == 67 << 20 for start, end in sizes),
+        )
+
+
+def _links() -> Iterator[str]:
+    for entry in os.listdir("/proc/self/fd"):
+        try:
+            yield os.readlink(f"/proc/self/fd/{entry}")
+        except FileNotFoundError:
+            continue
+
+
+@pytest.fixture
+def resources() -> Callable[[], Resources]:
+    """Counts what VMs hold now."""
+    assert Resources.now() == Resources((), (), 0), "an earlier test left something behind"
+    return Resources.now
+
+
+@pytest.fixture
+def nothing() -> Resources:
+    """What no VM holds."""
+    return Resources((), (), 0)
