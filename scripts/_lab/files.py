@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from asyncvmm.errors import ImageError
@@ -27,6 +28,34 @@ def publish_directory(target: Path) -> Iterator[Path]:
         pass  # another run built the same meanwhile
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def scratch_directory(parent: Path) -> Iterator[Path]:
+    """A directory for as long as the block lasts. Those that killed runs left behind are removed: nobody locks them."""
+    for leftover in parent.glob("run-*"):
+        with suppress(OSError), _locked(leftover):
+            shutil.rmtree(leftover, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="run-", dir=parent) as scratch, _locked(Path(scratch)):
+        yield Path(scratch)
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Hold the directory's lock. Raises BlockingIOError if another process holds it."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def remove_others(kept: Path, pattern: str) -> None:
+    """Remove what matches beside ``kept``: older builds of it."""
+    for other in kept.parent.glob(pattern):
+        if other != kept:
+            shutil.rmtree(other, ignore_errors=True)
 
 
 def make_disk(tree: Path, disk: Path) -> None:

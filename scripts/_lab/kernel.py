@@ -6,13 +6,12 @@ Fetched once and kept: a later run asks no package server.
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import attrs
 
-from _lab.files import publish_directory
+from _lab.files import publish_directory, remove_others, scratch_directory
 from asyncvmm.errors import ImageError
 from asyncvmm.guest import cpio
 from asyncvmm.guest.apt import Apt, first_dependency, unpacked
@@ -33,11 +32,12 @@ class OuterKernel:
 
 def outer_kernel(cache: Path, report: Callable[[str], None]) -> OuterKernel:
     """The cached outer kernel; fetched and built first if it is not there. Raises ImageError."""
-    inputs = INIT.read_bytes() + Path(__file__).read_bytes()
+    inputs = INIT.read_bytes() + " ".join(MODULES).encode()
     directory = cache / f"kernel-{hashlib.sha256(inputs).hexdigest()[:16]}"
     if not directory.exists():
-        with tempfile.TemporaryDirectory(prefix="lab-") as scratch:
-            _build(directory, Path(scratch), report)
+        with scratch_directory(cache) as scratch:
+            _build(directory, scratch, report)
+        remove_others(directory, "kernel-*")
     return OuterKernel(directory / "vmlinuz", directory / "initrd")
 
 

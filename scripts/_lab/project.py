@@ -6,12 +6,11 @@ import compileall
 import os
 import shlex
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from _lab.files import make_disk, place, put
+from _lab.files import make_disk, place, put, scratch_directory
 from asyncvmm.guest.store import home
 
 _OF_THE_PROJECT = ("asyncvmm", "tests", "scripts", "pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE")
@@ -26,8 +25,8 @@ def project_disk(
     cache: Path, root: Path, command: Sequence[str], also: Sequence[Path], env: Sequence[str]
 ) -> Iterator[Path]:
     """A disk for one run. Raises ImageError."""
-    with tempfile.TemporaryDirectory(prefix="run-", dir=cache) as scratch:
-        tree, disk = Path(scratch, "tree"), Path(scratch, "disk")
+    with scratch_directory(cache) as scratch:
+        tree, disk = scratch / "tree", scratch / "disk"
         sources = [root / name for name in _OF_THE_PROJECT] + [root / ".cache" / name for name in _OF_THE_CACHE]
         for path in [*sources, home() / "images", *map(Path.absolute, also)]:
             _take(tree, path)

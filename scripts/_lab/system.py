@@ -15,11 +15,10 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from _lab.files import MERGED, make_disk, place, publish_directory, put
+from _lab.files import MERGED, make_disk, place, publish_directory, put, remove_others, scratch_directory
 from asyncvmm.guest.apt import Apt
 from asyncvmm.guest.sources import find_busybox, has_apt
 
@@ -49,12 +48,11 @@ def system_disk(cache: Path, root: Path, report: Callable[[str], None]) -> Path:
     directory = cache / f"system-{_key(root)}"
     if not directory.exists():
         report("building the system disk (Python and its packages)")
-        for old in cache.glob("system-*"):
-            shutil.rmtree(old, ignore_errors=True)
-        with tempfile.TemporaryDirectory(prefix="lab-", dir=cache) as scratch, publish_directory(directory) as aside:
-            tree = Path(scratch, "tree")
-            _fill(tree, root, Path(scratch), report)
+        with scratch_directory(cache) as scratch, publish_directory(directory) as aside:
+            tree = scratch / "tree"
+            _fill(tree, root, scratch, report)
             make_disk(tree, aside / "disk")
+        remove_others(directory, "system-*")
     return directory / "disk"
 
 

@@ -1,0 +1,74 @@
+"""Tests of the KVM machine with real guest kernels, where /dev/kvm is of the hardware kind: inside ``scripts/lab``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import anyio
+import attrs
+import pytest
+
+from asyncvmm import VM, ExitStatistics, VMConfig
+from asyncvmm.timing.profiles import GuestBootProfile
+
+SMALL_KERNEL = Path(__file__).parents[2] / ".cache" / "kernel" / "vmlinux"
+
+PATIENCE_S = 150
+"""An emulated host is slow, and slower when it is shared."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Outside the lab these tests would find a /dev/kvm that cannot run a kernel, or none."""
+    if os.environ.get("ASYNCVMM_LAB") == "1":
+        return
+    here = Path(__file__).parent
+    for item in items:
+        if item.path.is_relative_to(here):
+            item.add_marker(pytest.mark.skip(reason="runs inside ./scripts/lab"))
+
+
+@attrs.frozen
+class Story:
+    """What was seen of one guest, from its boot to its end.
+
+    ``console`` is all its output, ``exits`` those until READY, ``code`` the workload's, ``end`` why it stopped.
+    """
+
+    accel: str | None
+    profile: GuestBootProfile
+    exits: ExitStatistics
+    console: str
+    code: int
+    end: str
+
+
+async def _live(config: VMConfig) -> Story:
+    with anyio.fail_after(PATIENCE_S):
+        async with VM(config) as vm:
+            console = vm.console.subscribe()
+            await vm.boot()
+            exits = vm.exits
+            assert exits is not None
+            code = await vm.events.exit
+            await vm.shutdown(PATIENCE_S)
+            output = console.take().decode(errors="replace").replace("\r\n", "\n")
+            return Story(vm.accel, vm.guest_profile, exits, output, code, await vm.events.stopped)
+
+
+Live = Callable[[VMConfig], Story]
+
+
+@pytest.fixture(scope="session")
+def live() -> Live:
+    """Boots a guest on KVM, waits for its workload's end, and has it power off."""
+    return lambda config: anyio.run(_live, config, backend_options={"use_uvloop": True})
+
+
+@pytest.fixture(scope="session")
+def small_kernel() -> Path:
+    """The vmlinux of ``scripts/build-kernel``."""
+    if not SMALL_KERNEL.exists():
+        pytest.skip("no small kernel: ./scripts/build-kernel")
+    return SMALL_KERNEL
