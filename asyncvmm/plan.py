@@ -7,6 +7,7 @@ from asyncvmm.errors import ConfigError
 from asyncvmm.guest.archive import workload_archive
 from asyncvmm.guest.cmdline import default_cmdline
 from asyncvmm.guest.image import find_image
+from asyncvmm.machine.assets import check_bootable
 from asyncvmm.machine.base import AccelName, BootPlan
 
 
@@ -22,7 +23,7 @@ def make_plan(config: VMConfig, name: str, accel: AccelName, tsc_khz: int | None
         raise ConfigError("workload", expected="an initrd with PID 1 in it", found="no initrd")
     cmdline = default_cmdline(accel) if config.cmdline is None else config.cmdline
     check_cmdline(cmdline)
-    return BootPlan(
+    plan = BootPlan(
         name=name,
         memory_mib=config.memory_mib,
         vcpus=config.vcpus,
@@ -32,3 +33,6 @@ def make_plan(config: VMConfig, name: str, accel: AccelName, tsc_khz: int | None
         cmdline=cmdline,
         tsc_khz=tsc_khz,
     )
+    if accel == "qemu":  # our own machine checks as it loads; QEMU would start, and fail in words of its own or hang
+        check_bootable(plan)
+    return plan

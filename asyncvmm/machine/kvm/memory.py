@@ -19,11 +19,6 @@ from asyncvmm.x86.layout import Region
 _MAP_NORESERVE = 0x4000
 
 
-def host_memory() -> int:
-    """The host's physical memory, bytes."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 class GuestMemory:
     """RAM regions back to back in one mapping. Guest addresses outside them are refused, never wrapped."""
 
