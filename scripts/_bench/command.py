@@ -79,7 +79,7 @@ def _measure(bench: Bench, name: str, run: dict[str, Any]) -> int:
     """Measure one name, print its lines, return how many."""
     measure: Measure = importlib.import_module(f"_bench.{FIGURES[name][0]}").measure
     bench.say(f"{name} ...")
-    begin = time.monotonic()
+    begin, load = time.monotonic(), round(os.getloadavg()[0], 2)
     try:
         figures = asyncio.run(measure(bench))
     except (Skipped, AsyncVMMError) as reason:
@@ -89,7 +89,7 @@ def _measure(bench: Bench, name: str, run: dict[str, Any]) -> int:
         bench.say(f"{name}: not measured: {traceback.format_exc()}")
         return 0
     for figure in figures:
-        sys.stdout.write(json.dumps({**figure.record(), "run": run}) + "\n")
+        sys.stdout.write(json.dumps({**figure.record(), "run": {**run, "load_average": load}}) + "\n")
     sys.stdout.flush()
     bench.say(f"{name}: {time.monotonic() - begin:.1f} s")
     return len(figures)

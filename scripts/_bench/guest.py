@@ -24,11 +24,11 @@ def layout_of(guest: Path, memory_mib: int) -> BootLayout:
 
 
 class GuestRun:
-    """One guest's run. ``ended`` gives its Stopped; ``control_newlines`` are the stamps of those on COM2."""
+    """One guest's run. ``ended`` gives its Stopped; ``newlines`` are the stamps of those on COM1."""
 
     def __init__(self, plan: BootPlan) -> None:
         self.ended: asyncio.Future[Stopped] = asyncio.get_running_loop().create_future()
-        self.control_newlines: list[int] = []
+        self.newlines: list[int] = []
         self.machine = KvmMachine(plan, Timeline(), self._take)
 
     async def start(self) -> None:
@@ -50,10 +50,6 @@ class GuestRun:
     def _take(self, effects: Sequence[Effect]) -> None:
         for effect in effects:
             if isinstance(effect, SerialOutput):
-                self._take_output(effect)
+                self.newlines += effect.newlines
             elif not self.ended.done():
                 self.ended.set_result(effect)
-
-    def _take_output(self, output: SerialOutput) -> None:
-        if output.port == "control":
-            self.control_newlines += output.newlines
