@@ -204,8 +204,8 @@ class VM:
         first_phase = len(self.timeline.phases)
         with self.timeline.phase("setup"):
             plan = await anyio.to_thread.run_sync(make_plan, self.config, self.name, choice.accel, choice.tsc_khz)
-        self._watch = self._new_watch()
-        self._machine = make_machine(choice, plan, self.timeline, self._watch.take)
+            self._watch = self._new_watch()
+            self._machine = make_machine(choice, plan, self.timeline, self._watch.take)
         with self.timeline.phase("boot"):
             await self._machine.start()
             if self._state == "starting":
