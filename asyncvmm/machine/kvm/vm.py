@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import lru_cache
 
 from asyncvmm.errors import VcpuCountError
 from asyncvmm.machine.kvm.abi import (
@@ -54,16 +54,22 @@ class KvmVm:
             with timeline.phase("vm_create"):
                 self.fd = ioctl(self.system.fd, Request.KVM_CREATE_VM)
                 undo.callback(os.close, self.fd)
-                self._set_up_architecture()
+                self._reserve_addresses()
+            # Before the interrupt controllers: creating those leaves the kernel waiting for readers of the VM's buses,
+            # and a memslot that is registered then waits with it, for 4 to 8 ms.
             with timeline.phase("memory"):
                 self.memory = self._create_memory(memory_bytes, undo)
+            with timeline.phase("irqchip_create"):
+                self._create_interrupt_controllers()
             with timeline.phase("vcpu_create"):
                 self.vcpus = [self._create_vcpu(index, undo) for index in range(vcpus)]
             self._undo = undo.pop_all()
 
-    def _set_up_architecture(self) -> None:
+    def _reserve_addresses(self) -> None:
         ioctl(self.fd, Request.KVM_SET_IDENTITY_MAP_ADDR, (ctypes.c_uint64 * 1)(IDENTITY_MAP_ADDRESS))
         ioctl(self.fd, Request.KVM_SET_TSS_ADDR, TSS_ADDRESS)
+
+    def _create_interrupt_controllers(self) -> None:
         ioctl(self.fd, Request.KVM_CREATE_IRQCHIP)
         ioctl(self.fd, Request.KVM_CREATE_PIT2, KvmPitConfig(KVM_PIT_SPEAKER_DUMMY))
 
@@ -120,15 +126,21 @@ def _set_lint_pins(fd: int) -> None:
     ioctl(fd, Request.KVM_SET_LAPIC, lapic)
 
 
-def _set_msrs(fd: int, msrs: Sequence[tuple[int, int]]) -> None:
-    """KVM_SET_MSRS one by one where the whole is not taken: KVM stops at the first that a host does not know."""
-    rest = list(msrs)
-    while rest:
-        batch = KvmMsrs(nmsrs=min(len(rest), MAX_MSR_ENTRIES))
-        for slot, (index, value) in enumerate(rest[:MAX_MSR_ENTRIES]):
-            batch.entries[slot] = KvmMsrEntry(index, 0, value)
+def _set_msrs(fd: int, msrs: tuple[tuple[int, int], ...]) -> None:
+    """KVM_SET_MSRS, again behind each one that a host does not know: KVM stops there."""
+    while msrs:
+        batch = _msr_batch(msrs[:MAX_MSR_ENTRIES])
         done = ioctl(fd, Request.KVM_SET_MSRS, batch)
-        rest = rest[done if done == batch.nmsrs else done + 1 :]
+        msrs = msrs[done if done == batch.nmsrs else done + 1 :]
+
+
+@lru_cache(maxsize=16)
+def _msr_batch(msrs: tuple[tuple[int, int], ...]) -> KvmMsrs:
+    """What KVM_SET_MSRS takes; it only reads it, and every vCPU is given the same."""
+    batch = KvmMsrs(nmsrs=len(msrs))
+    for slot, (index, value) in enumerate(msrs):
+        batch.entries[slot] = KvmMsrEntry(index, 0, value)
+    return batch
 
 
 def _segment(register: SegmentRegister) -> KvmSegment:
