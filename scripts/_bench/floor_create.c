@@ -1,6 +1,6 @@
 /* The floor of creating a VM: from open("/dev/kvm") to the first exit. Freeing is not timed.
  *
- *     floor_create RECIPE MIB
+ *     floor_create RECIPE MIB [irqchip-first]
  */
 #include "floor_vm.h"
 

@@ -39,6 +39,7 @@ static struct recipe recipe;
 static struct segment *segments;
 static char **contents;
 static size_t memory_size;
+static int irqchip_first; /* as most VMMs do it; asyncvmm does not, see vm.py */
 
 struct vm {
     int kvm, vm, vcpu, run_size;
@@ -104,10 +105,14 @@ static void open_system(struct vm *vm)
 static void create(struct vm *vm)
 {
     uint64_t identity_map = 0xfffbc000;
-    struct kvm_pit_config pit = {.flags = KVM_PIT_SPEAKER_DUMMY};
     vm->vm = CALL(vm->kvm, KVM_CREATE_VM, 0);
     CALL(vm->vm, KVM_SET_IDENTITY_MAP_ADDR, &identity_map);
     CALL(vm->vm, KVM_SET_TSS_ADDR, 0xfffbd000);
+}
+
+static void create_interrupt_controllers(struct vm *vm)
+{
+    struct kvm_pit_config pit = {.flags = KVM_PIT_SPEAKER_DUMMY};
     CALL(vm->vm, KVM_CREATE_IRQCHIP, 0);
     CALL(vm->vm, KVM_CREATE_PIT2, &pit);
 }
@@ -175,7 +180,11 @@ static void make_vm(struct vm *vm)
 {
     open_system(vm);
     create(vm);
+    if (irqchip_first)
+        create_interrupt_controllers(vm);
     create_memory(vm);
+    if (!irqchip_first)
+        create_interrupt_controllers(vm);
     create_vcpu(vm);
     load(vm);
     configure(vm);
@@ -185,8 +194,9 @@ static void make_vm(struct vm *vm)
 static int serve(int count, char **words, uint64_t (*sample)(void))
 {
     char line[64];
-    if (count != 3)
-        die("usage: floor RECIPE MIB");
+    if (count != 3 && count != 4)
+        die("usage: floor RECIPE MIB [irqchip-first]");
+    irqchip_first = count == 4;
     memory_size = strtoul(words[2], 0, 10) << 20;
     read_recipe(words[1]);
     while (fgets(line, sizeof line, stdin)) {
