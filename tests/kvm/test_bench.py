@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -15,15 +13,14 @@ KEYS = {
     *("name", "unit", "conditions", "ours", "peer_name", "peer", "ratio", "difference", "target", "met", "n", "order"),
     *("ours_spread", "peer_spread", "detail", "run"),
 }
-NEEDS_COMPILER = pytest.mark.skipif(shutil.which("gcc") is None, reason="the C floors need gcc")
 
 
 def _bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([BENCH, *arguments], capture_output=True, text=True, timeout=200, check=False)
 
 
-@NEEDS_COMPILER
-@pytest.mark.skipif(not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="no usable /dev/kvm")
+@pytest.mark.requires("kvm")
+@pytest.mark.requires("gcc")
 def test_each_line_is_a_figure_beside_its_peer() -> None:
     done = _bench("--quick", "import_time", "out_exit")
     assert done.returncode == 0, done.stderr

@@ -11,6 +11,8 @@ from asyncvmm.machine.kvm.fds import open_kvm
 from asyncvmm.machine.kvm.system import cpuid_table, guest_cpuid, supported_cpuid
 from asyncvmm.x86.cpuid import vcpu_cpuid
 
+pytestmark = pytest.mark.requires("kvm")
+
 TSC_KHZ = 2_000_000
 
 
