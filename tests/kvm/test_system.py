@@ -9,11 +9,14 @@ import pytest
 
 from asyncvmm.machine.kvm.fds import open_kvm
 from asyncvmm.machine.kvm.system import cpuid_table, guest_cpuid, supported_cpuid
+from asyncvmm.machine.kvm.vm import KvmVm
+from asyncvmm.timing.timeline import Timeline
 from asyncvmm.x86.cpuid import vcpu_cpuid
 
 pytestmark = pytest.mark.requires("kvm")
 
 TSC_KHZ = 2_000_000
+MEMORY_BYTES = 16 << 20
 
 
 @pytest.fixture
@@ -38,3 +41,10 @@ def test_another_shape_has_a_table_of_its_own(kvm_fd: int) -> None:
     one = guest_cpuid(kvm_fd, vcpu=0, vcpus=1, tsc_khz=TSC_KHZ)
     assert bytes(guest_cpuid(kvm_fd, vcpu=1, vcpus=2, tsc_khz=TSC_KHZ)) != bytes(one)
     assert bytes(guest_cpuid(kvm_fd, vcpu=0, vcpus=1, tsc_khz=TSC_KHZ + 1)) != bytes(one)
+
+
+def test_memory_is_registered_before_the_interrupt_controllers_exist() -> None:
+    timeline = Timeline()
+    KvmVm(MEMORY_BYTES, 1, timeline).close()
+    order = [phase.name for phase in timeline.phases]
+    assert order.index("memory_register") < order.index("irqchip_create") < order.index("vcpu_create")
