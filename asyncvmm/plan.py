@@ -6,8 +6,7 @@ from asyncvmm.config import VMConfig, check_cmdline
 from asyncvmm.errors import ConfigError
 from asyncvmm.guest.archive import workload_archive
 from asyncvmm.guest.cmdline import default_cmdline
-from asyncvmm.guest.image import find_image
-from asyncvmm.machine.assets import check_bootable
+from asyncvmm.guest.store import find_image
 from asyncvmm.machine.base import AccelName, BootPlan
 
 
@@ -34,5 +33,7 @@ def make_plan(config: VMConfig, name: str, accel: AccelName, tsc_khz: int | None
         tsc_khz=tsc_khz,
     )
     if accel == "qemu":  # our own machine checks as it loads; QEMU would start, and fail in words of its own or hang
+        from asyncvmm.machine.assets import check_bootable  # with it comes all of x86, which KVM's users get later
+
         check_bootable(plan)
     return plan
