@@ -28,9 +28,9 @@ from asyncvmm.machine.kvm.exits import (
 )
 from asyncvmm.machine.kvm.fds import ioctl, raw_ioctl
 from asyncvmm.machine.kvm.memory import GuestMemory
+from asyncvmm.machine.kvm.registers import set_boot_state
 from asyncvmm.machine.kvm.system import KvmSystem, cpuid_table, supported_cpuid
 from asyncvmm.machine.kvm.vcpu import KICK_SIGNAL
-from asyncvmm.machine.kvm.vm import set_boot_state
 from asyncvmm.x86.cpu import gdt, long_mode_cpu
 from asyncvmm.x86.layout import GDT_ADDRESS, IDENTITY_MAP_ADDRESS, KIB, PAGE_TABLES, TSS_ADDRESS, Region
 from asyncvmm.x86.paging import identity_page_tables

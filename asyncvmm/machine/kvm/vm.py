@@ -9,34 +9,19 @@ from __future__ import annotations
 import ctypes
 import os
 from contextlib import ExitStack
-from functools import lru_cache
 
 from asyncvmm.errors import VcpuCountError
-from asyncvmm.machine.kvm.abi import (
-    KVM_PIT_SPEAKER_DUMMY,
-    MAX_MSR_ENTRIES,
-    KvmDtable,
-    KvmIrqLevel,
-    KvmLapicState,
-    KvmMsrEntry,
-    KvmMsrs,
-    KvmPitConfig,
-    KvmRegs,
-    KvmSegment,
-    KvmSregs,
-    Request,
-)
+from asyncvmm.machine.kvm.abi import KVM_PIT_SPEAKER_DUMMY, KvmIrqLevel, KvmPitConfig, Request
 from asyncvmm.machine.kvm.fds import ioctl, raw_ioctl_short
 from asyncvmm.machine.kvm.memory import GuestMemory
+from asyncvmm.machine.kvm.registers import set_boot_state, set_lint_pins, set_msrs
 from asyncvmm.machine.kvm.system import KvmSystem, guest_cpuid
 from asyncvmm.machine.kvm.vcpu import Vcpu
 from asyncvmm.timing.timeline import Timeline
-from asyncvmm.x86.cpu import BootCpu, DescriptorTable, SegmentRegister
+from asyncvmm.x86.cpu import BootCpu
 from asyncvmm.x86.layout import IDENTITY_MAP_ADDRESS, TSS_ADDRESS, ram_regions
 from asyncvmm.x86.msrs import boot_msrs
 
-_LVT_LINT0, _LVT_LINT1 = 0x350, 0x360
-_DELIVERY_EXTINT, _DELIVERY_NMI = 0x700, 0x400
 _IRQ_LINE = int(Request.KVM_IRQ_LINE)
 
 
@@ -98,8 +83,8 @@ class KvmVm:
                 ioctl(vcpu.fd, Request.KVM_SET_CPUID2, table)
         with self._timeline.phase("register_config"):
             for vcpu in self.vcpus:
-                _set_lint_pins(vcpu.fd)
-                _set_msrs(vcpu.fd, boot_msrs())
+                set_lint_pins(vcpu.fd)
+                set_msrs(vcpu.fd, boot_msrs())
             set_boot_state(self.vcpus[0].fd, boot)
 
     def set_irq_line(self, irq: int, level: bool) -> None:
@@ -115,63 +100,3 @@ class KvmVm:
 def _check_vcpus(vcpus: int, system: KvmSystem) -> None:
     if vcpus > system.max_vcpus:
         raise VcpuCountError("vCPUs", expected=f"at most {system.max_vcpus} (this host's KVM)", found=vcpus)
-
-
-def _set_lint_pins(fd: int) -> None:
-    """LINT0 takes the PIC's interrupts, LINT1 the NMI, as firmware leaves them (MP specification 1.4, 3.6.2.2)."""
-    lapic = KvmLapicState()
-    ioctl(fd, Request.KVM_GET_LAPIC, lapic)
-    for register, mode in ((_LVT_LINT0, _DELIVERY_EXTINT), (_LVT_LINT1, _DELIVERY_NMI)):
-        ctypes.c_uint32.from_buffer(lapic, register).value = mode
-    ioctl(fd, Request.KVM_SET_LAPIC, lapic)
-
-
-def _set_msrs(fd: int, msrs: tuple[tuple[int, int], ...]) -> None:
-    """KVM_SET_MSRS, again behind each one that a host does not know: KVM stops there."""
-    while msrs:
-        batch = _msr_batch(msrs[:MAX_MSR_ENTRIES])
-        done = ioctl(fd, Request.KVM_SET_MSRS, batch)
-        msrs = msrs[done if done == batch.nmsrs else done + 1 :]
-
-
-@lru_cache(maxsize=16)
-def _msr_batch(msrs: tuple[tuple[int, int], ...]) -> KvmMsrs:
-    """What KVM_SET_MSRS takes; it only reads it, and every vCPU is given the same."""
-    batch = KvmMsrs(nmsrs=len(msrs))
-    for slot, (index, value) in enumerate(msrs):
-        batch.entries[slot] = KvmMsrEntry(index, 0, value)
-    return batch
-
-
-def _segment(register: SegmentRegister) -> KvmSegment:
-    return KvmSegment(
-        base=register.base,
-        limit=register.limit,
-        selector=register.selector,
-        type=register.type,
-        present=register.present,
-        dpl=register.dpl,
-        db=register.db,
-        s=register.s,
-        l=register.l,
-        g=register.g,
-        avl=register.avl,
-        unusable=register.unusable,
-    )
-
-
-def _table(table: DescriptorTable) -> KvmDtable:
-    return KvmDtable(base=table.base, limit=table.limit)
-
-
-def set_boot_state(fd: int, boot: BootCpu) -> None:
-    """KVM_SET_SREGS and KVM_SET_REGS: the state in which the vCPU starts. Raises KvmIoctlError."""
-    sregs = KvmSregs()
-    ioctl(fd, Request.KVM_GET_SREGS, sregs)
-    for name in ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt"):
-        setattr(sregs, name, _segment(getattr(boot, name)))
-    sregs.gdt, sregs.idt = _table(boot.gdt), _table(boot.idt)
-    sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer = boot.cr0, boot.cr3, boot.cr4, boot.efer
-    ioctl(fd, Request.KVM_SET_SREGS, sregs)
-    regs = KvmRegs(rip=boot.rip, rsp=boot.rsp, rbp=boot.rsp, rsi=boot.rsi, rbx=boot.rbx, rflags=boot.rflags)
-    ioctl(fd, Request.KVM_SET_REGS, regs)
