@@ -22,10 +22,10 @@ from asyncvmm.errors import (
     MemorySizeError,
     VcpuCountError,
 )
+from asyncvmm.machine.assets import host_memory
 from asyncvmm.machine.base import BootPlan
 from asyncvmm.machine.kvm.fds import open_kvm
 from asyncvmm.machine.kvm.machine import KvmMachine
-from asyncvmm.machine.kvm.memory import host_memory
 from asyncvmm.timing.timeline import Timeline
 
 if TYPE_CHECKING:
