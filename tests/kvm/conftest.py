@@ -1,4 +1,4 @@
-"""Tiny guests on this machine's own /dev/kvm: how they are built, booted, watched and counted.
+"""Tiny guests on this machine's own /dev/kvm: how they are built, booted and counted.
 
 Guests are tests/guests/kvm/*.S, assembled into .cache/guests under a name that says what went into them: where there is
 no assembler, as in the lab, those built before serve. ``pytest --collect-only tests/kvm`` builds them all.
@@ -12,29 +12,25 @@ import shutil
 import subprocess
 import tempfile
 import threading
-import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
 import anyio
-import anyio.lowlevel
 import attrs
 import pytest
 
 from asyncvmm.effects import Effect, ExitStatistics, SerialOutput, Stopped
-from asyncvmm.errors import KvmUnavailable
 from asyncvmm.machine.base import BootPlan
-from asyncvmm.machine.kvm.fds import open_kvm
 from asyncvmm.machine.kvm.machine import KvmMachine
 from asyncvmm.timing.timeline import Timeline
+from tests.support.requirements import require
 
 SOURCES = Path(__file__).parents[1] / "guests" / "kvm"
 CACHE = Path(__file__).parents[2] / ".cache" / "guests"
 IN_LAB = bool(os.environ.get("ASYNCVMM_LAB"))
 PATIENCE_S = 100.0 if IN_LAB else 20.0
 """A guest that has not done by then what a test waits for never will."""
-LONGEST_STALL_S = 0.5 if IN_LAB else 0.05
 NAME = "kvmtest"
 
 VARIANTS: dict[str, tuple[str, dict[str, int]]] = {
@@ -75,21 +71,10 @@ def build(name: str, target: Path) -> None:
         linked.rename(target)
 
 
-def kvm_problem() -> str | None:
-    """Why /dev/kvm cannot be used here, None if it can."""
-    try:
-        os.close(open_kvm())
-    except KvmUnavailable as error:
-        return str(error)
-    return None
-
-
 @pytest.fixture(scope="session", autouse=True)
 def kvm() -> None:
     """Every test here needs /dev/kvm."""
-    problem = kvm_problem()
-    if problem is not None:
-        pytest.skip(f"no /dev/kvm: {problem}")
+    require("kvm")
 
 
 def pytest_collection_finish() -> None:
@@ -106,58 +91,10 @@ def guest() -> Callable[[str], Path]:
 
     def find(name: str) -> Path:
         if not (path := guest_path(name)).exists():
-            pytest.skip(f"no gcc and ld to build the guest {name} with")
+            require("gcc")
         return path
 
     return find
-
-
-# -- watching the loop -------------------------------------------------------------------------------------------------
-
-
-class Punctuality:
-    """How late the loop comes back from short sleeps, less how late a thread of no other business does meanwhile.
-
-    Where everything is late, other processes have the processors, and it is not the loop's fault.
-    """
-
-    period_s = 0.005
-
-    def __init__(self) -> None:
-        self._loop_late: list[tuple[float, float]] = []
-        self._thread_late: list[tuple[float, float]] = []
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._sleep_in_thread, name="punctuality", daemon=True)
-
-    async def run(self) -> None:
-        """Sleep in short turns until cancelled."""
-        self._thread.start()
-        try:
-            while True:
-                due = time.monotonic() + self.period_s
-                await anyio.sleep(self.period_s)
-                self._note(self._loop_late, due)
-        finally:
-            self._ended.set()
-            self._thread.join()
-
-    def longest_s(self) -> float:
-        """The longest stall that was the loop's own."""
-        return max((now - due - self._excuse(due, now) for due, now in self._loop_late), default=0.0)
-
-    def _excuse(self, due: float, now: float) -> float:
-        return sum(max(0.0, min(now, late) - max(due, start)) for start, late in self._thread_late)
-
-    def _sleep_in_thread(self) -> None:
-        while not self._ended.is_set():
-            due = time.monotonic() + self.period_s
-            time.sleep(self.period_s)
-            self._note(self._thread_late, due)
-
-    def _note(self, late: list[tuple[float, float]], due: float) -> None:
-        now = time.monotonic()
-        if now - due > self.period_s:
-            late.append((due, now))
 
 
 # -- running -----------------------------------------------------------------------------------------------------------
@@ -241,22 +178,16 @@ def make(guest: Callable[[str], Path]) -> Make:
 
 @pytest.fixture
 def boot(make: Make) -> Boot:
-    """Boot a guest for a block of code; the loop must not stall meanwhile, unless the test says it ``stalls``."""
+    """Boot a guest for a block of code."""
 
     @asynccontextmanager
-    async def boot(name: str, *, stalls: bool = False, memory_mib: int = 4, vcpus: int = 1) -> AsyncIterator[Run]:
+    async def boot(name: str, *, memory_mib: int = 4, vcpus: int = 1) -> AsyncIterator[Run]:
         run = make(name, memory_mib=memory_mib, vcpus=vcpus)
-        punctuality = Punctuality()
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(punctuality.run)
-            await anyio.lowlevel.checkpoint()
-            try:
-                await run.machine.start()
-                yield run
-            finally:
-                await run.machine.stop()
-                tasks.cancel_scope.cancel()
-        assert stalls or punctuality.longest_s() <= LONGEST_STALL_S
+        try:
+            await run.machine.start()
+            yield run
+        finally:
+            await run.machine.stop()
 
     return boot
 

@@ -82,8 +82,9 @@ async def test_hundreds_of_pauses_at_random_moments_lose_nothing(boot: Boot) -> 
         assert len(run.output) == run.count("out 0x3f8") > 100
 
 
+@pytest.mark.stalls
 async def test_thousands_of_orders_to_a_paused_vcpu_are_borne(boot: Boot) -> None:
-    async with boot("spin", stalls=True) as run:
+    async with boot("spin") as run:
         await run.said(b".")
         await run.machine.pause()
         vm = run.machine._vm

@@ -121,7 +121,7 @@ async def test_kernels_that_are_no_files_are_refused(plan: BootPlan, refused: Re
         assert "kernel" in message
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
+@pytest.mark.requires("unprivileged")
 async def test_an_unreadable_kernel_is_refused(plan: BootPlan, refused: Refuse, tmp_path: Path) -> None:
     kernel = tmp_path / "kernel"
     kernel.touch(0o000)

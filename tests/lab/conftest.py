@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 
 from asyncvmm import VM, ExitStatistics, VMConfig
 from asyncvmm.timing.profiles import GuestBootProfile
+from tests.support.requirements import require
 
 SMALL_KERNEL = Path(__file__).parents[2] / ".cache" / "kernel" / "vmlinux"
 
@@ -21,12 +21,10 @@ PATIENCE_S = 150
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Outside the lab these tests would find a /dev/kvm that cannot run a kernel, or none."""
-    if os.environ.get("ASYNCVMM_LAB") == "1":
-        return
     here = Path(__file__).parent
     for item in items:
         if item.path.is_relative_to(here):
-            item.add_marker(pytest.mark.skip(reason="runs inside ./scripts/lab"))
+            item.add_marker(pytest.mark.requires("lab"))
 
 
 @attrs.frozen
@@ -69,6 +67,5 @@ def live() -> Live:
 @pytest.fixture(scope="session")
 def small_kernel() -> Path:
     """The vmlinux of ``scripts/build-kernel``."""
-    if not SMALL_KERNEL.exists():
-        pytest.skip("no small kernel: ./scripts/build-kernel")
+    require("small-kernel")
     return SMALL_KERNEL

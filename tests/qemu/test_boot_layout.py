@@ -3,14 +3,12 @@ that load the registers the layout asks for. What the kernel then finds in our t
 
 from __future__ import annotations
 
-import shutil
 import struct
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from asyncvmm.errors import ImageError
 from asyncvmm.guest.image import find_image
 from asyncvmm.x86.cpu import BootCpu
 from asyncvmm.x86.layout import (
@@ -24,6 +22,7 @@ from asyncvmm.x86.layout import (
     MmioDevice,
 )
 from asyncvmm.x86.load import BootLayout, plan_boot
+from tests.support.requirements import require
 
 MEMORY = 256 * MIB
 BIOS_SIZE = 0x10000
@@ -66,14 +65,10 @@ def console(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def qemu_and_image() -> tuple[str, Path, Path]:
-    qemu = shutil.which("qemu-system-x86_64")
-    if qemu is None:
-        pytest.skip("qemu-system-x86_64 is not installed")
-    try:
-        image = find_image("default")
-    except ImageError as error:
-        pytest.skip(f"no guest image: {error}")
-    return qemu, image.kernel, image.initrd
+    require("qemu")
+    require("image")
+    image = find_image("default")
+    return "qemu-system-x86_64", image.kernel, image.initrd
 
 
 def cmdline() -> str:

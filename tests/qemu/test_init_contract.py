@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import socket
 import struct
 import subprocess
@@ -15,10 +14,10 @@ from pathlib import Path
 import attrs
 import pytest
 
-from asyncvmm.errors import ImageError
 from asyncvmm.guest import cpio
 from asyncvmm.guest.archive import workload_archive
 from asyncvmm.guest.image import Image, find_image
+from tests.support.requirements import require
 
 TIMEOUT_S = 120
 CMDLINE = "console=ttyS0 quiet 8250.nr_uarts=1 panic=-1"
@@ -123,12 +122,9 @@ Boot = Callable[[bytes], Guest]
 
 @pytest.fixture(scope="session")
 def boot(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Boot]:
-    if shutil.which("qemu-system-x86_64") is None:
-        pytest.skip("needs qemu-system-x86_64")
-    try:
-        image = find_image()
-    except ImageError as error:
-        pytest.skip(f"needs the guest image: {error}")
+    require("qemu")
+    require("image")
+    image = find_image()
     guests: list[Guest] = []
 
     def start(appended: bytes) -> Guest:

@@ -23,11 +23,9 @@ import pytest
 from asyncvmm.effects import Effect, Port, SerialOutput, Stopped
 from asyncvmm.errors import (
     CmdlineError,
-    ImageError,
     InitrdError,
     KernelError,
     MachineError,
-    QemuUnavailable,
     StateError,
 )
 from asyncvmm.guest.archive import workload_archive
@@ -37,6 +35,7 @@ from asyncvmm.machine.qemu.binary import find_qemu
 from asyncvmm.machine.qemu.command import QemuBinary
 from asyncvmm.machine.qemu.machine import QemuMachine
 from asyncvmm.timing.timeline import Timeline
+from tests.support.requirements import require
 
 pytestmark = pytest.mark.anyio
 
@@ -49,10 +48,8 @@ StartMachine = Callable[..., Awaitable[QemuMachine]]
 
 @pytest.fixture(scope="session")
 def qemu() -> QemuBinary:
-    try:
-        return find_qemu()
-    except QemuUnavailable as error:
-        pytest.skip(str(error))
+    require("qemu")
+    return find_qemu()
 
 
 @pytest.fixture
@@ -472,10 +469,8 @@ async def test_a_parent_that_is_killed_takes_qemu_with_it(parent: subprocess.Pop
 
 
 def default_image() -> Image:
-    try:
-        return find_image("default")
-    except ImageError as error:
-        pytest.skip(f"no guest image yet, make one with `asyncvmm image build`: {error}")
+    require("image")
+    return find_image("default")
 
 
 def tsc_khz() -> int | None:

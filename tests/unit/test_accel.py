@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import orjson
@@ -168,9 +167,8 @@ def test_something_else_where_kvm_should_be_makes_it_unusable(kind: str, tmp_pat
     assert facts.found
 
 
+@pytest.mark.requires("unprivileged")
 def test_no_permission_for_kvm_makes_it_unusable(tmp_path: Path) -> None:
-    if os.geteuid() == 0:
-        pytest.skip("root may open everything")
     path = tmp_path / "kvm"
     path.touch(mode=0)
     assert "permission denied" in str(probe_kvm(path).found)
@@ -198,9 +196,8 @@ async def test_on_a_host_without_kvm_and_qemu_no_machine_is_chosen(
 
 
 @pytest.mark.anyio
+@pytest.mark.requires("qemu")
 async def test_a_host_with_qemu_alone_gets_qemu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("asyncvmm.machine.kvm.fds.DEV_KVM", tmp_path / "kvm")
-    if not probe_qemu().usable:
-        pytest.skip("no QEMU here")
     choice: AccelChoice = await choose_accel("auto")
     assert (choice.accel, choice.qemu_accel, choice.tsc_khz) == ("qemu", "tcg", None)

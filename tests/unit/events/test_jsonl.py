@@ -72,6 +72,7 @@ def pipe() -> Iterator[tuple[int, int]]:
             os.close(fd)
 
 
+@pytest.mark.stalls
 async def test_a_file_is_emptied_and_gets_every_line(tmp_path: Path) -> None:
     path = tmp_path / "boot.jsonl"
     path.write_text("from the last run\n" * 100)
@@ -98,6 +99,7 @@ async def test_there_is_one_write_a_loop_turn() -> None:
     await sink.aclose()
 
 
+@pytest.mark.stalls
 async def test_a_slow_pipe_gets_everything_and_its_flags_stay(pipe: tuple[int, int]) -> None:
     reader, writer = pipe
     flags = fcntl.fcntl(writer, fcntl.F_GETFL)
@@ -116,6 +118,7 @@ async def test_a_slow_pipe_gets_everything_and_its_flags_stay(pipe: tuple[int, i
     assert descriptors() == before
 
 
+@pytest.mark.stalls
 async def test_a_pipe_that_cannot_be_opened_anew_is_polled(
     pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,6 +140,7 @@ async def test_a_pipe_that_cannot_be_opened_anew_is_polled(
     assert counters(await task) == list(range(1, 3001))
 
 
+@pytest.mark.stalls
 async def test_a_reader_that_never_reads_costs_bounded_memory_and_is_told(pipe: tuple[int, int]) -> None:
     reader, writer = pipe
     sink = JsonLines(writer, "a1b2", EPOCH_NS, limit=8192)
@@ -279,6 +283,7 @@ async def test_a_fifo_with_a_reader_is_written_and_one_without_is_refused(tmp_pa
     os.close(reader)
 
 
+@pytest.mark.stalls
 async def test_a_unix_socket_is_connected_to_and_written() -> None:
     with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as server:
         path = f"{folder}/s"
@@ -336,6 +341,7 @@ async def test_a_lent_file_keeps_its_offset(tmp_path: Path) -> None:
     assert (first, last, counters(line)) == (b"{}\n", b"{}\n", [1])
 
 
+@pytest.mark.stalls
 async def test_two_vms_on_one_pipe_do_not_tear_each_others_lines(pipe: tuple[int, int]) -> None:
     reader, writer = pipe
     sinks = [JsonLines(writer, name, EPOCH_NS) for name in ("one", "two")]

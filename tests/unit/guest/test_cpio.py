@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import stat
 import subprocess
 from pathlib import Path
@@ -75,7 +74,7 @@ def test_more_entries_than_allowed_are_refused() -> None:
         cpio.read(cpio.write([cpio.file("a", b""), cpio.file("b", b"")]), max_entries=1)
 
 
-@pytest.mark.skipif(shutil.which("cpio") is None, reason="needs the cpio program")
+@pytest.mark.requires("cpio")
 def test_the_cpio_program_unpacks_files_links_and_modes(tmp_path: Path) -> None:
     archive = cpio.write([cpio.file("d/run", b"#!/bin/sh\n", 0o755), cpio.symlink("d/link", "run")])
     subprocess.run(["cpio", "-id", "--quiet"], input=archive, cwd=tmp_path, check=True)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import threading
 from pathlib import Path
 
@@ -9,12 +8,9 @@ import pytest
 from asyncvmm.errors import ConfigError, ImageError, KernelError
 from asyncvmm.guest import cpio
 from asyncvmm.guest.image import Image, build_image, find_image
-from asyncvmm.guest.sources import default_kernel, find_busybox
+from asyncvmm.guest.sources import default_kernel
 
-try:
-    find_busybox(None)
-except ImageError as error:
-    pytest.skip(str(error), allow_module_level=True)
+pytestmark = pytest.mark.requires("busybox")
 
 
 @pytest.fixture
@@ -105,10 +101,7 @@ def test_modules_without_a_kernel_are_refused(tmp_path: Path) -> None:
         build_image("test", modules=tmp_path)
 
 
-@pytest.mark.skipif(
-    any(Path(place.format(os.uname().release)).exists() for place in ("/boot/vmlinuz-{}", "/lib/modules/{}/vmlinuz")),
-    reason="the host's own kernel is readable here, so there is something to fall back on",
-)
+@pytest.mark.requires("no-host-kernel")
 def test_without_apt_and_without_a_host_kernel_the_error_names_all_that_was_tried() -> None:
     with pytest.raises(ImageError, match=r"apt-get.*; .*/boot/vmlinuz-"):
         default_kernel(None, print)

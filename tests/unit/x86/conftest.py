@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 import pytest
 from hypothesis import settings
 
-from asyncvmm.errors import ImageError
+from asyncvmm.guest.image import find_image
+from tests.support.requirements import require
 
 # How long an example takes says more about the machine's other work than about the code.
 settings.register_profile("no-deadline", deadline=None)
@@ -122,9 +123,5 @@ def pvh_note() -> bytes:
 @pytest.fixture(scope="session")
 def default_kernel() -> memoryview:
     """The kernel file of the built guest image."""
-    image = pytest.importorskip("asyncvmm.guest.image", reason="no guest image module", exc_type=ImportError)
-    try:
-        found = image.find_image("default")
-    except ImageError as error:
-        pytest.skip(f"no guest image: {error}")
-    return memoryview(found.kernel.read_bytes())
+    require("image")
+    return memoryview(find_image("default").kernel.read_bytes())

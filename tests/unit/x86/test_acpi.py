@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import shutil
 import struct
 import subprocess
 from pathlib import Path
@@ -11,6 +10,7 @@ from hypothesis import strategies as st
 
 from asyncvmm.x86.acpi import acpi_tables, dsdt, fadt, madt
 from asyncvmm.x86.layout import ACPI_AREA_END, RSDP_ADDRESS, mmio_device
+from tests.support.requirements import require
 
 ALL_DEVICES = [mmio_device(slot) for slot in range(19)]
 
@@ -81,10 +81,8 @@ def test_com2_is_not_declared() -> None:
 
 @pytest.fixture(scope="module")
 def iasl() -> str:
-    path = shutil.which("iasl")
-    if path is None:
-        pytest.skip("iasl (acpica-tools) is not installed: the tables are not validated by ACPICA")
-    return path
+    require("iasl")
+    return "iasl"
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,56 @@
+"""The suite's own watch over the loop: it must see what blocks, and nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.stalls import LONGEST_STALL_S, Bystander, StallWatch
+
+pytestmark = [pytest.mark.anyio, pytest.mark.stalls]
+
+LONG_S = 4 * LONGEST_STALL_S
+
+
+def busy() -> None:
+    end = time.monotonic() + LONG_S
+    while time.monotonic() < end:
+        hashlib.sha256(b"x" * 100).digest()
+
+
+@pytest.mark.parametrize("block", [lambda: time.sleep(LONG_S), busy], ids=["waiting", "computing"])
+async def test_a_loop_that_is_blocked_is_noticed_and_by_what(bystander: Bystander, block: object) -> None:
+    for _ in range(5):  # an excuse may spoil one try on a busy machine
+        async with StallWatch(bystander) as watch:
+            await asyncio.sleep(0.02)
+            block()  # type: ignore[operator]
+            await asyncio.sleep(0.02)
+        if watch.worst is not None and watch.worst.seconds > LONGEST_STALL_S:
+            break
+    assert watch.worst is not None
+    assert watch.worst.seconds > LONGEST_STALL_S
+    assert "test_stalls.py" in watch.worst.stack
+
+
+@pytest.fixture
+def busy_machine() -> Iterator[None]:
+    """More processes than processors."""
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(6)]
+    yield
+    for other in others:
+        other.kill()
+        other.wait()
+
+
+@pytest.mark.usefixtures("busy_machine")
+async def test_a_loop_that_only_waits_is_not_blamed_when_the_machine_is_busy(bystander: Bystander) -> None:
+    async with StallWatch(bystander) as watch:
+        for _ in range(500):
+            await asyncio.sleep(0.001)
+    assert watch.worst is None or watch.worst.seconds <= LONGEST_STALL_S
