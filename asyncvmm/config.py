@@ -5,6 +5,7 @@ Sources: the limits of the guest's command line are those of the Linux x86 boot 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -68,6 +69,12 @@ def _check_workload(_: object, __: object, value: tuple[str, ...]) -> None:
         raise ConfigError("workload", expected="a program's name", found="an empty word")
 
 
+def _words(value: Iterable[str]) -> tuple[str, ...]:
+    if isinstance(value, str | bytes):
+        raise ConfigError("workload or environment", expected="a sequence of words", found=repr(value))
+    return tuple(value)
+
+
 def _path(value: str | Path | None) -> Path | None:
     return None if value is None else Path(value)
 
@@ -94,8 +101,8 @@ class VMConfig:
     initrd: Path | None = attrs.field(default=None, converter=_path)
     cmdline: str | None = attrs.field(default=None, validator=_check_cmdline)
     accel: Accel = attrs.field(default="auto", validator=_check_accel)
-    workload: tuple[str, ...] = attrs.field(default=(), converter=tuple, validator=_check_workload)
-    env: tuple[str, ...] = attrs.field(default=(), converter=tuple)
+    workload: tuple[str, ...] = attrs.field(default=(), converter=_words, validator=_check_workload)
+    env: tuple[str, ...] = attrs.field(default=(), converter=_words)
     boot_timeout_s: float = attrs.field(default=300.0, validator=_check_seconds)
     stall_timeout_s: float = attrs.field(default=60.0, validator=_check_seconds)
     name: str | None = None
