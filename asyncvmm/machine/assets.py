@@ -49,7 +49,10 @@ def read_kernel(path: Path) -> bytes:
     """The whole kernel file. Raises KernelError."""
     with ExitStack() as files:
         fd, size = _open_regular(path, KernelError, "kernel", files)
-        return _read_all(fd, size)
+        try:
+            return _read_all(fd, size)
+        except OSError as failure:
+            raise KernelError("kernel", expected="a readable file", found=f"{path} ({failure.strerror})") from None
 
 
 def open_initrd(path: Path | None, files: ExitStack) -> tuple[int, int]:

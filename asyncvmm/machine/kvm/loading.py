@@ -47,7 +47,10 @@ def _load_initrd(memory: GuestMemory, layout: BootLayout, fd: int, size: int, ap
     address = layout.initrd_address
     if address is None:
         return
-    read = memory.read_file(address, fd, size) if size else 0
+    try:
+        read = memory.read_file(address, fd, size) if size else 0
+    except OSError as failure:
+        raise InitrdError("initrd", expected="a readable file", found=failure.strerror) from None
     if read != size:
         raise InitrdError("initrd", expected=f"{size} bytes, as when it was opened", found=f"{read} bytes")
     memory.write(address + padded(size), appended)

@@ -202,6 +202,11 @@ class KvmMachine:
             vcpu.trace = self._post_trace
             vcpu.kick()
 
+    @property
+    def dropped_notices(self) -> int:
+        """Notices that found the mailbox full: traced exits, for nothing else fills it."""
+        return self._mailbox.dropped
+
     def untrace(self, trace: TraceSink) -> None:
         """End what ``trace`` began, unless another took over."""
         if self._trace is trace:

@@ -18,6 +18,12 @@ from asyncvmm.x86.layout import Region
 
 _MAP_NORESERVE = 0x4000
 
+_COPY_BYTES = 1 << 20
+"""Bytes copied in one go: the copy holds the GIL, and each fresh page of it is a fault."""
+
+_madvise = ctypes.CDLL(None).madvise
+_madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
 
 class GuestMemory:
     """RAM regions back to back in one mapping. Guest addresses outside them are refused, never wrapped."""
@@ -43,8 +49,10 @@ class GuestMemory:
 
     def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
         """Copy ``data`` to a guest physical address. Raises ConfigError where it is not all RAM."""
-        start = self._offset(address, len(data))
-        self._map[start : start + len(data)] = data
+        start, view = self._offset(address, len(data)), memoryview(data)
+        for done in range(0, len(data), _COPY_BYTES):
+            piece = view[done : done + _COPY_BYTES]
+            self._map[start + done : start + done + len(piece)] = piece
 
     def read_file(self, address: int, fd: int, size: int) -> int:
         """Read ``size`` bytes of a file straight into the guest; returns how many there were.
@@ -63,7 +71,11 @@ class GuestMemory:
         return self._map[start : start + size]
 
     def close(self) -> None:
-        """Unmap. Takes milliseconds for a large guest: not for the loop."""
+        """Unmap. Takes milliseconds for a large guest: not for the loop.
+
+        The pages are given back by a call that releases the GIL, which mmap.close() does not.
+        """
+        _madvise(self.host_address, self.size, mmap.MADV_DONTNEED)
         self._map.close()
 
     def _offset(self, address: int, size: int) -> int:

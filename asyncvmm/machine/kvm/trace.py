@@ -19,13 +19,19 @@ class ExitTrace:
     def __init__(self, machine: KvmMachine, capacity: int) -> None:
         if capacity < 1:
             raise ConfigError("capacity of an exit trace", expected="at least 1", found=capacity)
-        self.lost = 0
+        self._overflowed = 0
         self._machine = machine
+        self._dropped_before = machine.dropped_notices
         self._capacity = capacity
         self._held: deque[TracedExit] = deque()
         self._ended = False
         self._awake: anyio.Event | None = None
         machine.trace(self)
+
+    @property
+    def lost(self) -> int:
+        """Exits that are missing: for want of room here, or on the way from the vCPU threads."""
+        return self._overflowed + self._machine.dropped_notices - self._dropped_before
 
     def __aiter__(self) -> ExitTrace:
         return self
@@ -46,7 +52,7 @@ class ExitTrace:
     def put(self, traced: TracedExit) -> None:
         """An exit has come. For the machine."""
         if len(self._held) >= self._capacity:
-            self.lost += 1
+            self._overflowed += 1
             return
         self._held.append(traced)
         self._wake()
