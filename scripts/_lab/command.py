@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -22,7 +23,8 @@ def main(root: Path, arguments: list[str]) -> int:
         kernel = outer_kernel(cache, _report)
         system = system_disk(cache, root, _report)
         with project_disk(cache, root, options.command, options.also, options.env) as project:
-            outer = Outer(kernel, system, project, options.memory, options.cpus, options.timeout, options.console)
+            more = shlex.split(options.qemu)
+            outer = Outer(kernel, system, project, options.memory, options.cpus, options.timeout, options.console, more)
             return run(outer)
     except (AsyncVMMError, OSError) as error:
         _report(str(error))
@@ -44,6 +46,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--env", action="append", default=[], metavar="NAME=VALUE", help="set in the command's environment"
     )
+    parser.add_argument("--qemu", default="", metavar="WORDS", help="more words for the outer machine's QEMU")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND")
     options = parser.parse_args(arguments)
     if options.command[:1] == ["--"]:

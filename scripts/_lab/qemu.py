@@ -39,7 +39,7 @@ _CMDLINE = (
 
 @attrs.frozen
 class Outer:
-    """The outer machine of one run. ``memory`` in MiB, ``timeout`` in seconds."""
+    """The outer machine of one run. ``memory`` in MiB, ``timeout`` in seconds, ``more`` is words for QEMU."""
 
     kernel: OuterKernel
     system: Path
@@ -48,6 +48,7 @@ class Outer:
     cpus: int
     timeout: float
     console: bool
+    more: list[str]
 
 
 def run(outer: Outer) -> int:
@@ -96,6 +97,7 @@ def _command(outer: Outer, writers: list[int]) -> list[str]:
         "-kernel", str(outer.kernel.kernel), "-initrd", str(outer.kernel.initrd), "-append", _CMDLINE,
         *_disk("system", outer.system), *_disk("project", outer.project),
         "-device", "virtio-serial-pci",
+        *outer.more,
         *(word for name, fd in zip(_PORTS, writers, strict=True) for word in _port(name, fd)),
     ]  # fmt: skip
 
