@@ -12,6 +12,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self, TypedDict
 
@@ -22,7 +23,7 @@ from asyncvmm.accel import AccelChoice, choose_accel
 from asyncvmm.config import VMConfig
 from asyncvmm.console import Console
 from asyncvmm.effects import ExitStatistics, Stopped
-from asyncvmm.errors import AsyncVMMError, BootError, GuestError, GuestStopped, StateError
+from asyncvmm.errors import AsyncVMMError, BootError, GuestStopped, MachineError, StateError
 from asyncvmm.events.hub import EventHub
 from asyncvmm.events.jsonl import JsonLines
 from asyncvmm.events.outputs import Target
@@ -81,6 +82,11 @@ class VM:
         self._published_phases = 0
         self._stopping = anyio.Lock()
         self._freed = False
+        self._ended = False
+        self._early_end: BootError | None = None
+        self._waiting: anyio.CancelScope | None = None
+        self._boot_scope: anyio.CancelScope | None = None
+        self._boot_done: anyio.Event | None = None
 
     # -- what can be asked -----------------------------------------------------------------------------------------
 
@@ -120,19 +126,28 @@ class VM:
         """Start the guest; returns when it says READY.
 
         Raises ConfigError or HostError before anything is started, MachineError if the machine fails, BootError with
-        the evidence if the guest does not become ready. Cancelled or failed, it leaves nothing behind.
+        the evidence if the guest does not become ready, StateError if stop() is called meanwhile. Cancelled or failed,
+        it leaves nothing behind.
         """
         if self._state != "new":
             raise StateError("boot", expected="a new VM", state=self._state)
+        self._boot_done = anyio.Event()
         self._go("starting")
         try:
-            return await self._boot()
+            with anyio.CancelScope() as self._boot_scope:
+                return await self._boot()
+            raise StateError("boot", expected="a VM left to boot", found="stop()", state=self._state)
+        except StateError:
+            await self._end()
+            raise
         except AsyncVMMError as error:
             await self._fail(error)
             raise
         except BaseException:
-            await self.stop()
+            await self._end()
             raise
+        finally:
+            self._boot_done.set()
 
     async def pause(self) -> None:
         """Stop every vCPU. Raises StateError unless the VM is ready."""
@@ -151,16 +166,19 @@ class VM:
     async def shutdown(self, timeout_s: float = 30.0) -> None:
         """Ask the guest to power off, wait ``timeout_s`` seconds for it at the most, then stop it in any case."""
         if self._machine is not None and self._state == "ready" and not self.events.stopped.done:
-            with anyio.move_on_after(timeout_s):
+            with anyio.move_on_after(timeout_s), suppress(StateError, MachineError):
+                # Neither is news: the guest, or its machine, came to its end by itself meanwhile.
                 await self._ask_to_power_off(self._machine)
                 await self.events.stopped
         await self.stop()
 
     async def stop(self) -> None:
-        """End the guest at once and free everything. May be called again, and from any state."""
+        """End the guest at once and free everything. May be called again, and from any state: it ends a boot, too."""
         with anyio.CancelScope(shield=True):
-            async with self._stopping:
-                await self._stop("stopped")
+            if self._boot_scope is not None and self._boot_done is not None:
+                self._boot_scope.cancel()
+                await self._boot_done.wait()
+            await self._end()
 
     def trace_exits(self, capacity: int = 4096) -> ExitTrace:
         """An async iterator over every exit from now on (TracedExit), for debugging; it slows the guest.
@@ -213,7 +231,8 @@ class VM:
             with self.timeline.phase("boot_wait"):
                 await self._wait_ready(self._machine)
         self.timing = timing = boot_timing(self.timeline.phases[first_phase:], choice.accel, self._attempt)
-        self._go("ready")
+        if not self._ended:
+            self._go("ready")
         self._publish_phases()
         if self.events.listening:
             self.events.publish(VmTimingEvent.of(self._now(), timing))
@@ -224,11 +243,14 @@ class VM:
         deadline = anyio.current_time() + self.config.boot_timeout_s
         seen = -1
         while (left := deadline - anyio.current_time()) > 0:
-            with anyio.move_on_after(min(left, self.config.stall_timeout_s)) as waited:
-                await self.events.ready
-                return
+            with anyio.move_on_after(min(left, self.config.stall_timeout_s)) as self._waiting:
+                if self._early_end is None:
+                    await self.events.ready
+                    return
+            if self._early_end is not None:
+                raise self._early_end
             progress = machine.progress()
-            if waited.cancelled_caught and progress == seen and left > self.config.stall_timeout_s:
+            if progress == seen and left > self.config.stall_timeout_s:
                 raise await self._unready(machine, "stalled", f"no sign of life for {self.config.stall_timeout_s:g} s")
             seen = progress
         raise await self._unready(machine, "timeout", f"not ready within {self.config.boot_timeout_s:g} s")
@@ -252,6 +274,9 @@ class VM:
 
     def _on_stop(self, stopped: Stopped) -> None:
         """The guest will not run again. Before READY that is a BootError, after it mostly an ordinary end."""
+        if self._ended or self._freed:
+            return
+        self._ended = True
         evidence = Evidence(stopped.last_exit, stopped.rip)
         facts = self._facts(stopped.reason, evidence)
         found = f"{stopped.reason} ({stopped.detail})" if stopped.detail else stopped.reason
@@ -259,7 +284,7 @@ class VM:
             found = f"debug exit with {stopped.code}"
         self.console.end()
         if not self.events.ready.done:
-            self._end_events(BootError("boot", expected="READY", found=found, **facts))
+            self._end_boot(BootError("boot", expected="READY", found=found, **facts))
         elif stopped.reason in _ORDINARY_ENDS:
             self._go("stopped")
             self.events.close(stopped.reason)
@@ -267,7 +292,13 @@ class VM:
             self._go("failed")
             self._end_events(GuestStopped("guest", expected="an orderly end", found=found, **facts))
 
-    def _end_events(self, error: GuestError) -> None:
+    def _end_boot(self, error: BootError) -> None:
+        """Have boot() raise the error. It looks for the evidence that is missing before anybody else hears of it."""
+        self._early_end = error
+        if self._waiting is not None:
+            self._waiting.cancel()
+
+    def _end_events(self, error: AsyncVMMError) -> None:
         if self.events.listening:
             self.events.publish(VmError.of(self._now(), error))
         self.events.fail(error)
@@ -282,11 +313,23 @@ class VM:
     async def _fail(self, error: AsyncVMMError) -> None:
         with anyio.CancelScope(shield=True):
             async with self._stopping:
+                if isinstance(error, BootError):
+                    await self._complete(error)
                 if not self.events.stopped.done:
-                    if self.events.listening:
-                        self.events.publish(VmError.of(self._now(), error))
-                    self.events.fail(error)
+                    self._end_events(error)
                 await self._stop("failed")
+
+    async def _complete(self, error: BootError) -> None:
+        """What a guest's last words do not say: where it stands."""
+        if self._machine is not None and (error.rip is None or error.last_exit is None):
+            evidence = await self._machine.evidence()
+            error.rip = evidence.rip if error.rip is None else error.rip
+            error.last_exit = error.last_exit or evidence.last_exit
+
+    async def _end(self) -> None:
+        with anyio.CancelScope(shield=True):
+            async with self._stopping:
+                await self._stop("stopped")
 
     async def _stop(self, final: Literal["stopped", "failed"]) -> None:
         if self._freed:
