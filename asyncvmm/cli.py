@@ -17,6 +17,9 @@ from asyncvmm.errors import AsyncVMMError
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
 
+FILE = click.Path(path_type=Path, readable=False)
+"""Whether it can be read is for the library to find out, and to say."""
+
 T = TypeVar("T")
 Command = Callable[..., None]
 
@@ -29,8 +32,10 @@ class Group(click.Group):
         try:
             return super().invoke(ctx)
         except AsyncVMMError as error:
-            click.echo(f"asyncvmm: {_one_line(str(error))}", err=True)
-            ctx.exit(EXIT_ERROR)
+            _refuse(ctx, str(error))
+        except click.UsageError as error:
+            asked = error.ctx or ctx
+            _refuse(ctx, f"{error.format_message()} (see {asked.command_path} --help)")
         except KeyboardInterrupt:
             ctx.exit(EXIT_INTERRUPTED)
         except BrokenPipeError:
@@ -38,8 +43,9 @@ class Group(click.Group):
             ctx.exit(EXIT_ERROR)
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
+def _refuse(ctx: click.Context, text: str) -> None:
+    click.echo(f"asyncvmm: {' '.join(text.split())}", err=True)
+    ctx.exit(EXIT_ERROR)
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -52,8 +58,8 @@ def vm_options(command: Command) -> Command:
     """The options that ``boot`` and ``run`` share."""
     options = [
         click.option("--image", default="default", show_default=True, metavar="NAME", help="Guest image to boot."),
-        click.option("--kernel", type=click.Path(path_type=Path), metavar="FILE", help="bzImage or vmlinux instead."),
-        click.option("--initrd", type=click.Path(path_type=Path), metavar="FILE", help="Initrd for --kernel."),
+        click.option("--kernel", type=FILE, metavar="FILE", help="bzImage or vmlinux instead."),
+        click.option("--initrd", type=FILE, metavar="FILE", help="Initrd for --kernel."),
         click.option("--cmdline", metavar="TEXT", help="Kernel command line, whole."),
         click.option("--memory", default=256, show_default=True, metavar="MIB", help="Guest memory, MiB."),
         click.option("--vcpus", default=1, show_default=True, metavar="N", help="Virtual CPUs."),
@@ -76,7 +82,7 @@ def boot(jsonl: str | None, **asked: Any) -> None:
     run_on_uvloop(run_boot(make_config(**asked), jsonl))
 
 
-@main.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@main.command(context_settings={"allow_interspersed_args": False})
 @vm_options
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 @click.pass_context
@@ -103,8 +109,8 @@ def image() -> None:
 
 @image.command("build")
 @click.option("--name", default="default", show_default=True, help="The image's name.")
-@click.option("--kernel", type=click.Path(path_type=Path), metavar="FILE", help="bzImage or vmlinux to take.")
-@click.option("--modules", type=click.Path(path_type=Path), metavar="DIR", help="Its modules.")
+@click.option("--kernel", type=FILE, metavar="FILE", help="bzImage or vmlinux to take.")
+@click.option("--modules", type=FILE, metavar="DIR", help="Its modules.")
 def image_build(name: str, kernel: Path | None, modules: Path | None) -> None:
     """Build a bootable guest image from the distribution's packages."""
     from asyncvmm.commands import build
@@ -121,7 +127,7 @@ def image_list() -> None:
 
 
 @main.command()
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=FILE)
 def timeline(file: Path) -> None:
     """Draw the boot that FILE (JSON lines) records."""
     from asyncvmm.commands import timeline as draw

@@ -1,0 +1,253 @@
+"""The command line with wrong input: exit code 2, one line on stderr that says what was expected and found, no
+traceback, nothing started. Every case is the real command in a process of its own, as a user would run it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from asyncvmm.cli import main
+from tests.support.requirements import ROOT
+
+ASYNCVMM = Path(sys.executable).with_name("asyncvmm")
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(tmp_path: Path) -> Refused:
+    """Run ``asyncvmm WORDS``, which must be refused; gives the line on stderr."""
+
+    def run(*words: object, prefix: tuple[str, ...] = (), env: dict[str, str] | None = None) -> str:
+        temporary = tmp_path / "TMPDIR"
+        temporary.mkdir(exist_ok=True)
+        done = subprocess.run(
+            [*prefix, str(ASYNCVMM), *map(str, words)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+            env={**os.environ, "TMPDIR": str(temporary), **(env or {})},
+        )
+        assert done.returncode == 2, done
+        assert done.stdout == ""
+        lines = done.stderr.splitlines()
+        assert len(lines) == 1, done.stderr
+        assert lines[0].startswith("asyncvmm: ")
+        assert not list(temporary.iterdir())
+        return lines[0]
+
+    return run
+
+
+@pytest.fixture
+def kernel(tmp_path: Path) -> Path:
+    """A kernel that would do."""
+    path = tmp_path / "vmlinux"
+    path.write_bytes(elf(0x1000000, 4096))
+    return path
+
+
+def elf(address: int, memory_size: int) -> bytes:
+    """An ELF64 executable for x86-64 of one segment."""
+    header = b"\x7fELF\2\1\1".ljust(16, b"\0")
+    header += struct.pack("<HHIQQQIHHHHHH", 2, 62, 1, address, 64, 0, 0, 64, 56, 1, 64, 0, 0)
+    segment = struct.pack("<IIQQQQQQ", 1, 5, 120, address, address, 16, memory_size, 4096)
+    return header + segment + b"\xf4" * 16
+
+
+# -- the kernel and the initrd -----------------------------------------------------------------------------------------
+
+FILES = {
+    "nothing": b"",
+    "a text file": b"This is no kernel.\n" * 100,
+    "a truncated bzImage": bytes(0x1F1) + b"\x04" + bytes(0x10) + b"HdrS\x0f\x02" + bytes(0x100),
+    "an ELF that leaves RAM": elf(0x1000000, 1 << 40),
+    "an ELF that wraps around": elf((1 << 64) - 4096, 8192),
+    "an ELF over our tables": elf(0x7000, 4096),
+    "an ELF over the command line": elf(0x20000, 4096),
+    "an ELF over the ACPI tables": elf(0xE0000, 4096),
+    "half an ELF header": elf(0x1000000, 4096)[:40],
+}
+
+
+@pytest.mark.parametrize("accel", ["kvm", "qemu"])
+@pytest.mark.parametrize("content", FILES.values(), ids=FILES.keys())
+def test_what_is_no_kernel_is_refused(refused: Refused, tmp_path: Path, content: bytes, accel: str) -> None:
+    path = tmp_path / "kernel"
+    path.write_bytes(content)
+    line = refused("boot", "--accel", accel, "--kernel", path)
+    assert "expected" in line
+    assert "found" in line
+
+
+@pytest.mark.parametrize("accel", ["kvm", "qemu", "auto"])
+@pytest.mark.parametrize("path", ["/nonexistent/kernel", "/dev", "/dev/zero"])
+def test_a_kernel_that_is_no_readable_file_is_refused(refused: Refused, path: str, accel: str) -> None:
+    assert path in refused("boot", "--accel", accel, "--kernel", path)
+
+
+@pytest.mark.parametrize("accel", ["kvm", "qemu"])
+@pytest.mark.parametrize("path", ["/nonexistent/initrd", "/dev", "/dev/zero"])
+def test_an_initrd_that_is_no_readable_file_is_refused(refused: Refused, kernel: Path, path: str, accel: str) -> None:
+    line = refused("boot", "--accel", accel, "--kernel", kernel, "--initrd", path)
+    assert "initrd" in line
+    assert path in line
+
+
+@pytest.mark.requires("root", "setpriv")
+@pytest.mark.parametrize("option", ["--kernel", "--initrd"])
+def test_a_file_without_permission_is_refused(refused: Refused, kernel: Path, option: str) -> None:
+    """Root without its capabilities is as anybody else."""
+    secret = kernel.with_name("secret")
+    shutil.copy(kernel, secret)
+    os.chown(secret, 12345, 12345)
+    secret.chmod(0)
+    files = ["--kernel", secret] if option == "--kernel" else ["--kernel", kernel, option, secret]
+    prefix = ("setpriv", "--bounding-set", "-all", "--inh-caps", "-all")
+    assert "Permission denied" in refused("boot", "--accel", "qemu", *files, prefix=prefix)
+
+
+@pytest.mark.parametrize("accel", ["kvm", "qemu"])
+def test_an_initrd_that_does_not_fit_is_refused(refused: Refused, kernel: Path, tmp_path: Path, accel: str) -> None:
+    initrd = tmp_path / "initrd"
+    with initrd.open("wb") as file:
+        file.truncate(64 << 20)
+    line = refused("boot", "--accel", accel, "--kernel", kernel, "--initrd", initrd, "--memory", 32)
+    assert "initrd" in line
+
+
+def test_an_initrd_without_a_kernel_is_refused(refused: Refused, tmp_path: Path) -> None:
+    assert "a kernel beside it" in refused("boot", "--initrd", tmp_path)
+
+
+def test_a_workload_without_pid_1_is_refused(refused: Refused, kernel: Path) -> None:
+    assert "PID 1" in refused("run", "--kernel", kernel, "--", "true")
+
+
+# -- numbers and words -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--memory", "0"), "guest memory"),
+        (("--memory", "-1"), "guest memory"),
+        (("--memory", "99999999999"), "guest memory"),
+        (("--memory", "8000000"), "guest memory"),
+        (("--memory", "much"), "--memory"),
+        (("--vcpus", "0"), "vCPUs"),
+        (("--vcpus", "10000"), "vCPUs"),
+        (("--timeout", "0"), "seconds"),
+        (("--timeout", "nan"), "seconds"),
+        (("--cmdline", "x" * 2048), "2047 bytes"),
+        (("--cmdline", "ü" * 1024), "2047 bytes"),
+        (("--accel", "hvf"), "auto or kvm or qemu"),
+        (("--image", "nosuch"), "nosuch"),
+        (("--image", "../../etc"), "etc"),
+        (("--image", ""), "image"),
+        (("--no-such-option",), "--no-such-option"),
+        (("--jsonl", "/nonexistent/directory/file"), "/nonexistent/directory/file"),
+        (("--jsonl", "/dev"), "/dev"),
+        (("--jsonl", "unix:/nonexistent/socket"), "socket"),
+    ],
+    ids=lambda value: " ".join(word[:20] for word in value) if isinstance(value, tuple) else "",
+)
+@pytest.mark.parametrize("command", [("boot",), ("run",)], ids=["boot", "run"])
+def test_what_cannot_be_asked_for_is_refused(
+    refused: Refused, command: tuple[str, ...], words: tuple[str, ...], said: str
+) -> None:
+    tail = ("--", "true") if command == ("run",) else ()
+    assert said in refused(*command, *words, *tail)
+
+
+@pytest.mark.parametrize("accel", ["kvm", "qemu"])
+def test_more_memory_than_the_host_has_is_refused(refused: Refused, kernel: Path, accel: str) -> None:
+    assert "the host" in refused("boot", "--accel", accel, "--kernel", kernel, "--memory", 16 << 20)
+
+
+def test_run_without_a_command_is_refused(refused: Refused) -> None:
+    assert "COMMAND" in refused("run")
+
+
+def test_a_command_that_is_not_there_is_refused(refused: Refused) -> None:
+    assert "nosuch" in refused("nosuch")
+
+
+def test_a_timeline_of_nothing_is_refused(refused: Refused, tmp_path: Path) -> None:
+    assert "nosuch" in refused("timeline", tmp_path / "nosuch")
+
+
+@pytest.mark.parametrize("words", [("--kernel", "/nonexistent"), ("--modules", "/tmp"), ("--name", "../x")])
+def test_an_image_that_cannot_be_built_is_refused(refused: Refused, tmp_path: Path, words: tuple[str, ...]) -> None:
+    refused("image", "build", *words, env={"ASYNCVMM_HOME": str(tmp_path / "home")})
+
+
+# -- hosts -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.requires("mount-namespaces", "kvm")
+@pytest.mark.parametrize("over", ["/dev/null", "/etc/hostname"])
+def test_something_else_at_dev_kvm_is_refused(refused: Refused, kernel: Path, over: str) -> None:
+    script = f'mount --bind {over} /dev/kvm && exec "$@"'
+    line = refused("boot", "--accel", "kvm", "--kernel", kernel, prefix=("unshare", "-m", "sh", "-c", script, "sh"))
+    assert "KVM" in line
+
+
+@pytest.mark.requires("mount-namespaces")
+def test_a_host_without_dev_kvm_is_told_so(refused: Refused, kernel: Path) -> None:
+    script = 'mount -t tmpfs none /dev && mknod /dev/null c 1 3 && mknod /dev/urandom c 1 9 && exec "$@"'
+    line = refused("boot", "--accel", "kvm", "--kernel", kernel, prefix=("unshare", "-m", "sh", "-c", script, "sh"))
+    assert "/dev/kvm" in line
+
+
+@pytest.mark.requires("mount-namespaces", "kvm", "setpriv")
+def test_kvm_without_permission_is_refused(refused: Refused, kernel: Path) -> None:
+    script = (
+        "mount -t tmpfs none /dev && mknod /dev/null c 1 3 && mknod -m 000 /dev/kvm c 10 232 && chown 12345 /dev/kvm"
+        ' && exec setpriv --bounding-set -all --inh-caps -all "$@"'
+    )
+    line = refused("boot", "--accel", "kvm", "--kernel", kernel, prefix=("unshare", "-m", "sh", "-c", script, "sh"))
+    assert "ermission" in line
+
+
+def test_a_host_without_qemu_is_told_so(refused: Refused, kernel: Path, tmp_path: Path) -> None:
+    line = refused("boot", "--accel", "qemu", "--kernel", kernel, env={"PATH": str(tmp_path)})
+    assert "qemu-system-x86_64" in line
+
+
+def test_an_image_store_that_is_empty_is_told_so(refused: Refused, tmp_path: Path) -> None:
+    line = refused("boot", env={"ASYNCVMM_HOME": str(tmp_path / "home")})
+    assert "image build" in line
+
+
+# -- what does work ----------------------------------------------------------------------------------------------------
+
+
+def test_help_names_every_command() -> None:
+    done = CliRunner().invoke(main, ["--help"])
+    assert done.exit_code == 0
+    for command in ("boot", "run", "doctor", "image", "timeline", "schema"):
+        assert command in done.output
+
+
+def test_help_loads_no_machine() -> None:
+    program = (
+        "import sys; sys.argv[1:] = ['--help']\nfrom asyncvmm.cli import main\ntry: main()\nexcept SystemExit: pass\n"
+    )
+    program += "print([name for name in ('anyio', 'uvloop', 'orjson', 'asyncvmm.vm') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_schema_is_printed() -> None:
+    done = CliRunner().invoke(main, ["schema"])
+    assert done.exit_code == 0
+    assert '"guest.ready"' in done.output
