@@ -18,7 +18,6 @@ _OF_THE_CACHE = ("kernel", "guests")
 """Directories of .cache that tests in the lab use: built kernels, built test guests."""
 
 START = Path(__file__).with_name("start.sh")
-HOLD = Path(__file__).with_name("hold.py")
 
 
 @contextmanager
@@ -34,7 +33,6 @@ def project_disk(
         for name in ("asyncvmm", "tests"):
             _compile(tree, root / name)
         put(tree, "/lab/start", START.read_bytes(), 0o755)
-        put(tree, "/lab/hold", f"#!{root}/.venv/bin/python -IS\n{HOLD.read_text()}".encode(), 0o755)
         put(tree, "/lab/command", _script(root, command, env).encode(), 0o755)
         make_disk(tree, disk)
         shutil.rmtree(tree)

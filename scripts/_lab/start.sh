@@ -16,9 +16,6 @@ hostname lab
 ip link set lo up
 
 port() { echo "/dev/$(basename "$(dirname "$(grep -lx "$1" /sys/class/virtio-ports/*/name)")")"; }
-/lab/hold & held=$!
-while [ ! -e /run/held ] && kill -0 $held 2>/dev/null; do sleep 0.05; done
-
 mkfifo /run/stdout /run/stderr
 cat </run/stdout >"$(port stdout)" & out=$!
 cat </run/stderr >"$(port stderr)" & err=$!
