@@ -305,7 +305,7 @@ class VM:
 
     async def _ask_to_power_off(self, machine: Machine) -> None:
         """By PID 1's control line if it is there, which always listens; else by the power button."""
-        if self._watch.contract.profile.command_loop_ns is not None:
+        if self._watch.contract.ready_on_control:
             await machine.write("control", b"poweroff\n")
         else:
             await machine.request_shutdown()

@@ -26,10 +26,14 @@ _ON_CONSOLE = (BootTime, Ready, PreExec)
 
 
 class GuestContract:
-    """Follows one guest's two serial ports. ``malformed`` and ``ignored`` count markers that did not count."""
+    """Follows one guest's two serial ports. ``malformed`` and ``ignored`` count markers that did not count.
+
+    ``ready_on_control``: READY came on the control line, so PID 1 is ours and listens there.
+    """
 
     def __init__(self) -> None:
         self.ready = False
+        self.ready_on_control = False
         self.started = False
         self.panicked = False
         self.malformed = 0
@@ -54,6 +58,7 @@ class GuestContract:
         if line.truncated and parsed is not None:
             parsed = Malformed(line.text)
         if port == "control":
+            self.ready_on_control |= isinstance(parsed, Ready)
             return self._admit(parsed)
         if isinstance(parsed, _ON_CONSOLE) or (isinstance(parsed, Malformed) and line.text.startswith(b"BOOT_TIME")):
             return self._admit(parsed)

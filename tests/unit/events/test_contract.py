@@ -132,3 +132,11 @@ def test_no_sequence_of_lines_raises(lines: list[tuple[Port, bytes]]) -> None:
     for port, text in lines:
         contract.line(port, Line(text, 0))
     contract.profile.to_dict()
+
+
+def test_ready_on_the_control_line_shows_that_pid_1_is_ours() -> None:
+    ours, foreign = GuestContract(), GuestContract()
+    say(ours, "control", b"READY")
+    say(foreign, "console", b"READY")
+    assert ours.ready_on_control
+    assert not foreign.ready_on_control
