@@ -135,6 +135,6 @@ def toy_guest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     compiler = shutil.which("gcc")
     assert compiler is not None
     target = tmp_path_factory.mktemp("guests") / "toy.elf"
-    flags = ["-m32", "-nostdlib", "-static", "-no-pie", "-Wl,--build-id=none", f"-Wl,-T,{GUESTS / 'toy.ld'}"]
+    flags = ["-m64", "-nostdlib", "-static", "-no-pie", "-Wl,--build-id=none", f"-Wl,-T,{GUESTS / 'toy.ld'}"]
     subprocess.run([compiler, *flags, "-o", target, GUESTS / "toy.S"], check=True, timeout=60)
     return target

@@ -1,4 +1,4 @@
-"""A boot on /dev/kvm that is cancelled, or fails, at any moment leaves no thread, descriptor, mapping, child or file."""
+"""A boot on /dev/kvm, cancelled or failed at any moment, leaves no thread, descriptor, mapping, child or file."""
 
 from __future__ import annotations
 
