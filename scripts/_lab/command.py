@@ -23,8 +23,10 @@ def main(root: Path, arguments: list[str]) -> int:
         kernel = outer_kernel(cache, _report)
         system = system_disk(cache, root, _report)
         with project_disk(cache, root, options.command, options.also, options.env) as project:
-            more = shlex.split(options.qemu)
-            outer = Outer(kernel, system, project, options.memory, options.cpus, options.timeout, options.console, more)
+            outer = Outer(
+                kernel, system, project, options.memory, options.cpus, options.timeout, options.console,
+                options.thread, shlex.split(options.qemu),
+            )  # fmt: skip
             return run(outer)
     except (AsyncVMMError, OSError) as error:
         _report(str(error))
@@ -45,6 +47,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument(
         "--env", action="append", default=[], metavar="NAME=VALUE", help="set in the command's environment"
+    )
+    parser.add_argument(
+        "--thread", choices=("multi", "single"), default="multi", help="TCG's threads (multi); see qemu.py"
     )
     parser.add_argument("--qemu", default="", metavar="WORDS", help="more words for the outer machine's QEMU")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND")
