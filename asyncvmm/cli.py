@@ -5,8 +5,10 @@ Heavy imports happen inside the commands: ``asyncvmm --help`` must not pay for a
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,10 +29,16 @@ Command = Callable[..., None]
 class Group(click.Group):
     """A group whose commands end with one line on stderr when asyncvmm refuses or fails."""
 
+    def main(self, *args: Any, **options: Any) -> Any:
+        """Parse the command line and run the command."""
+        with signals_held():
+            return super().main(*args, **options)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
         try:
-            return super().invoke(ctx)
+            with signals_held(False):
+                return super().invoke(ctx)
         except AsyncVMMError as error:
             _refuse(ctx, str(error))
         except click.UsageError as error:
@@ -41,6 +49,20 @@ class Group(click.Group):
         except BrokenPipeError:
             sys.stderr.close()
             ctx.exit(EXIT_ERROR)
+
+
+@contextmanager
+def signals_held(hold: bool = True) -> Iterator[None]:
+    """Keep Ctrl-C and SIGTERM for later, or let them in for a while.
+
+    An interrupt in the middle of an import can crash an extension module that is just being initialised.
+    """
+    how = signal.SIG_BLOCK if hold else signal.SIG_UNBLOCK
+    before = signal.pthread_sigmask(how, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _refuse(ctx: click.Context, text: str) -> None:
@@ -77,7 +99,8 @@ def vm_options(command: Command) -> Command:
 @vm_options
 def boot(jsonl: str | None, **asked: Any) -> None:
     """Boot a guest, report its timings, power it off."""
-    from asyncvmm.commands import boot as run_boot
+    with signals_held():
+        from asyncvmm.commands import boot as run_boot
 
     run_on_uvloop(run_boot(make_config(**asked), jsonl))
 
@@ -88,7 +111,8 @@ def boot(jsonl: str | None, **asked: Any) -> None:
 @click.pass_context
 def run(ctx: click.Context, /, jsonl: str | None, command: tuple[str, ...], **asked: Any) -> None:
     """Run COMMAND as the guest's workload: its output on stdout, its exit code as ours."""
-    from asyncvmm.commands import run as run_workload
+    with signals_held():
+        from asyncvmm.commands import run as run_workload
 
     ctx.exit(run_on_uvloop(run_workload(make_config(**asked, workload=command), jsonl)))
 
@@ -97,7 +121,8 @@ def run(ctx: click.Context, /, jsonl: str | None, command: tuple[str, ...], **as
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a page.")
 def doctor(as_json: bool) -> None:
     """Say what this host can do, measured, and what to fix."""
-    from asyncvmm.commands import doctor as run_doctor
+    with signals_held():
+        from asyncvmm.commands import doctor as run_doctor
 
     run_doctor(as_json=as_json)
 
@@ -113,7 +138,8 @@ def image() -> None:
 @click.option("--modules", type=FILE, metavar="DIR", help="Its modules.")
 def image_build(name: str, kernel: Path | None, modules: Path | None) -> None:
     """Build a bootable guest image from the distribution's packages."""
-    from asyncvmm.commands import build
+    with signals_held():
+        from asyncvmm.commands import build
 
     build(name, kernel, modules)
 
@@ -121,7 +147,8 @@ def image_build(name: str, kernel: Path | None, modules: Path | None) -> None:
 @image.command("list")
 def image_list() -> None:
     """List the images that are built."""
-    from asyncvmm.commands import list_built
+    with signals_held():
+        from asyncvmm.commands import list_built
 
     list_built()
 
@@ -130,7 +157,8 @@ def image_list() -> None:
 @click.argument("file", type=FILE)
 def timeline(file: Path) -> None:
     """Draw the boot that FILE (JSON lines) records."""
-    from asyncvmm.commands import timeline as draw
+    with signals_held():
+        from asyncvmm.commands import timeline as draw
 
     draw(file)
 
@@ -138,28 +166,30 @@ def timeline(file: Path) -> None:
 @main.command()
 def schema() -> None:
     """Print the JSON Schema of the JSON lines."""
-    from asyncvmm.commands import print_schema
+    with signals_held():
+        from asyncvmm.commands import print_schema
 
     print_schema()
 
 
 def make_config(*, memory: int, timeout: float, **asked: Any) -> Any:
     """The VMConfig of the shared options. Raises ConfigError."""
-    from asyncvmm.config import VMConfig
+    with signals_held():
+        from asyncvmm.config import VMConfig
 
     return VMConfig(memory_mib=memory, boot_timeout_s=timeout, **asked)
 
 
 def run_on_uvloop(work: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine on uvloop; Ctrl-C and SIGTERM cancel it, so that everything is freed."""
-    import uvloop
+    with signals_held():
+        import uvloop
 
     return uvloop.run(_until_terminated(work))
 
 
 async def _until_terminated(work: Awaitable[T]) -> T:
     import asyncio
-    import signal
 
     task = asyncio.current_task()
     assert task is not None

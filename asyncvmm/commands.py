@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import anyio
-import anyio.to_thread
 import orjson
 
 from asyncvmm.config import VMConfig
 from asyncvmm.console import ConsoleReader
+from asyncvmm.errors import HostError
+from asyncvmm.events.outputs import Output, WriteWatch, open_output
 from asyncvmm.events.types import GuestExit, GuestPreExec
 from asyncvmm.vm import VM
+
+_RETRY_S = 0.05
 
 
 async def boot(config: VMConfig, jsonl: str | None) -> None:
@@ -32,10 +36,11 @@ async def run(config: VMConfig, jsonl: str | None) -> int:
         if jsonl is not None:
             vm.stream_to(jsonl)
         output = WorkloadOutput(vm)
-        await vm.boot()
-        await vm.events.pre_exec
-        async for chunk in output.reader:
-            await anyio.to_thread.run_sync(_write_out, chunk)
+        with closing(open_output("-")) as stdout:
+            await vm.boot()
+            await vm.events.pre_exec
+            async for chunk in output.reader:
+                await write_all(stdout, chunk)
         code = await vm.events.exit
         await vm.shutdown()
     return code
@@ -56,9 +61,32 @@ class WorkloadOutput:
             self.reader.end()
 
 
-def _write_out(chunk: bytes) -> None:
-    sys.stdout.buffer.write(chunk)
-    sys.stdout.buffer.flush()
+async def write_all(output: Output, data: bytes) -> None:
+    """Write ``data``, waiting for a slow reader on the loop: a thread that waits in write(2) could not be cancelled.
+
+    Raises BrokenPipeError if the reader is gone, HostError if the output is dead otherwise.
+    """
+    rest = bytearray(data)
+    while rest:
+        try:
+            count = output.write(rest)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise HostError("stdout", expected="something to write to", found=error.strerror) from error
+        del rest[:count]
+        if not count:
+            await _room(output)
+
+
+async def _room(output: Output) -> None:
+    try:
+        watch = WriteWatch(output.fd)
+    except OSError:  # what epoll does not take
+        await anyio.sleep(_RETRY_S)
+        return
+    with closing(watch):
+        await anyio.wait_readable(watch.fd)
 
 
 def doctor(*, as_json: bool) -> None:
