@@ -9,7 +9,7 @@ everything freed. A VM belongs to the event loop that boots it.
 
 from __future__ import annotations
 
-import secrets
+import os
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -68,7 +68,7 @@ class VM:
 
     def __init__(self, config: VMConfig | None = None) -> None:
         self.config = config or VMConfig()
-        self.name = self.config.name or secrets.token_hex(4)
+        self.name = self.config.name or os.urandom(4).hex()
         self.events = EventHub()
         self.console = Console(self._write_console)
         self.timeline = Timeline()
