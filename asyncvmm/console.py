@@ -5,7 +5,6 @@ Each iterator has a bounded buffer of its own; what a slow one cannot hold is dr
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import anyio
@@ -34,9 +33,9 @@ class Console:
     async def write(self, data: bytes) -> None:
         """Type ``data`` into the guest; returns when its serial port has taken all of it.
 
-        Raises StateError if the guest does not run.
+        Raises StateError if the guest does not run, TypeError for what is not bytes (text has no encoding here).
         """
-        await self._write(data)
+        await self._write(bytes(memoryview(data).cast("B")))
 
     @property
     def tail(self) -> bytes:
@@ -87,8 +86,7 @@ class ConsoleReader:
         self.lost = 0
         self.closed = False
         self._capacity = capacity
-        self._chunks: deque[bytes] = deque()
-        self._held = 0
+        self._held = bytearray()
         self._ended = False
         self._awake: anyio.Event | None = None
 
@@ -96,7 +94,7 @@ class ConsoleReader:
         return self
 
     async def __anext__(self) -> bytes:
-        while not self._chunks:
+        while not self._held:
             if self._ended or self.closed:
                 raise StopAsyncIteration
             self._awake = self._awake or anyio.Event()
@@ -105,9 +103,7 @@ class ConsoleReader:
 
     def take(self) -> bytes:
         """All that is held, at once; empty if nothing is."""
-        data = b"".join(self._chunks)
-        self._chunks.clear()
-        self._held = 0
+        data, self._held = bytes(self._held), bytearray()
         return data
 
     async def aclose(self) -> None:
@@ -117,14 +113,10 @@ class ConsoleReader:
 
     def feed(self, data: bytes, lost: int) -> None:
         """Output has come. For Console."""
-        self.lost += lost
-        self._chunks.append(data[-self._capacity :])
-        self.lost += max(0, len(data) - self._capacity)
-        self._held += len(self._chunks[-1])
-        while self._held > self._capacity:
-            dropped = len(self._chunks.popleft())
-            self._held -= dropped
-            self.lost += dropped
+        self._held += data
+        dropped = max(0, len(self._held) - self._capacity)
+        del self._held[:dropped]
+        self.lost += lost + dropped
         self._wake()
 
     def end(self) -> None:

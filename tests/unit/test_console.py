@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from array import array
+from typing import Any
+
 import anyio
 import pytest
 from hypothesis import given
@@ -27,6 +30,25 @@ async def test_what_is_written_goes_to_the_machine() -> None:
 
     await Console(write).write(b"ls\n")
     assert written == [b"ls\n"]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("data", [b"ab", bytearray(b"ab"), memoryview(b"ab"), array("H", [0x6261])])
+async def test_bytes_are_written_in_whatever_form_they_come(data: Any) -> None:
+    written: list[bytes] = []
+
+    async def write(data: bytes) -> None:
+        written.append(data)
+
+    await Console(write).write(data)
+    assert written == [b"ab"]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("data", ["ls\n", [300], 5, None])
+async def test_what_is_not_bytes_is_not_written(console: Console, data: Any) -> None:
+    with pytest.raises(TypeError):
+        await console.write(data)
 
 
 @pytest.mark.anyio
