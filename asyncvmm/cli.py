@@ -86,7 +86,7 @@ def vm_options(command: Command) -> Command:
         click.option("--memory", default=256, show_default=True, metavar="MIB", help="Guest memory, MiB."),
         click.option("--vcpus", default=1, show_default=True, metavar="N", help="Virtual CPUs."),
         click.option("--accel", default="auto", show_default=True, metavar="auto|kvm|qemu", help="Machine to use."),
-        click.option("--jsonl", metavar="PATH|-", help="Write events as JSON lines; - is stdout."),
+        click.option("--jsonl", metavar="PATH|-", help="Write events as JSON lines; - is boot's stdout."),
         click.option("--serial-lines", is_flag=True, help="Make each serial line an event too."),
         click.option("--timeout", default=300.0, show_default=True, metavar="S", help="Seconds until READY at most."),
     ]
@@ -110,7 +110,10 @@ def boot(jsonl: str | None, **asked: Any) -> None:
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 @click.pass_context
 def run(ctx: click.Context, /, jsonl: str | None, command: tuple[str, ...], **asked: Any) -> None:
-    """Run COMMAND as the guest's workload: its output on stdout, its exit code as ours."""
+    """Run COMMAND as the guest's workload: its output on stdout, its exit code as ours.
+
+    The workload's stdin is the console, to which run sends nothing.
+    """
     with signals_held():
         from asyncvmm.commands import run as run_workload
 

@@ -11,12 +11,16 @@ import orjson
 
 from asyncvmm.config import VMConfig
 from asyncvmm.console import ConsoleReader
-from asyncvmm.errors import HostError
+from asyncvmm.errors import ConfigError, HostError
 from asyncvmm.events.outputs import Output, WriteWatch, open_output
 from asyncvmm.events.types import GuestExit, GuestPreExec
 from asyncvmm.vm import VM
 
+OUTPUT_BYTES = 256 << 20
+"""Bytes of a workload's output that are held for a stdout that is behind."""
+
 _RETRY_S = 0.05
+_PIECE = 1 << 20
 
 
 async def boot(config: VMConfig, jsonl: str | None) -> None:
@@ -31,7 +35,12 @@ async def boot(config: VMConfig, jsonl: str | None) -> None:
 
 
 async def run(config: VMConfig, jsonl: str | None) -> int:
-    """``asyncvmm run``: the workload's console output on stdout; gives its exit code."""
+    """``asyncvmm run``: the workload's console output on stdout; gives its exit code.
+
+    Raises ConfigError for JSON lines on stdout, HostError if some output was lost to a stdout that was too slow.
+    """
+    if jsonl == "-":
+        raise ConfigError("--jsonl of run", expected="a file", found="stdout, which the workload's output has")
     async with VM(config) as vm:
         if jsonl is not None:
             vm.stream_to(jsonl)
@@ -39,26 +48,34 @@ async def run(config: VMConfig, jsonl: str | None) -> int:
         with closing(open_output("-")) as stdout:
             await vm.boot()
             await vm.events.pre_exec
-            async for chunk in output.reader:
-                await write_all(stdout, chunk)
+            await output.copy_to(stdout)
         code = await vm.events.exit
         await vm.shutdown()
     return code
 
 
 class WorkloadOutput:
-    """The console from ``workload-pre-exec`` to ``workload-exit``, as an iterator (``reader``)."""
+    """The console from ``workload-pre-exec`` to ``workload-exit``, at most ``capacity`` bytes of it held."""
 
-    def __init__(self, vm: VM) -> None:
+    def __init__(self, vm: VM, capacity: int = OUTPUT_BYTES) -> None:
         self._vm = vm
-        self.reader = ConsoleReader(0)
+        self._capacity = capacity
+        self._reader = ConsoleReader(0)
         vm.events.attach(self._on_event)
+
+    async def copy_to(self, output: Output) -> None:
+        """Write all of it to ``output``, once it has begun. Raises HostError at the end if some of it was lost."""
+        async for chunk in self._reader:
+            await write_all(output, chunk)
+        if self._reader.lost:
+            found = f"{self._reader.lost} bytes of the workload's output lost"
+            raise HostError("stdout", expected="a reader that keeps up", found=found)
 
     def _on_event(self, event: object) -> None:
         if isinstance(event, GuestPreExec):
-            self.reader = self._vm.console.subscribe()
+            self._reader = self._vm.console.subscribe(self._capacity)
         elif isinstance(event, GuestExit):
-            self.reader.end()
+            self._reader.end()
 
 
 async def write_all(output: Output, data: bytes) -> None:
@@ -66,17 +83,22 @@ async def write_all(output: Output, data: bytes) -> None:
 
     Raises BrokenPipeError if the reader is gone, HostError if the output is dead otherwise.
     """
-    rest = bytearray(data)
-    while rest:
-        try:
-            count = output.write(rest)
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            raise HostError("stdout", expected="something to write to", found=error.strerror) from error
-        del rest[:count]
-        if not count:
-            await _room(output)
+    for start in range(0, len(data), _PIECE):
+        rest = bytearray(data[start : start + _PIECE])
+        while rest:
+            count = _write_some(output, rest)
+            del rest[:count]
+            if not count:
+                await _room(output)
+
+
+def _write_some(output: Output, data: bytearray) -> int:
+    try:
+        return output.write(data)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise HostError("stdout", expected="something to write to", found=error.strerror) from error
 
 
 async def _room(output: Output) -> None:
@@ -126,8 +148,10 @@ def print_schema() -> None:
 
 
 def timeline(path: Path) -> None:
-    """``asyncvmm timeline``: a boot's JSON lines as a waterfall; lines that are not understood are named on stderr."""
-    from asyncvmm.errors import ConfigError
+    """``asyncvmm timeline``: a boot's JSON lines as a waterfall; lines that are not understood are named on stderr.
+
+    Raises ConfigError for a file that cannot be read, or has no event in it.
+    """
     from asyncvmm.timing.waterfall import read_waterfall, render
 
     try:
@@ -135,6 +159,8 @@ def timeline(path: Path) -> None:
             waterfall = read_waterfall(lines)
     except OSError as error:
         raise ConfigError("timeline", expected="a readable file", found=f"{path} ({error.strerror})") from None
+    if not waterfall.vm:
+        raise ConfigError("timeline", expected="events of asyncvmm, one a line", found=f"none in {path}")
     for remark in waterfall.remarks:
         print(f"{path}: {remark}", file=sys.stderr)
     print(render(waterfall))

@@ -112,7 +112,9 @@ class ConsoleReader:
         self._wake()
 
     def feed(self, data: bytes, lost: int) -> None:
-        """Output has come. For Console."""
+        """Output has come; one that has ended takes none. For Console."""
+        if self._ended:
+            return
         self._held += data
         dropped = max(0, len(self._held) - self._capacity)
         del self._held[:dropped]

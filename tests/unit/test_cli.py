@@ -177,12 +177,25 @@ def test_run_without_a_command_is_refused(refused: Refused) -> None:
     assert "COMMAND" in refused("run")
 
 
+def test_run_does_not_mix_json_lines_with_the_workloads_output(refused: Refused) -> None:
+    line = refused("run", "--jsonl", "-", "--", "true")
+    assert line == "asyncvmm: --jsonl of run: expected a file, found stdout, which the workload's output has"
+
+
 def test_a_command_that_is_not_there_is_refused(refused: Refused) -> None:
     assert "nosuch" in refused("nosuch")
 
 
 def test_a_timeline_of_nothing_is_refused(refused: Refused, tmp_path: Path) -> None:
     assert "nosuch" in refused("timeline", tmp_path / "nosuch")
+
+
+@pytest.mark.parametrize("content", [b"", b"\n" * 100, b"no JSON\n{}\n", b"\0" * 5000])
+def test_a_timeline_of_a_file_without_an_event_is_refused(refused: Refused, tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    line = refused("timeline", path)
+    assert line == f"asyncvmm: timeline: expected events of asyncvmm, one a line, found none in {path}"
 
 
 @pytest.mark.parametrize("words", [("--kernel", "/nonexistent"), ("--modules", "/tmp"), ("--name", "../x")])
@@ -236,6 +249,11 @@ def test_help_names_every_command() -> None:
     assert done.exit_code == 0
     for command in ("boot", "run", "doctor", "image", "timeline", "schema"):
         assert command in done.output
+
+
+def test_help_says_that_a_workload_is_sent_no_input() -> None:
+    done = CliRunner().invoke(main, ["run", "--help"])
+    assert "The workload's stdin is the console, to which run sends nothing." in " ".join(done.output.split())
 
 
 def test_help_loads_no_machine() -> None:
