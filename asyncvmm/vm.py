@@ -9,12 +9,13 @@ everything freed. A VM belongs to the event loop that boots it.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, Self, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict
 
 import anyio
 import anyio.to_thread
@@ -30,6 +31,7 @@ from asyncvmm.events.outputs import Target
 from asyncvmm.events.types import PhaseEnded, VmError, VmState, VmTimingEvent
 from asyncvmm.machine.base import AccelName, Evidence, Machine
 from asyncvmm.machine.choose import make_machine, trace_exits
+from asyncvmm.machine.waiting import wait_out
 from asyncvmm.plan import make_plan
 from asyncvmm.timing.profiles import GuestBootProfile
 from asyncvmm.timing.timeline import Timeline
@@ -80,7 +82,7 @@ class VM:
         self._sinks: list[JsonLines] = []
         self._attempt = 0
         self._published_phases = 0
-        self._stopping = anyio.Lock()
+        self._ending: asyncio.Task[None] | None = None
         self._freed = False
         self._ended = False
         self._early_end: BootError | None = None
@@ -150,18 +152,15 @@ class VM:
             self._boot_done.set()
 
     async def pause(self) -> None:
-        """Stop every vCPU. Raises StateError unless the VM is ready."""
-        self._require("ready")
-        assert self._machine is not None
-        await self._machine.pause()
-        self._go("paused")
+        """Stop every vCPU. Raises StateError unless the VM is ready, or if the guest ends meanwhile.
+
+        A cancellation is heard once it is done.
+        """
+        await self._change("ready", "paused", lambda machine: machine.pause())
 
     async def resume(self) -> None:
-        """Let the vCPUs run on. Raises StateError unless the VM is paused."""
-        self._require("paused")
-        assert self._machine is not None
-        await self._machine.resume()
-        self._go("ready")
+        """Let the vCPUs run on. Raises StateError unless the VM is paused. A cancellation is heard once it is done."""
+        await self._change("paused", "ready", lambda machine: machine.resume())
 
     async def shutdown(self, timeout_s: float = 30.0) -> None:
         """Ask the guest to power off, wait ``timeout_s`` seconds for it at the most, then stop it in any case."""
@@ -174,11 +173,11 @@ class VM:
 
     async def stop(self) -> None:
         """End the guest at once and free everything. May be called again, and from any state: it ends a boot, too."""
-        with anyio.CancelScope(shield=True):
-            if self._boot_scope is not None and self._boot_done is not None:
-                self._boot_scope.cancel()
+        if self._boot_scope is not None and self._boot_done is not None:
+            self._boot_scope.cancel()
+            with anyio.CancelScope(shield=True):
                 await self._boot_done.wait()
-            await self._end()
+        await self._end()
 
     def trace_exits(self, capacity: int = 4096) -> ExitTrace:
         """An async iterator over every exit from now on (TracedExit), for debugging; it slows the guest.
@@ -310,14 +309,31 @@ class VM:
         else:
             await machine.request_shutdown()
 
+    async def _change(self, before: State, after: State, act: Callable[[Machine], Coroutine[Any, Any, None]]) -> None:
+        """Have the machine do something, to its end even if cancelled: the state must say what is."""
+        self._require(before)
+        assert self._machine is not None
+        task = asyncio.get_running_loop().create_task(act(self._machine))
+        try:
+            await wait_out(task)
+        finally:
+            if not task.cancelled() and task.exception() is None and self._state == before and not self._ended:
+                self._go(after)
+        task.result()
+        self._require(after)
+
+    async def _end(self) -> None:
+        await self._finish("stopped", None)
+
     async def _fail(self, error: AsyncVMMError) -> None:
-        with anyio.CancelScope(shield=True):
-            async with self._stopping:
-                if isinstance(error, BootError):
-                    await self._complete(error)
-                if not self.events.stopped.done:
-                    self._end_events(error)
-                await self._stop("failed")
+        await self._finish("failed", error)
+
+    async def _finish(self, final: Literal["stopped", "failed"], error: AsyncVMMError | None) -> None:
+        """One task ends the VM, whoever asks first; all wait for it, and none ends it half-way by being cancelled."""
+        if self._ending is None:
+            self._ending = asyncio.get_running_loop().create_task(self._stop(final, error))
+        await wait_out(self._ending)
+        self._ending.result()
 
     async def _complete(self, error: BootError) -> None:
         """What a guest's last words do not say: where it stands."""
@@ -326,14 +342,11 @@ class VM:
             error.rip = evidence.rip if error.rip is None else error.rip
             error.last_exit = error.last_exit or evidence.last_exit
 
-    async def _end(self) -> None:
-        with anyio.CancelScope(shield=True):
-            async with self._stopping:
-                await self._stop("stopped")
-
-    async def _stop(self, final: Literal["stopped", "failed"]) -> None:
-        if self._freed:
-            return
+    async def _stop(self, final: Literal["stopped", "failed"], error: AsyncVMMError | None) -> None:
+        if isinstance(error, BootError):
+            await self._complete(error)
+        if error is not None and not self.events.stopped.done:
+            self._end_events(error)
         self._freed = True
         if self._machine is not None:
             await self._machine.stop()

@@ -29,11 +29,16 @@ from asyncvmm.machine.kvm.loading import load
 from asyncvmm.machine.kvm.platform import Board, Outlets, SerialPort
 from asyncvmm.machine.kvm.statistics import VcpuCounters, collect, posted_counters
 from asyncvmm.machine.kvm.vm import KvmVm
+from asyncvmm.machine.pacing import Pacer
+from asyncvmm.machine.waiting import wait_out
 from asyncvmm.mailbox import Mailbox
 from asyncvmm.timing.timeline import Timeline
 
 PARTIAL_LINE_S = 0.002
 """Seconds that output without a newline may wait for one."""
+
+_FEED_BYTES = 1 << 13
+"""Bytes offered to a port at a time: twice what its backlog holds, so that it always says when there is room again."""
 
 _PARK_TIMEOUT_S = 5.0
 """Seconds for a kicked vCPU to leave the guest; it takes tens of microseconds."""
@@ -80,7 +85,8 @@ class KvmMachine:
     def __init__(self, plan: BootPlan, timeline: Timeline, on_effects: EffectSink) -> None:
         self._plan = plan
         self._timeline = timeline
-        self._on_effects = on_effects
+        self._pacer = Pacer(on_effects, self._take_waiting)
+        self._output_waits = False
         self._state: _State = "new"
         self._vm: KvmVm | None = None
         self._board: Board | None = None
@@ -115,13 +121,14 @@ class KvmMachine:
     async def write(self, port: Port, data: bytes) -> None:
         """Feed the port's receive backlog, waiting for the guest to make room."""
         serial = self._serial(port)
+        rest = memoryview(data)
         async with self._writing[port]:
-            while data:
+            while rest:
                 if self._state in ("ended", "closed"):
                     raise StateError("serial input", expected="a running guest", state=self._state)
                 room = self._room[port] = anyio.Event()
-                data = data[serial.feed(data) :]
-                if data:
+                rest = rest[serial.feed(bytes(rest[:_FEED_BYTES])) :]
+                if rest:
                     await room.wait()
 
     async def pause(self) -> None:
@@ -155,8 +162,8 @@ class KvmMachine:
             self._trace.end()
         if self._freeing is None:
             self._freeing = asyncio.get_running_loop().create_task(self._free())
-        with anyio.CancelScope(shield=True):
-            await asyncio.shield(self._freeing)
+        await wait_out(self._freeing)
+        self._freeing.result()
 
     async def _free(self) -> None:
         """A task of its own: every stop waits for it, and a cancelled one does not end it half-way."""
@@ -164,7 +171,8 @@ class KvmMachine:
         if vm is not None:
             self._close_fastpath()
             self._drain()
-            self._hand_out(self._take_output())
+            self._pacer.put(self._take_output())
+            await self._pacer.finish()
             if self._partial is not None:
                 self._partial.cancel()
             self._final_exits = self.exits()
@@ -213,6 +221,7 @@ class KvmMachine:
             self._trace = None
             for vcpu in self._vm.vcpus if self._vm else ():
                 vcpu.trace = None
+                vcpu.kick()  # so that it enters by the native run loop again
 
     def _counters(self) -> list[VcpuCounters]:
         if self._vm is None:
@@ -268,7 +277,7 @@ class KvmMachine:
     def _on_posted(self) -> None:
         """The native run loop has output: it rings once for the first byte and once when it has become urgent."""
         os.eventfd_read(self._posted_fd)
-        self._hand_out(self._take_output() if self._is_urgent() else self._wait_for_newline())
+        self._output_ready()
 
     def _outlets(self, vm: KvmVm) -> Outlets:
         return Outlets(
@@ -284,21 +293,29 @@ class KvmMachine:
         return Stopped(reason, detail=f"the guest asked for {reason}", last_exit="IO", t_ns=time.monotonic_ns())
 
     def _drain(self) -> None:
-        effects: list[Effect] = []
         for notice in self._mailbox.drain():
             if isinstance(notice, _Output):
-                effects += self._take_output() if self._is_urgent() else self._wait_for_newline()
+                self._output_ready()
             elif isinstance(notice, _Room):
                 self._wake_writer(notice.port)
             elif isinstance(notice, TracedExit):
                 self._hand_trace(notice)
             else:
-                effects += [*self._take_output(), *self._end(notice)]
-        self._hand_out(effects)
+                self._pacer.put([*self._take_output(), *self._end(notice)])
 
-    def _hand_out(self, effects: Sequence[Effect]) -> None:
-        if effects:
-            self._on_effects(effects)
+    def _output_ready(self) -> None:
+        """A port has output: now, when a newline comes, or when what was taken before has been handed out."""
+        if self._pacer.busy:
+            self._output_waits = True
+        elif self._is_urgent():
+            self._pacer.put(self._take_output())
+        elif self._partial is None:
+            self._partial = self._loop.call_later(PARTIAL_LINE_S, self._flush_partial)
+
+    def _take_waiting(self) -> None:
+        if self._output_waits:
+            self._output_waits = False
+            self._output_ready()
 
     def _wake_writers(self) -> None:
         for event in self._room.values():
@@ -328,14 +345,12 @@ class KvmMachine:
         posted = self._fastpath is not None and self._fastpath.data.urgent
         return bool(posted) or self._board.console.device.urgent or self._board.control.device.urgent
 
-    def _wait_for_newline(self) -> Sequence[Effect]:
-        if self._partial is None:
-            self._partial = self._loop.call_later(PARTIAL_LINE_S, self._flush_partial)
-        return ()
-
     def _flush_partial(self) -> None:
         self._partial = None
-        self._hand_out(self._take_output())
+        if self._pacer.busy:
+            self._output_waits = True
+        else:
+            self._pacer.put(self._take_output())
 
     def _take_output(self) -> Sequence[Effect]:
         """Take both ports' output. Control first: its marks then never point beyond the console's bytes."""

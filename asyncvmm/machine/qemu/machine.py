@@ -15,6 +15,7 @@ from typing import Any, Literal
 from asyncvmm.effects import Effect, Port, SerialOutput, Stopped, StopReason
 from asyncvmm.errors import MachineError, StateError
 from asyncvmm.machine.base import AccelName, BootPlan, EffectSink, Evidence
+from asyncvmm.machine.pacing import Pacer
 from asyncvmm.machine.qemu.binary import find_qemu
 from asyncvmm.machine.qemu.channel import Channel
 from asyncvmm.machine.qemu.child import Child, start_error
@@ -24,7 +25,7 @@ from asyncvmm.machine.qemu.files import check_readable, join_initrd
 from asyncvmm.machine.qemu.ordering import split_before_exit
 from asyncvmm.machine.qemu.qmp import QmpEvent
 from asyncvmm.machine.qemu.reasons import debug_exit_code, is_contention, reason_of_halt, reason_of_shutdown
-from asyncvmm.machine.qemu.waiting import in_thread, wait_out
+from asyncvmm.machine.waiting import in_thread, wait_out
 from asyncvmm.timing.timeline import Timeline
 
 DRY_READS = 8
@@ -49,7 +50,7 @@ class QemuMachine:
     ) -> None:
         self._plan = plan
         self._timeline = timeline
-        self._on_effects = on_effects
+        self._pacer = Pacer(on_effects, lambda: None)
         self._qemu_accel = accel
         self._qemu = qemu
         self._state: _State = "new"
@@ -115,6 +116,7 @@ class QemuMachine:
         self._child.kill()
         if self._child_gone is not None:
             await wait_out(self._child_gone)
+        await self._pacer.finish()
 
     def exits(self) -> None:
         """None: QEMU keeps its exits to itself."""
@@ -180,7 +182,8 @@ class QemuMachine:
     # -- what the guest writes -------------------------------------------------------------------------------------
 
     def _read_ports(self) -> None:
-        self._hand_out_ports()
+        if not self._pacer.busy:  # else the sockets keep it; QEMU waits for room in them
+            self._hand_out_ports()
 
     def _hand_out_ports(self) -> bool:
         """Hand out what both ports have, in the order in which the guest wrote it, as far as that can be known.
@@ -210,7 +213,7 @@ class QemuMachine:
 
     def _deliver(self, effects: Sequence[Effect]) -> None:
         if effects:
-            self._on_effects(effects)
+            self._pacer.put(effects)
 
     # -- how it ends -----------------------------------------------------------------------------------------------
 
@@ -254,7 +257,7 @@ class QemuMachine:
     def _report(self, reason: StopReason, detail: str, code: int | None = None) -> None:
         if not self._reported:
             self._reported = True
-            self._on_effects([Stopped(reason, detail, code=code, t_ns=time.monotonic_ns())])
+            self._pacer.put([Stopped(reason, detail, code=code, t_ns=time.monotonic_ns())])
 
     def _fail(self, error: MachineError) -> None:
         """QMP broke: nothing more can be said to this QEMU."""
