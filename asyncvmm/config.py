@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, TypeGuard, get_args
 
 import attrs
 
@@ -28,28 +28,45 @@ MAX_MEMORY_MIB = 16 * 1024 * 1024
 """Most guest memory (16 TiB); what the host has is checked when the VM starts."""
 
 
-def _check_memory(_: object, __: object, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not MIN_MEMORY_MIB <= value <= MAX_MEMORY_MIB:
-        raise MemorySizeError("guest memory", expected=f"{MIN_MEMORY_MIB} to {MAX_MEMORY_MIB} MiB", found=f"{value}")
+def _is_int(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _check_vcpus(_: object, __: object, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_VCPUS:
-        raise VcpuCountError("vCPUs", expected=f"1 to {MAX_VCPUS}", found=f"{value}")
+def _check_memory(_: object, __: object, value: object) -> None:
+    if not _is_int(value) or not MIN_MEMORY_MIB <= value <= MAX_MEMORY_MIB:
+        raise MemorySizeError("guest memory", expected=f"{MIN_MEMORY_MIB} to {MAX_MEMORY_MIB} MiB", found=repr(value))
 
 
-def _check_accel(_: object, __: object, value: str) -> None:
+def _check_vcpus(_: object, __: object, value: object) -> None:
+    if not _is_int(value) or not 1 <= value <= MAX_VCPUS:
+        raise VcpuCountError("vCPUs", expected=f"1 to {MAX_VCPUS}", found=repr(value))
+
+
+def _check_accel(_: object, __: object, value: object) -> None:
     if value not in get_args(Accel):
         raise ConfigError("accelerator", expected=" or ".join(get_args(Accel)), found=repr(value))
 
 
 def check_cmdline(text: str) -> None:
     """Refuse a command line that the boot protocol cannot carry. Raises CmdlineError."""
-    size = len(text.encode("utf-8", "surrogateescape"))
+    what = "kernel command line"
+    if not isinstance(text, str):
+        raise CmdlineError(what, expected="text", found=repr(text))
     if "\0" in text:
-        raise CmdlineError("kernel command line", expected="no NUL", found=f"a NUL at character {text.index(chr(0))}")
+        raise CmdlineError(what, expected="no NUL", found=f"a NUL at character {text.index(chr(0))}")
+    if not _is_encodable(text):
+        raise CmdlineError(what, expected="text that UTF-8 can carry", found="a lone surrogate")
+    size = len(text.encode("utf-8", "surrogateescape"))
     if size > MAX_CMDLINE:
-        raise CmdlineError("kernel command line", expected=f"at most {MAX_CMDLINE} bytes", found=f"{size} bytes")
+        raise CmdlineError(what, expected=f"at most {MAX_CMDLINE} bytes", found=f"{size} bytes")
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_cmdline(_: object, __: object, value: str | None) -> None:
@@ -57,26 +74,52 @@ def _check_cmdline(_: object, __: object, value: str | None) -> None:
         check_cmdline(value)
 
 
-def _check_seconds(_: object, attribute: attrs.Attribute[float], value: float) -> None:
-    if not 0 < value < 1e9:
-        raise ConfigError(attribute.name, expected="seconds above 0", found=value)
+def _check_seconds(_: object, attribute: attrs.Attribute[float], value: object) -> None:
+    if not (_is_int(value) or isinstance(value, float)) or not 0 < value < 1e9:
+        raise ConfigError(attribute.name, expected="seconds above 0", found=repr(value))
 
 
-def _check_workload(_: object, __: object, value: tuple[str, ...]) -> None:
-    if any("\0" in word for word in value):
-        raise ConfigError("workload", expected="words without NUL", found="a NUL")
+def _check_words(_: object, attribute: attrs.Attribute[tuple[str, ...]], value: tuple[object, ...]) -> None:
+    for word in value:
+        if not isinstance(word, str):
+            raise ConfigError(attribute.name, expected="words of text", found=repr(word))
+        if "\0" in word:
+            raise ConfigError(attribute.name, expected="words without NUL", found="a NUL")
+        if not _is_encodable(word):
+            raise ConfigError(attribute.name, expected="words that UTF-8 can carry", found="a lone surrogate")
+
+
+def _check_program(_: object, __: object, value: tuple[str, ...]) -> None:
     if value and not value[0]:
         raise ConfigError("workload", expected="a program's name", found="an empty word")
 
 
+def _check_text(_: object, attribute: attrs.Attribute[str], value: object) -> None:
+    if not isinstance(value, str) or not _is_encodable(value):
+        raise ConfigError(attribute.name, expected="text", found=repr(value))
+
+
+def _check_bool(_: object, attribute: attrs.Attribute[bool], value: object) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(attribute.name, expected="True or False", found=repr(value))
+
+
 def _words(value: Iterable[str]) -> tuple[str, ...]:
-    if isinstance(value, str | bytes):
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
         raise ConfigError("workload or environment", expected="a sequence of words", found=repr(value))
     return tuple(value)
 
 
 def _path(value: str | Path | None) -> Path | None:
-    return None if value is None else Path(value)
+    if value is None:
+        return None
+    try:
+        path = Path(value)
+    except TypeError:
+        raise ConfigError("kernel or initrd", expected="a path", found=repr(value)) from None
+    if "\0" in str(path) or not _is_encodable(str(path)):
+        raise ConfigError("kernel or initrd", expected="a path that a file can have", found=repr(value))
+    return path
 
 
 @attrs.frozen(kw_only=True)
@@ -96,14 +139,14 @@ class VMConfig:
 
     memory_mib: int = attrs.field(default=256, validator=_check_memory)
     vcpus: int = attrs.field(default=1, validator=_check_vcpus)
-    image: str = "default"
+    image: str = attrs.field(default="default", validator=_check_text)
     kernel: Path | None = attrs.field(default=None, converter=_path)
     initrd: Path | None = attrs.field(default=None, converter=_path)
     cmdline: str | None = attrs.field(default=None, validator=_check_cmdline)
     accel: Accel = attrs.field(default="auto", validator=_check_accel)
-    workload: tuple[str, ...] = attrs.field(default=(), converter=_words, validator=_check_workload)
-    env: tuple[str, ...] = attrs.field(default=(), converter=_words)
+    workload: tuple[str, ...] = attrs.field(default=(), converter=_words, validator=[_check_words, _check_program])
+    env: tuple[str, ...] = attrs.field(default=(), converter=_words, validator=_check_words)
     boot_timeout_s: float = attrs.field(default=300.0, validator=_check_seconds)
     stall_timeout_s: float = attrs.field(default=60.0, validator=_check_seconds)
-    name: str | None = None
-    serial_lines: bool = False
+    name: str | None = attrs.field(default=None, validator=attrs.validators.optional(_check_text))
+    serial_lines: bool = attrs.field(default=False, validator=_check_bool)

@@ -16,7 +16,7 @@ import anyio
 
 from asyncvmm.errors import AsyncVMMError, ConfigError, GuestStopped
 from asyncvmm.events.milestones import Milestone, fresh
-from asyncvmm.events.types import Event, GuestExit, GuestListener, GuestPreExec, GuestReady, LogLost
+from asyncvmm.events.types import EVENTS, Event, GuestExit, GuestListener, GuestPreExec, GuestReady, LogLost
 
 CAPACITY = 1024
 """Events a subscription holds for a reader that is behind."""
@@ -77,12 +77,11 @@ class EventHub:
     def subscribe(self, types: Iterable[type[Event] | str] | None = None, capacity: int = CAPACITY) -> Subscription:
         """Events from now on, in order; only those of ``types`` (classes or dotted names) if given.
 
-        Raises ConfigError for a capacity below 1.
+        Raises ConfigError for a capacity below 1 and for types that are not those of events.
         """
         if capacity < 1:
             raise ConfigError("capacity of a subscription", expected="at least 1", found=capacity)
-        names = None if types is None else frozenset(kind if isinstance(kind, str) else kind.event for kind in types)
-        queue = _Queue(names, capacity)
+        queue = _Queue(None if types is None else _names(types), capacity)
         if self.stopped.done:
             queue.end(self.error)
         else:
@@ -134,6 +133,19 @@ class EventHub:
 
     def _forget(self, queue: _Queue) -> None:
         self._queues = tuple(other for other in self._queues if other is not queue)
+
+
+def _names(types: Iterable[type[Event] | str]) -> frozenset[str]:
+    if isinstance(types, str) or not isinstance(types, Iterable):
+        raise ConfigError("types of a subscription", expected="a sequence of event classes or names", found=repr(types))
+    return frozenset(_name(kind) for kind in types)
+
+
+def _name(kind: object) -> str:
+    name = kind if isinstance(kind, str) else getattr(kind, "event", None)
+    if not isinstance(name, str) or name not in EVENTS:
+        raise ConfigError("type of a subscription", expected=f"one of {', '.join(EVENTS)}", found=repr(kind))
+    return name
 
 
 class Subscription:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import inspect
 import os
 import select
 import socket
@@ -42,17 +43,28 @@ class Output(Protocol):
 
 def open_output(target: Target) -> Output:
     """Open ``target`` for writing, without waiting for anybody. Raises ConfigError if that cannot be."""
+    _check(target)
     try:
         if callable(target):
             return CallbackOutput(target)
         if isinstance(target, int):
             return _of_descriptor(target)
-        name = os.fspath(target)
+        name = os.fsdecode(target)
         if name == "-":
             return _of_descriptor(1)
         return _connect(name[5:]) if name.startswith("unix:") else _of_path(name)
     except (OSError, ValueError) as error:
         raise ConfigError(f"event output {target}", expected=_expected(error), found=_found(error)) from error
+
+
+def _check(target: object) -> None:
+    if callable(target):
+        call = getattr(target, "__call__", None)  # noqa: B004 -- an object may have an async one
+        if inspect.iscoroutinefunction(target) or inspect.iscoroutinefunction(call):
+            raise ConfigError("event output", expected="a callback that is no coroutine function", found=repr(target))
+    elif isinstance(target, bool) or not isinstance(target, str | os.PathLike | int):
+        expected = "a path, -, unix:PATH, a descriptor or a callback"
+        raise ConfigError("event output", expected=expected, found=repr(target))
 
 
 class CallbackOutput:

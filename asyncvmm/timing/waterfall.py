@@ -12,6 +12,9 @@ import orjson
 
 BAR_WIDTH = 48
 
+MAX_REMARKS = 10
+"""Lines not understood that are named; of more, only the number is told."""
+
 _MILLISECOND = 1_000_000
 
 
@@ -27,7 +30,7 @@ class Row:
 
 @attrs.frozen
 class Waterfall:
-    """What a file showed: the VM's name, its rows by start, and a remark for each line that was not understood."""
+    """What a file showed: the VM's name, empty if there was no event; its rows by start; what was not understood."""
 
     vm: str
     rows: tuple[Row, ...]
@@ -36,23 +39,41 @@ class Waterfall:
 
 def read_waterfall(lines: Iterable[bytes]) -> Waterfall:
     """Read one VM's events; those of other VMs in the same file are remarked upon."""
-    vm, remarks = "", []
+    vm, remarks = "", _Remarks()
     phases: list[Mapping[str, object]] = []
     instants: list[Row] = []
     for number, line in enumerate(lines, 1):
         event = _event(line)
         if event is None:
-            remarks.append(f"line {number}: not an event of asyncvmm")
+            remarks.add(f"line {number}: not an event of asyncvmm")
             continue
         vm = vm or str(event["vm"])
         if event["vm"] != vm:
-            remarks.append(f"line {number}: of another VM, {event['vm']}")
+            remarks.add(f"line {number}: of another VM, {event['vm']}")
         elif event["event"] == "phase":
             phases.append(event)
         else:
             instants += _instant(event)
     rows = [*_phase_rows(phases), *instants]
-    return Waterfall(vm, tuple(sorted(rows, key=lambda row: (row.start_ns, row.depth))), tuple(remarks))
+    return Waterfall(vm, tuple(sorted(rows, key=lambda row: (row.start_ns, row.depth))), remarks.told())
+
+
+class _Remarks:
+    """The first few remarks, and how many more there would be."""
+
+    def __init__(self) -> None:
+        self._first: list[str] = []
+        self._more = 0
+
+    def add(self, remark: str) -> None:
+        if len(self._first) < MAX_REMARKS:
+            self._first.append(remark)
+        else:
+            self._more += 1
+
+    def told(self) -> tuple[str, ...]:
+        more = [f"and {self._more} more line{'s' * (self._more > 1)}"] if self._more else []
+        return (*self._first, *more)
 
 
 def _event(line: bytes) -> dict[str, object] | None:

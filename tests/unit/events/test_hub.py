@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+from typing import Any
 
 import anyio
 import pytest
@@ -181,6 +182,31 @@ async def test_a_subscription_can_be_to_some_types(types: list[type[Event] | str
 async def test_a_capacity_of_nothing_is_refused() -> None:
     with pytest.raises(ConfigError, match="at least 1"):
         EventHub().subscribe(capacity=0)
+
+
+@pytest.mark.parametrize(
+    ("types", "found"),
+    [
+        ("guest.ready", "'guest.ready'"),
+        (GuestReady, "GuestReady"),
+        (5, "5"),
+        (["guest.raedy"], "'guest.raedy'"),
+        ([GuestReady, Event], "Event"),
+        ([None], "None"),
+        ([b"guest.ready"], "b'guest.ready'"),
+        ([["guest.ready"]], r"\['guest.ready'\]"),
+    ],
+)
+async def test_a_subscription_to_what_is_no_type_of_event_is_refused(types: Any, found: str) -> None:
+    hub = EventHub()
+    with pytest.raises(ConfigError, match=f"found .*{found}"):
+        hub.subscribe(types=types)
+    assert not hub.listening
+
+
+async def test_a_misspelt_type_is_answered_with_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match=r"guest\.ready, .*log\.lost"):
+        EventHub().subscribe(types=["ready"])
 
 
 async def test_leaving_the_block_stops_listening_and_wakes_who_waits() -> None:

@@ -6,11 +6,13 @@ import fcntl
 import logging
 import os
 import pty
+import re
 import select
 import socket
 import tempfile
 import tty
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -374,6 +376,27 @@ async def test_what_cannot_be_opened_is_refused_at_once(target: str | int) -> No
     with pytest.raises(ConfigError, match=r"expected .*found "):
         JsonLines(target, "a1b2", EPOCH_NS)
     assert descriptors() == before
+
+
+async def coroutine_function(data: bytes) -> None:
+    """A callback that nobody would await."""
+
+
+class AsyncCallable:
+    async def __call__(self, data: bytes) -> None:
+        """As above."""
+
+
+@pytest.mark.parametrize("target", [None, 1.5, True, False, b"path", ["path"]])
+async def test_what_is_no_target_is_refused(target: Any) -> None:
+    with pytest.raises(ConfigError, match=f"a descriptor or a callback, found {re.escape(repr(target))}"):
+        JsonLines(target, "a1b2", EPOCH_NS)
+
+
+@pytest.mark.parametrize("target", [coroutine_function, partial(coroutine_function), AsyncCallable()])
+async def test_a_callback_that_would_have_to_be_awaited_is_refused(target: Any) -> None:
+    with pytest.raises(ConfigError, match="no coroutine function"):
+        JsonLines(target, "a1b2", EPOCH_NS)
 
 
 async def test_a_descriptor_for_reading_is_refused(pipe: tuple[int, int]) -> None:
