@@ -5,6 +5,7 @@ Files are read rather than mapped: a file that shrinks under a mapping would kil
 
 from __future__ import annotations
 
+import mmap
 import os
 import stat
 from contextlib import ExitStack
@@ -12,10 +13,17 @@ from pathlib import Path
 
 from asyncvmm.errors import ConfigError, InitrdError, KernelError, MemorySizeError
 from asyncvmm.machine.base import BootPlan
+from asyncvmm.x86.kernel import check_kernel_head
 from asyncvmm.x86.load import plan_boot
 
 MOST_FILE_BYTES = 1 << 32
 """A kernel or initrd beyond 4 GiB cannot be loaded below the 32-bit hole; it is refused before it is read."""
+
+HEAD_BYTES = 4096
+"""Where every header that says what a kernel is has its place."""
+
+PIECE_BYTES = 1 << 20
+"""Bytes read in one go."""
 
 
 def check_bootable(plan: BootPlan) -> None:
@@ -45,11 +53,12 @@ def check_host_memory(memory_bytes: int) -> None:
         )
 
 
-def read_kernel(path: Path) -> bytes:
-    """The whole kernel file. Raises KernelError."""
+def read_kernel(path: Path) -> memoryview:
+    """The whole kernel file, if its beginning is a kernel's. Raises KernelError."""
     with ExitStack() as files:
         fd, size = _open_regular(path, KernelError, "kernel", files)
         try:
+            check_kernel_head(os.pread(fd, HEAD_BYTES, 0))
             return _read_all(fd, size)
         except OSError as failure:
             raise KernelError("kernel", expected="a readable file", found=f"{path} ({failure.strerror})") from None
@@ -81,11 +90,12 @@ def _kind(mode: int) -> str:
     return kinds.get(stat.S_IFMT(mode), "not a file")
 
 
-def _read_all(fd: int, size: int) -> bytes:
-    data = bytearray()
-    while len(data) < size and (chunk := os.read(fd, size - len(data))):
-        data += chunk
-    return bytes(data)
+def _read_all(fd: int, size: int) -> memoryview:
+    """Read in pieces, into one mapping: neither a second copy, nor the GIL held for all of it."""
+    view, done = memoryview(mmap.mmap(-1, size)), 0
+    while done < size and (got := os.preadv(fd, [view[done : done + PIECE_BYTES]], done)):
+        done += got
+    return view[:done]
 
 
 def initrd_bytes(plan: BootPlan, initrd_size: int) -> int:

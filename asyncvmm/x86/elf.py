@@ -97,10 +97,11 @@ def parse_elf(image: memoryview) -> ElfKernel:
     return kernel
 
 
-def _file_header(image: memoryview) -> tuple[int, int, int]:
+def check_elf_header(image: memoryview) -> None:
+    """Refuse what the file header alone shows to be no kernel of ours. Raises KernelError."""
     if len(image) < _HEADER.size:
         raise KernelError("truncated ELF", expected=f"at least {_HEADER.size} bytes", found=f"{len(image)} bytes")
-    ident, kind, machine, _, entry, offset, _, _, _, entry_size, count, *_ = _HEADER.unpack_from(image)
+    ident, kind, machine, *_ = _HEADER.unpack_from(image)
     if ident[4] != ELFCLASS64 or ident[5] != ELFDATA2LSB:
         bits = {1: "32-bit", 2: "64-bit"}.get(ident[4], f"class {ident[4]}")
         order = {1: "little-endian", 2: "big-endian"}.get(ident[5], f"byte order {ident[5]}")
@@ -109,6 +110,11 @@ def _file_header(image: memoryview) -> tuple[int, int, int]:
         raise KernelError("ELF kernel", expected="an ELF for x86-64", found=f"an ELF for {machine_name(machine)}")
     if kind != ET_EXEC:
         raise KernelError("ELF kernel", expected="an executable", found=elf_type_name(kind))
+
+
+def _file_header(image: memoryview) -> tuple[int, int, int]:
+    check_elf_header(image)
+    _, _, _, _, entry, offset, _, _, _, entry_size, count, *_ = _HEADER.unpack_from(image)
     if entry_size != _PROGRAM_HEADER.size:
         raise KernelError("ELF program header size", expected=_PROGRAM_HEADER.size, found=entry_size)
     if not 1 <= count <= MAX_PROGRAM_HEADERS:

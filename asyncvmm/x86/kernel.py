@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from asyncvmm.errors import KernelError
 from asyncvmm.x86.bzimage import BzImage, is_bzimage, parse_bzimage
-from asyncvmm.x86.elf import ElfKernel, is_elf, parse_elf
+from asyncvmm.x86.elf import ElfKernel, check_elf_header, is_elf, parse_elf
 from asyncvmm.x86.filetype import what_is
 
 
@@ -21,6 +21,15 @@ def inspect_kernel(image: bytes | memoryview) -> BzImage | ElfKernel:
     if is_bzimage(view):
         return parse_bzimage(view)
     raise _not_a_kernel(view)
+
+
+def check_kernel_head(head: bytes | memoryview) -> None:
+    """Refuse by a file's first bytes (4 KiB, or all of it) what is no kernel of ours. Raises KernelError."""
+    view = memoryview(head).cast("B")
+    if is_elf(view):
+        check_elf_header(view)
+    elif not is_bzimage(view):
+        raise _not_a_kernel(view)
 
 
 def _not_a_kernel(image: bytes | memoryview) -> KernelError:

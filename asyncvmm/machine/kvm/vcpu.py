@@ -185,7 +185,7 @@ class Vcpu:
         enter, arguments = self._entrance()
         while True:
             if failed := enter(*arguments):
-                if self._take_kick(ctypes.get_errno() if failed == -1 else -failed):
+                if self._take_kick(ctypes.get_errno() if enter is raw_ioctl else -failed):
                     return None
                 continue
             begin = clock()
