@@ -97,6 +97,8 @@ def _check_program(_: object, __: object, value: tuple[str, ...]) -> None:
 def _check_text(_: object, attribute: attrs.Attribute[str], value: object) -> None:
     if not isinstance(value, str) or not _is_encodable(value):
         raise ConfigError(attribute.name, expected="text", found=repr(value))
+    if not value.isprintable():
+        raise ConfigError(attribute.name, expected="printable text", found=repr(value))
 
 
 def _check_bool(_: object, attribute: attrs.Attribute[bool], value: object) -> None:

@@ -1,0 +1,78 @@
+"""Phases nest, end with their block whatever happens, and add up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import count
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from asyncvmm.timing.timeline import Phase, Timeline
+
+
+@pytest.fixture
+def timeline() -> Timeline:
+    """Its clock counts the looks at it: 0 is the start."""
+    return Timeline(count().__next__)
+
+
+def test_a_phase_lasts_as_long_as_its_block(timeline: Timeline) -> None:
+    with timeline.phase("load"):
+        timeline.clock()
+    assert timeline.phases == [Phase("load", 1, 3)]
+    assert timeline.phases[0].duration_ns == 2
+
+
+def test_an_inner_phase_ends_first_and_knows_its_parent(timeline: Timeline) -> None:
+    with timeline.phase("outer"), timeline.phase("inner"):
+        pass
+    assert timeline.phases == [Phase("inner", 2, 3, "outer"), Phase("outer", 1, 4)]
+
+
+def test_a_phase_that_raises_is_recorded_as_failed(timeline: Timeline) -> None:
+    with pytest.raises(ZeroDivisionError), timeline.phase("outer"), timeline.phase("inner"):
+        raise ZeroDivisionError
+    assert [(phase.name, phase.failed) for phase in timeline.phases] == [("inner", True), ("outer", True)]
+    with timeline.phase("next"):
+        pass
+    assert timeline.phases[-1].parent is None
+
+
+def test_durations_of_one_name_add_up(timeline: Timeline) -> None:
+    for _ in range(3):
+        with timeline.phase("again"):
+            pass
+    assert timeline.durations() == {"again": 3}
+
+
+Tree = dict[str, "Tree"]
+trees: st.SearchStrategy[Tree] = st.recursive(
+    st.just({}), lambda inner: st.dictionaries(st.sampled_from("abc"), inner, max_size=3)
+)
+
+
+def walk(timeline: Timeline, tree: Tree) -> None:
+    for name, inner in tree.items():
+        with timeline.phase(name):
+            walk(timeline, inner)
+
+
+def names(tree: Tree) -> Iterator[str]:
+    for name, inner in tree.items():
+        yield name
+        yield from names(inner)
+
+
+@given(trees)
+def test_every_phase_is_recorded_once_and_inside_its_parent(tree: Tree) -> None:
+    timeline = Timeline(count().__next__)
+    walk(timeline, tree)
+    assert sorted(phase.name for phase in timeline.phases) == sorted(names(tree))
+    for number, phase in enumerate(timeline.phases):
+        if phase.parent is not None:
+            parent = next(later for later in timeline.phases[number + 1 :] if later.end_ns > phase.end_ns)
+            while parent.name != phase.parent or parent.start_ns > phase.start_ns:
+                parent = next(later for later in timeline.phases if later.end_ns > parent.end_ns)
+            assert parent.start_ns < phase.start_ns < phase.end_ns < parent.end_ns
