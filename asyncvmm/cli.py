@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -102,7 +102,8 @@ def boot(jsonl: str | None, **asked: Any) -> None:
     with signals_held():
         from asyncvmm.commands import boot as run_boot
 
-    run_on_uvloop(run_boot(make_config(**asked), jsonl))
+    config = make_config(**asked)
+    run_on_uvloop(lambda: run_boot(config, jsonl))
 
 
 @main.command(context_settings={"allow_interspersed_args": False})
@@ -117,7 +118,8 @@ def run(ctx: click.Context, /, jsonl: str | None, command: tuple[str, ...], **as
     with signals_held():
         from asyncvmm.commands import run as run_workload
 
-    ctx.exit(run_on_uvloop(run_workload(make_config(**asked, workload=command), jsonl)))
+    config = make_config(**asked, workload=command)
+    ctx.exit(run_on_uvloop(lambda: run_workload(config, jsonl)))
 
 
 @main.command()
@@ -183,15 +185,19 @@ def make_config(*, memory: int, timeout: float, **asked: Any) -> Any:
     return VMConfig(memory_mib=memory, boot_timeout_s=timeout, **asked)
 
 
-def run_on_uvloop(work: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine on uvloop; Ctrl-C and SIGTERM cancel it, so that everything is freed."""
+def run_on_uvloop(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Run what ``work`` makes on uvloop; Ctrl-C and SIGTERM cancel it, so that everything is freed."""
     with signals_held():
+        import warnings
+
         import uvloop
 
+        # An interrupt that comes before the loop runs ends the command as it should: Python need not remark on it.
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     return uvloop.run(_until_terminated(work))
 
 
-async def _until_terminated(work: Awaitable[T]) -> T:
+async def _until_terminated(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
     import asyncio
 
     task = asyncio.current_task()
@@ -199,7 +205,7 @@ async def _until_terminated(work: Awaitable[T]) -> T:
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, task.cancel)
     try:
-        return await work
+        return await work()
     except asyncio.CancelledError:
         raise KeyboardInterrupt from None
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from asyncvmm.config import MAX_CMDLINE, VMConfig
-from asyncvmm.errors import ConfigError, ImageError, KernelError
+from asyncvmm.errors import ConfigError, KernelError
 from asyncvmm.guest import cpio
 from asyncvmm.guest.cmdline import default_cmdline
 from asyncvmm.machine.base import AccelName, BootPlan
@@ -76,5 +76,5 @@ def test_what_does_not_go_together_is_refused(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("image", ["nosuch", "", ".", "..", "../../etc", "a/b", "a\0b", "x" * 300])
 def test_an_image_that_is_not_there_is_refused(image: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ASYNCVMM_HOME", str(tmp_path))
-    with pytest.raises(ImageError):
+    with pytest.raises(ConfigError):
         plan(kernel=None, image=image)
