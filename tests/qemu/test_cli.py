@@ -112,7 +112,7 @@ def test_a_signal_ends_command_and_guest_quietly(start: Start, number: signal.Si
         process = start("boot", "--accel", "qemu")
     else:
         process = start("run", "--accel", "qemu", "--", "sh", "-c", "echo go; sleep 1000")
-        read_until(process, b"go")
+        read_until(process, b"go\n")
     qemu = qemu_of(process)
     process.send_signal(number)
     output, errors = process.communicate(timeout=PATIENCE_S)
