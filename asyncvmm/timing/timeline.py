@@ -4,7 +4,8 @@
         with timeline.phase("memory_register"):
             ...
 
-A phase ends when its block ends, also by an exception. Only one thread at a time may be inside a timeline's phases.
+A phase ends when its block ends, also by an exception. What a phase's direct children do not account for is its
+residual, so that nothing is hidden. Only one thread at a time may be inside a timeline's phases.
 """
 
 from __future__ import annotations
@@ -18,18 +19,32 @@ import attrs
 
 @attrs.frozen
 class Phase:
-    """One finished phase. Times are CLOCK_MONOTONIC ns; ``parent`` is the enclosing phase's name or None."""
+    """One finished phase. Times are CLOCK_MONOTONIC ns; ``parent`` is the enclosing phase's name or None.
+
+    ``residual_ns`` is what is left when the direct children's durations are taken off; None for a phase without any.
+    """
 
     name: str
     start_ns: int
     end_ns: int
     parent: str | None = None
     failed: bool = False
+    residual_ns: int | None = None
 
     @property
     def duration_ns(self) -> int:
         """Nanoseconds from start to end."""
         return self.end_ns - self.start_ns
+
+
+@attrs.frozen
+class Span:
+    """A phase that was timed elsewhere, with the phases inside it. CLOCK_MONOTONIC ns."""
+
+    name: str
+    start_ns: int
+    end_ns: int
+    children: tuple[Span, ...] = ()
 
 
 class Timeline:
@@ -39,11 +54,15 @@ class Timeline:
         self.clock = clock
         self.start_ns = clock()
         self.phases: list[Phase] = []
-        self._open: list[str] = []
+        self._open: list[_OpenPhase] = []
 
     def phase(self, name: str) -> _OpenPhase:
         """A context manager that records the time spent in its block under ``name``."""
         return _OpenPhase(self, name)
+
+    def record(self, span: Span) -> None:
+        """Add what something else has timed on the same clock, as a child of the phase that is open, if any."""
+        self._record(span, self._open[-1] if self._open else None)
 
     def durations(self) -> dict[str, int]:
         """Nanoseconds by phase name, summed over repeats."""
@@ -52,16 +71,28 @@ class Timeline:
             sums[phase.name] = sums.get(phase.name, 0) + phase.duration_ns
         return sums
 
+    def _record(self, span: Span, outer: _OpenPhase | None) -> None:
+        opened = _OpenPhase(self, span.name)
+        for child in span.children:
+            self._record(child, opened)
+        self._add(opened.ended(span.start_ns, span.end_ns, outer), outer)
+
+    def _add(self, phase: Phase, outer: _OpenPhase | None) -> None:
+        self.phases.append(phase)
+        if outer is not None:
+            outer.accounted = (outer.accounted or 0) + phase.duration_ns
+
 
 class _OpenPhase:
-    __slots__ = ("_name", "_start_ns", "_timeline")
+    __slots__ = ("_start_ns", "_timeline", "accounted", "name")
 
     def __init__(self, timeline: Timeline, name: str) -> None:
         self._timeline = timeline
-        self._name = name
+        self.name = name
+        self.accounted: int | None = None
 
     def __enter__(self) -> None:
-        self._timeline._open.append(self._name)
+        self._timeline._open.append(self)
         self._start_ns = self._timeline.clock()
 
     def __exit__(
@@ -70,5 +101,9 @@ class _OpenPhase:
         timeline = self._timeline
         end_ns = timeline.clock()
         timeline._open.pop()
-        parent = timeline._open[-1] if timeline._open else None
-        timeline.phases.append(Phase(self._name, self._start_ns, end_ns, parent, kind is not None))
+        outer = timeline._open[-1] if timeline._open else None
+        timeline._add(self.ended(self._start_ns, end_ns, outer, kind is not None), outer)
+
+    def ended(self, start_ns: int, end_ns: int, outer: _OpenPhase | None, failed: bool = False) -> Phase:
+        residual = None if self.accounted is None else max(0, end_ns - start_ns - self.accounted)
+        return Phase(self.name, start_ns, end_ns, outer.name if outer else None, failed, residual)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncvmm.timing.timeline import Phase, Timeline
+from asyncvmm.timing.timeline import Phase, Span, Timeline
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def test_a_phase_lasts_as_long_as_its_block(timeline: Timeline) -> None:
 def test_an_inner_phase_ends_first_and_knows_its_parent(timeline: Timeline) -> None:
     with timeline.phase("outer"), timeline.phase("inner"):
         pass
-    assert timeline.phases == [Phase("inner", 2, 3, "outer"), Phase("outer", 1, 4)]
+    assert timeline.phases == [Phase("inner", 2, 3, "outer"), Phase("outer", 1, 4, residual_ns=2)]
 
 
 def test_a_phase_that_raises_is_recorded_as_failed(timeline: Timeline) -> None:
@@ -45,6 +45,32 @@ def test_durations_of_one_name_add_up(timeline: Timeline) -> None:
         with timeline.phase("again"):
             pass
     assert timeline.durations() == {"again": 3}
+
+
+def test_what_the_children_do_not_account_for_is_the_residual(timeline: Timeline) -> None:
+    with timeline.phase("outer"):
+        for _ in range(2):
+            with timeline.phase("inner"):
+                timeline.clock()
+    outer = timeline.phases[-1]
+    assert (outer.duration_ns, outer.residual_ns) == (7, 3)
+    assert timeline.phases[0].residual_ns is None
+
+
+def test_spans_timed_elsewhere_become_phases_of_the_open_one(timeline: Timeline) -> None:
+    with timeline.phase("outer"):
+        timeline.record(Span("memory", 10, 20, (Span("alloc", 10, 12), Span("register", 13, 20))))
+    assert timeline.phases == [
+        Phase("alloc", 10, 12, "memory"),
+        Phase("register", 13, 20, "memory"),
+        Phase("memory", 10, 20, "outer", residual_ns=1),
+        Phase("outer", 1, 2, residual_ns=0),
+    ]
+
+
+def test_a_residual_is_never_negative(timeline: Timeline) -> None:
+    timeline.record(Span("outer", 0, 1, (Span("one", 0, 1), Span("other", 0, 1))))
+    assert timeline.phases[-1].residual_ns == 0
 
 
 Tree = dict[str, "Tree"]
