@@ -64,6 +64,12 @@ class Timeline:
         """Add what something else has timed on the same clock, as a child of the phase that is open, if any."""
         self._record(span, self._open[-1] if self._open else None)
 
+    def record(self, name: str, start_ns: int, end_ns: int, parent: str | None = None, failed: bool = False) -> None:
+        """Add a phase that was timed elsewhere, on the same clock. Without ``parent`` the open phase is its parent."""
+        if parent is None and self._open:
+            parent = self._open[-1]
+        self.phases.append(Phase(name, start_ns, end_ns, parent, failed))
+
     def durations(self) -> dict[str, int]:
         """Nanoseconds by phase name, summed over repeats."""
         sums: dict[str, int] = {}
