@@ -45,6 +45,7 @@ class Span:
     start_ns: int
     end_ns: int
     children: tuple[Span, ...] = ()
+    failed: bool = False
 
 
 class Timeline:
@@ -64,12 +65,6 @@ class Timeline:
         """Add what something else has timed on the same clock, as a child of the phase that is open, if any."""
         self._record(span, self._open[-1] if self._open else None)
 
-    def record(self, name: str, start_ns: int, end_ns: int, parent: str | None = None, failed: bool = False) -> None:
-        """Add a phase that was timed elsewhere, on the same clock. Without ``parent`` the open phase is its parent."""
-        if parent is None and self._open:
-            parent = self._open[-1]
-        self.phases.append(Phase(name, start_ns, end_ns, parent, failed))
-
     def durations(self) -> dict[str, int]:
         """Nanoseconds by phase name, summed over repeats."""
         sums: dict[str, int] = {}
@@ -81,7 +76,7 @@ class Timeline:
         opened = _OpenPhase(self, span.name)
         for child in span.children:
             self._record(child, opened)
-        self._add(opened.ended(span.start_ns, span.end_ns, outer), outer)
+        self._add(opened.ended(span.start_ns, span.end_ns, outer, span.failed), outer)
 
     def _add(self, phase: Phase, outer: _OpenPhase | None) -> None:
         self.phases.append(phase)

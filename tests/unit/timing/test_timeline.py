@@ -40,14 +40,9 @@ def test_a_phase_that_raises_is_recorded_as_failed(timeline: Timeline) -> None:
     assert timeline.phases[-1].parent is None
 
 
-def test_a_phase_timed_elsewhere_is_recorded_in_the_open_phase_unless_it_names_its_parent(timeline: Timeline) -> None:
-    with timeline.phase("setup"):
-        timeline.record("memory_alloc", 3, 4, "memory")
-        timeline.record("memory", 2, 5, failed=True)
-    timeline.record("after", 6, 7)
-    assert timeline.phases[0] == Phase("memory_alloc", 3, 4, "memory")
-    assert timeline.phases[1] == Phase("memory", 2, 5, "setup", failed=True)
-    assert timeline.phases[3] == Phase("after", 6, 7)
+def test_a_span_that_failed_is_a_phase_that_failed(timeline: Timeline) -> None:
+    timeline.record(Span("memory", 2, 5, (Span("memory_alloc", 3, 4, failed=True),), failed=True))
+    assert [(phase.name, phase.failed) for phase in timeline.phases] == [("memory_alloc", True), ("memory", True)]
 
 
 def test_durations_of_one_name_add_up(timeline: Timeline) -> None:
