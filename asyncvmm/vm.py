@@ -28,14 +28,17 @@ from asyncvmm.errors import AsyncVMMError, BootError, GuestStopped, MachineError
 from asyncvmm.events.hub import EventHub
 from asyncvmm.events.jsonl import JsonLines
 from asyncvmm.events.outputs import Target
-from asyncvmm.events.types import PhaseEnded, VmError, VmState, VmTimingEvent
+from asyncvmm.events.types import VmError, VmState, exit_counts
 from asyncvmm.machine.base import AccelName, Evidence, Machine
 from asyncvmm.machine.choose import make_machine, trace_exits
 from asyncvmm.machine.waiting import wait_out
 from asyncvmm.plan import make_plan
-from asyncvmm.timing.profiles import GuestBootProfile
+from asyncvmm.report import BootReport
+from asyncvmm.timing.boot_profile import BootProfile
+from asyncvmm.timing.guest_clock import GuestClock
+from asyncvmm.timing.profiles import CreateVmProfile, GuestBootProfile, VcpuSetupProfile
 from asyncvmm.timing.timeline import Timeline
-from asyncvmm.timing.vm_timing import VmTiming, boot_timing
+from asyncvmm.timing.vm_timing import VmTiming
 from asyncvmm.watch import GuestWatch
 
 if TYPE_CHECKING:
@@ -74,14 +77,12 @@ class VM:
         self.events = EventHub()
         self.console = Console(self._write_console)
         self.timeline = Timeline()
-        self.timing: VmTiming | None = None
+        self._report = BootReport(self.events, self.timeline)
         self._epoch_ns = time.time_ns() - (time.monotonic_ns() - self.timeline.start_ns)
         self._state: State = "new"
         self._machine: Machine | None = None
         self._watch = self._new_watch()
         self._sinks: list[JsonLines] = []
-        self._attempt = 0
-        self._published_phases = 0
         self._ending: asyncio.Task[None] | None = None
         self._freed = False
         self._ended = False
@@ -112,6 +113,31 @@ class VM:
         """The guest's boot stages recorded so far."""
         return self._watch.contract.profile
 
+    @property
+    def guest_clock(self) -> GuestClock | None:
+        """How the guest's clock stands to the VM's time axis, and how sure that is; None before it is known."""
+        return self._watch.guest_clock
+
+    @property
+    def timing(self) -> VmTiming | None:
+        """What boot() returned; None before."""
+        return self._report.timing
+
+    @property
+    def boot_profile(self) -> BootProfile:
+        """The boot's steps, in ns; fields are None where they are not recorded yet, or do not apply."""
+        return self._report.boot_profile(self.guest_profile)
+
+    @property
+    def create_vm_profile(self) -> CreateVmProfile:
+        """The steps of creating the VM, in ns; None fields as above."""
+        return self._report.create_vm_profile()
+
+    @property
+    def vcpu_setup_profile(self) -> VcpuSetupProfile | None:
+        """The configuration of the vCPUs, in ns; None before boot() has returned, and on QEMU."""
+        return self._report.vcpu_setup_profile()
+
     # -- what can be done ------------------------------------------------------------------------------------------
 
     def stream_to(self, target: Target) -> JsonLines:
@@ -137,7 +163,9 @@ class VM:
         self._go("starting")
         try:
             with anyio.CancelScope() as self._boot_scope:
-                return await self._boot()
+                with self.timeline.phase("total"):
+                    accel = await self._boot()
+                return self._report.tell_ready(accel, self.guest_profile, self.guest_clock)
             raise StateError("boot", expected="a VM left to boot", found="stop()", state=self._state)
         except StateError:
             await self._end()
@@ -196,18 +224,19 @@ class VM:
 
     # -- booting ---------------------------------------------------------------------------------------------------
 
-    async def _boot(self) -> VmTiming:
+    async def _boot(self) -> AccelName:
         choice = await self._choose()
         for attempt in range(BOOT_ATTEMPTS):
-            self._attempt = attempt
+            self._report.begin_attempt(attempt)
             try:
                 return await self._attempt_boot(choice)
             except AsyncVMMError as error:
-                self._publish_phases()
+                self._report.tell_phases()
                 if not getattr(error, "retryable", False) or attempt == BOOT_ATTEMPTS - 1:
                     raise
-                await self._discard_machine()
-                await anyio.sleep(_RETRY_PAUSE_S * (attempt + 1))
+                with self.timeline.phase("retry_pause"):
+                    await self._discard_machine()
+                    await anyio.sleep(_RETRY_PAUSE_S * (attempt + 1))
         raise AssertionError("unreachable")
 
     async def _choose(self) -> AccelChoice:
@@ -215,27 +244,25 @@ class VM:
             choice = await choose_accel(self.config.accel)
         if self.events.listening:
             self.events.publish(choice.event(self._now()))
+        self._report.tell_phases()
         return choice
 
-    async def _attempt_boot(self, choice: AccelChoice) -> VmTiming:
-        first_phase = len(self.timeline.phases)
+    async def _attempt_boot(self, choice: AccelChoice) -> AccelName:
         with self.timeline.phase("setup"):
             plan = await anyio.to_thread.run_sync(make_plan, self.config, self.name, choice.accel, choice.tsc_khz)
             self._watch = self._new_watch()
             self._machine = make_machine(choice, plan, self.timeline, self._watch.take)
+        self._report.tell_phases()
         with self.timeline.phase("boot"):
             await self._machine.start()
+            self._report.tell_phases()
             if self._state == "starting":
                 self._go("booting")
             with self.timeline.phase("boot_wait"):
                 await self._wait_ready(self._machine)
-        self.timing = timing = boot_timing(self.timeline.phases[first_phase:], choice.accel, self._attempt)
         if not self._ended:
             self._go("ready")
-        self._publish_phases()
-        if self.events.listening:
-            self.events.publish(VmTimingEvent.of(self._now(), timing))
-        return timing
+        return choice.accel
 
     async def _wait_ready(self, machine: Machine) -> None:
         """Until READY; the guest is given up when it shows no life for a while, or when its time is over."""
@@ -350,7 +377,7 @@ class VM:
         self._freed = True
         if self._machine is not None:
             await self._machine.stop()
-        self._publish_phases()
+        self._report.tell_phases()
         if self._state not in ("stopped", "failed"):
             self._go(final)
         self.console.end()
@@ -373,7 +400,12 @@ class VM:
 
     def _new_watch(self) -> GuestWatch:
         return GuestWatch(
-            self.events, self.console, self.timeline, self._on_stop, serial_lines=self.config.serial_lines
+            self.events,
+            self.console,
+            self.timeline,
+            self._on_stop,
+            on_captured=lambda: self._report.tell_captured(self.guest_profile),
+            serial_lines=self.config.serial_lines,
         )
 
     def _now(self) -> int:
@@ -386,11 +418,5 @@ class VM:
     def _go(self, state: State) -> None:
         previous, self._state = self._state, state
         if self.events.listening:
-            self.events.publish(VmState(self._now(), state, previous))
-
-    def _publish_phases(self) -> None:
-        phases = self.timeline.phases[self._published_phases :]
-        self._published_phases = len(self.timeline.phases)
-        if self.events.listening:
-            for phase in phases:
-                self.events.publish(PhaseEnded.of(phase, self.timeline.start_ns, self._attempt))
+            exits = exit_counts(self.exits) if state in ("stopped", "failed") else None
+            self.events.publish(VmState(self._now(), state, previous, exits))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import attrs
 import orjson
@@ -17,8 +17,19 @@ import orjson
 from asyncvmm.effects import ExitStatistics, Port
 from asyncvmm.errors import AsyncVMMError, GuestError
 from asyncvmm.events.lines import Line
+from asyncvmm.timing.boot_profile import BootProfile
+from asyncvmm.timing.profiles import (
+    CreateVmProfile,
+    Profile,
+    RestoreProfile,
+    RuntimeRestoreProfile,
+    VcpuSetupProfile,
+)
 from asyncvmm.timing.timeline import Phase
 from asyncvmm.timing.vm_timing import VmTiming
+
+if TYPE_CHECKING:
+    from asyncvmm.timing.guest_clock import GuestClock
 
 VERSION = 1
 """The ``v`` of every line."""
@@ -32,15 +43,24 @@ class Event:
 
     t_ns: int
 
+    def details(self) -> dict[str, object]:
+        """What the line says beside the envelope: the fields, those that are None left out."""
+        values = {name: getattr(self, name) for name in _field_names(type(self))}
+        return {name: value for name, value in values.items() if value is not None}
+
 
 @attrs.frozen
 class VmState(Event):
-    """The VM went into ``state``; ``previous`` is the one it left, None for the first."""
+    """The VM went into ``state``; ``previous`` is the one it left, None for the first.
+
+    ``exits`` counts its exits to userspace by reason, at its end, where the machine can tell.
+    """
 
     event: ClassVar[str] = "vm.state"
 
     state: str
     previous: str | None = None
+    exits: Mapping[str, int] | None = None
 
 
 @attrs.frozen
@@ -69,7 +89,8 @@ class AccelProbe(Event):
 class PhaseEnded(Event):
     """A phase of host work ended. ``start_ns`` counts from the VM's start, like ``t_ns``, which is the end.
 
-    ``attempt`` numbers boot attempts from 0.
+    ``attempt`` numbers boot attempts from 0. ``residual_ns`` is what its direct children do not account for; None for a
+    phase without any.
     """
 
     event: ClassVar[str] = "phase"
@@ -80,6 +101,7 @@ class PhaseEnded(Event):
     parent: str | None = None
     failed: bool = False
     attempt: int = 0
+    residual_ns: int | None = None
 
     @classmethod
     def of(cls, phase: Phase, vm_start_ns: int, attempt: int = 0) -> PhaseEnded:
@@ -92,6 +114,7 @@ class PhaseEnded(Event):
             phase.parent,
             phase.failed,
             attempt,
+            phase.residual_ns,
         )
 
 
@@ -186,6 +209,71 @@ class VmTimingEvent(Event):
 
 
 @attrs.frozen
+class ProfileEvent(Event):
+    """A profile is complete. In the line, its fields and derived totals stand beside the envelope, in ns."""
+
+    profile: Profile
+
+    def details(self) -> dict[str, object]:
+        """The profile's names and values, and their unit."""
+        return {"unit": "ns", **self.profile.to_dict()}
+
+
+@attrs.frozen
+class BootProfileEvent(ProfileEvent):
+    """The BootProfile of the boot that just succeeded; marks count from the VM's start, like ``t_ns``.
+
+    ``guest_clock`` ties the guest's clock to that axis; None where nothing is known of it.
+    """
+
+    event: ClassVar[str] = "boot.profile"
+
+    profile: BootProfile
+    guest_clock: GuestClock | None = None
+
+    def details(self) -> dict[str, object]:
+        """The profile, and the guest's clock as an object of its own."""
+        clock = {} if self.guest_clock is None else {"guest_clock": attrs.asdict(self.guest_clock)}
+        return ProfileEvent.details(self) | clock
+
+
+@attrs.frozen
+class CreateVmProfileEvent(ProfileEvent):
+    """The CreateVmProfile of the boot that just succeeded."""
+
+    event: ClassVar[str] = "create_vm.profile"
+
+    profile: CreateVmProfile
+
+
+@attrs.frozen
+class VcpuSetupProfileEvent(ProfileEvent):
+    """The VcpuSetupProfile of the boot that just succeeded."""
+
+    event: ClassVar[str] = "vcpu_setup.profile"
+
+    profile: VcpuSetupProfile
+
+
+@attrs.frozen
+class RestoreProfileEvent(ProfileEvent):
+    """The RestoreProfile of a restore."""
+
+    event: ClassVar[str] = "restore.profile"
+
+    profile: RestoreProfile
+
+
+@attrs.frozen
+class RuntimeRestoreProfileEvent(ProfileEvent):
+    """The RuntimeRestoreProfile of a restore into a shell."""
+
+    event: ClassVar[str] = "runtime_restore.profile"
+
+    profile: RuntimeRestoreProfile
+
+
+@attrs.frozen
 class VmError(Event):
     """An error, with its facts. ``kind`` is the error's class name, ``exits`` counts exits by reason."""
 
@@ -217,7 +305,7 @@ class VmError(Event):
             reason=error.reason,
             last_exit=error.last_exit,
             rip=None if error.rip is None else hex(error.rip),
-            exits=_counts(error.exits),
+            exits=exit_counts(error.exits),
             phases=error.phases,
             serial_tail=error.serial_tail.decode("utf-8", "replace"),
         )
@@ -246,6 +334,11 @@ EVENTS: Mapping[str, type[Event]] = {
         GuestExit,
         SerialLine,
         VmTimingEvent,
+        BootProfileEvent,
+        CreateVmProfileEvent,
+        VcpuSetupProfileEvent,
+        RestoreProfileEvent,
+        RuntimeRestoreProfileEvent,
         VmError,
         LogLost,
     )
@@ -254,7 +347,7 @@ EVENTS: Mapping[str, type[Event]] = {
 
 
 def to_dict(event: Event, vm_id: str, epoch_ns: int) -> dict[str, object]:
-    """The event's JSON object: the envelope, then its fields, those that are None left out.
+    """The event's JSON object: the envelope, then its details.
 
     ``epoch_ns`` is the wall clock (ns since 1970, UTC) at the VM's start.
     """
@@ -266,10 +359,7 @@ def to_dict(event: Event, vm_id: str, epoch_ns: int) -> dict[str, object]:
         "vm": vm_id,
         "event": event.event,
     }
-    for name in _field_names(type(event)):
-        value = getattr(event, name)
-        if value is not None:
-            record[name] = value
+    record.update(event.details())
     return record
 
 
@@ -303,7 +393,8 @@ def _field_names(kind: type[Event]) -> tuple[str, ...]:
     return names
 
 
-def _counts(exits: ExitStatistics | None) -> dict[str, int] | None:
+def exit_counts(exits: ExitStatistics | None) -> dict[str, int] | None:
+    """Exits by reason, as events carry them."""
     return None if exits is None else {reason: entry.count for reason, entry in exits.by_reason.items()}
 
 

@@ -16,6 +16,15 @@ from asyncvmm.events import types
 from asyncvmm.events.lines import Line
 from asyncvmm.events.schema import schema, schema_text
 from asyncvmm.events.types import EVENTS, Event, to_line
+from asyncvmm.timing.boot_profile import BootProfile
+from asyncvmm.timing.guest_clock import GuestClock
+from asyncvmm.timing.profiles import (
+    CreateVmProfile,
+    GuestBootProfile,
+    RestoreProfile,
+    RuntimeRestoreProfile,
+    VcpuSetupProfile,
+)
 from asyncvmm.timing.timeline import Phase
 from asyncvmm.timing.vm_timing import VmTiming
 
@@ -35,12 +44,16 @@ BOOT_ERROR = BootError(
     state="booting",
 )
 
+BOOT = BootProfile(t_total_start=1, t_total_end=9, guest=GuestBootProfile(init_entry_ns=7))
+
 SAMPLES: list[Event] = [
     types.VmState(1, "booting", "new"),
     types.VmState(0, "new"),
+    types.VmState(9, "stopped", "ready", {"IO": 3}),
     types.AccelProbe(2, "qemu", "auto", "slow", "3.1 MIPS is below 20", True, True, 12, 3.1, 45.5, "7.2.9"),
     types.AccelProbe(2, "kvm"),
     types.PhaseEnded.of(Phase("memory", 105, 125, "setup", True), 100, attempt=1),
+    types.PhaseEnded.of(Phase("setup", 105, 125, residual_ns=0), 100),
     types.GuestBootTime(3, "ready", (1 << 64) - 1),
     types.GuestReady(4),
     types.GuestPreExec(5),
@@ -49,6 +62,12 @@ SAMPLES: list[Event] = [
     types.GuestExit(8, 137),
     types.SerialLine.of(9, "console", Line(b"\xffhello", 9, True)),
     types.VmTimingEvent.of(10, VmTiming(setup_ms=1, boot_ms=2, boot_retries=0)),
+    types.BootProfileEvent(10, BOOT, GuestClock(5, 2, "paired")),
+    types.BootProfileEvent(10, BOOT),
+    types.CreateVmProfileEvent(10, CreateVmProfile(kvm_fd_open=3, create_vm_total=9)),
+    types.VcpuSetupProfileEvent(10, VcpuSetupProfile(cpuid_config=3, register_config=9)),
+    types.RestoreProfileEvent(10, RestoreProfile(kvm_fd_open=3, resume_kvm_run=1)),
+    types.RuntimeRestoreProfileEvent(10, RuntimeRestoreProfile(vcpu_state_restore=3)),
     types.VmError.of(11, BOOT_ERROR),
     types.VmError.of(12, KernelError("the kernel", expected=4096, found=12)),
     types.VmError.of(13, KvmIoctlError("KVM_RUN", 14, "Bad address")),
@@ -82,11 +101,21 @@ def test_the_schema_is_one_and_names_the_fields_of_every_class() -> None:
     definitions = schema()["$defs"]
     assert set(definitions) == set(EVENTS) == set(schema()["properties"]["event"]["enum"])
     for name, kind in EVENTS.items():
+        if issubclass(kind, types.ProfileEvent):
+            continue
         fields = {field.name for field in attrs.fields(kind)} - {"t_ns"}
         assert set(definitions[name]["properties"]) == fields, name
         required = {field.name for field in attrs.fields(kind) if field.default is attrs.NOTHING} - {"t_ns"}
         assert required <= set(definitions[name]["required"]), name
     assert orjson.loads(schema_text()) == schema()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in EVENTS.values() if issubclass(kind, types.ProfileEvent)])
+def test_the_schema_names_the_fields_and_totals_of_every_profile(kind: type[types.ProfileEvent]) -> None:
+    record = getattr(types, kind.__annotations__["profile"])
+    beside = {field.name for field in attrs.fields(kind)} - {"t_ns", "profile"}
+    names = {field.name for field in attrs.fields(record)} | set(record().totals()) | beside | {"unit"}
+    assert set(schema()["$defs"][kind.event]["properties"]) == names
 
 
 def test_the_schema_allows_more_fields_and_refuses_wrong_ones() -> None:
