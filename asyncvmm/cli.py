@@ -169,6 +169,19 @@ def timeline(file: Path) -> None:
 
 
 @main.command()
+@click.argument("files", nargs=-1, metavar="[FILE.jsonl|-]...")
+@click.option("--prometheus", metavar="OUT|-", help="Write OpenMetrics (OUT.prom: Prometheus's text); - is stdout.")
+@click.option("--listen", metavar="HOST:PORT", help="Serve them at http://HOST:PORT/metrics until interrupted.")
+@click.option("--follow", is_flag=True, help="Keep reading files that grow, until interrupted.")
+def metrics(files: tuple[str, ...], **asked: Any) -> None:
+    """Count what FILEs (JSON lines of VMs; stdin if none) record, for Prometheus."""
+    with signals_held():
+        from asyncvmm.export.command import metrics as export_metrics
+
+    run_on_uvloop(lambda: export_metrics(files, **asked))
+
+
+@main.command()
 def schema() -> None:
     """Print the JSON Schema of the JSON lines."""
     with signals_held():

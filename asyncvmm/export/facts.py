@@ -1,0 +1,214 @@
+"""Facts: what the events of VMs add to metrics. Pure: a record in, counts and durations out.
+
+Names that come from files and guests become label values, so their number is bounded: what asyncvmm itself says is
+always let through, of anything else the first few, and the rest is called ``other``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import get_args
+
+import attrs
+
+from asyncvmm import errors
+from asyncvmm.effects import StopReason
+from asyncvmm.events.markers import STAGES
+from asyncvmm.export.records import Record, counts, number, text
+from asyncvmm.machine.kvm.exits import EXIT_NAMES
+
+MAX_VMS = 10_000
+"""VMs that are remembered at a time; a VM comes back, forgotten, as one whose accelerator is unknown."""
+
+MAX_STRANGERS = 32
+"""Label values let through beside those that are expected, for each label."""
+
+MAX_HELD = 16
+"""Phases of a VM that wait until its accelerator is known."""
+
+MAX_REASONS = 256
+"""Exit reasons of one VM that are looked at."""
+
+_NS = 1e-9
+_WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. -]{0,63}", re.ASCII)
+
+_ACCELS = ("kvm", "qemu", "unknown")
+_KINDS = tuple(
+    name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, errors.AsyncVMMError)
+)
+_REASONS = (*get_args(StopReason), "none", "timeout", "stalled")
+_PHASES = """
+    total accel setup layout boot qemu_cmd_build qemu_fork qemu_qmp_connect kernel_asset_read rootfs_asset_open kvm_open
+    vm_create irqchip_create memory memory_alloc memory_register kernel_load rootfs_load boot_params vcpu_setup
+    vcpu_create vcpu_config cpuid_config register_config boot_wait
+"""
+
+
+@attrs.frozen
+class Count:
+    """``amount`` more of a counter; ``labels`` are its label values."""
+
+    metric: str
+    labels: tuple[str, ...]
+    amount: int = 1
+
+
+@attrs.frozen
+class Duration:
+    """One observation of a histogram, in seconds."""
+
+    metric: str
+    labels: tuple[str, ...]
+    seconds: float
+
+
+Fact = Count | Duration
+
+
+class Words:
+    """The values of one label: those expected, and of others as many as there is room for."""
+
+    def __init__(self, expected: Iterable[str], room: int = MAX_STRANGERS) -> None:
+        self._known = set(expected)
+        self._limit = len(self._known) + room
+
+    def __call__(self, word: str) -> str:
+        """``word`` if it may be a label value, else ``other``."""
+        if word in self._known:
+            return word
+        if len(self._known) >= self._limit or not _WORD.fullmatch(word):
+            return "other"
+        self._known.add(word)
+        return word
+
+
+class Vocabulary:
+    """The words of every label. One for each set of metrics."""
+
+    def __init__(self) -> None:
+        self.accel = Words(_ACCELS, 0)
+        self.kind = Words(_KINDS, 0)
+        self.stage = Words(STAGES, 0)
+        self.reason = Words(_REASONS)
+        self.phase = Words(_PHASES.split())
+        self.exit = Words(EXIT_NAMES.values())
+
+
+class VmFacts:
+    """What one VM's records say, one after the other. ``accel`` is its machine as far as it is known."""
+
+    def __init__(self, vocabulary: Vocabulary, accel: str = "unknown") -> None:
+        self.accel = accel
+        self._words = vocabulary
+        self._was_ready = False
+        self._exits: dict[str, int] = {}
+        self._held: list[Record] = []
+
+    def of(self, record: Record) -> list[Fact]:
+        """The facts of a record, none for most. Raises NotARecord, with nothing changed, for one that is not right."""
+        name = record.get("event")
+        reader = _READERS.get(str(name))
+        facts = list(reader(self, record)) if reader else []
+        return [*self.flush(), *facts] if self._held and name != "phase" else facts
+
+    def flush(self) -> list[Fact]:
+        """The facts of phases that ended before the accelerator was known, if it will not be any more."""
+        held, self._held = self._held, []
+        return [fact for phase in held for fact in self._ended_phase(phase)]
+
+    def _probe(self, record: Record) -> Iterator[Fact]:
+        self.accel = self._words.accel(text(record, "accel"))
+        yield from ()
+
+    def _state(self, record: Record) -> Iterator[Fact]:
+        state, exits = text(record, "state"), counts(record, "exits")
+        previous = record.get("previous")
+        booted = previous in ("starting", "booting")
+        if state == "ready":
+            self._was_ready = True
+        if booted and state in ("ready", "failed", "stopped"):
+            yield Count("boots", (self.accel, "cancelled" if state == "stopped" else state))
+        yield from self._more_exits(exits)
+
+    def _error(self, record: Record) -> Iterator[Fact]:
+        kind, exits = self._words.kind(text(record, "kind")), counts(record, "exits")
+        reason = self._words.reason(text(record, "reason")) if record.get("reason") is not None else "none"
+        was_ready = self._was_ready or record.get("state") in ("ready", "paused")
+        yield Count("vm_failures" if was_ready else "boot_failures", (self.accel, kind, reason))
+        yield from self._more_exits(exits)
+
+    def _phase(self, record: Record) -> Iterator[Fact]:
+        number(record, "duration_ns"), text(record, "name")
+        if self.accel == "unknown" and len(self._held) < MAX_HELD:
+            self._held.append(record)
+        else:
+            yield from self._ended_phase(record)
+
+    def _ended_phase(self, record: Record) -> Iterator[Fact]:
+        ns, name = number(record, "duration_ns"), self._words.phase(text(record, "name"))
+        if record.get("failed") is True:
+            yield Count("phase_failures", (name, self.accel))
+        else:
+            yield Duration("phase_duration_seconds", (name, self.accel), ns * _NS)
+
+    def _stage(self, record: Record) -> Iterator[Fact]:
+        ns, stage = number(record, "guest_ns"), self._words.stage(text(record, "stage"))
+        yield Duration("guest_stage_seconds", (stage, self.accel), ns * _NS)
+
+    def _timing(self, record: Record) -> Iterator[Fact]:
+        if "boot_retries" in record and (retries := number(record, "boot_retries")):
+            yield Count("boot_retries", (self.accel,), retries)
+
+    def _lost(self, record: Record) -> Iterator[Fact]:
+        yield Count("events_lost", (), number(record, "lines"))
+
+    def _more_exits(self, exits: Mapping[str, int]) -> Iterator[Fact]:
+        # A VM's exits are told more than once, each time all there were so far: what came since is what counts.
+        for reason, count in list(exits.items())[:MAX_REASONS]:
+            word = self._words.exit(reason)
+            if count > (before := self._exits.get(reason, 0)) and (before or len(self._exits) < MAX_REASONS):
+                self._exits[reason] = count
+                yield Count("exits", (word,), count - before)
+
+
+_READERS: dict[str, Callable[[VmFacts, Record], Iterator[Fact]]] = {
+    "accel.probe": VmFacts._probe,
+    "vm.state": VmFacts._state,
+    "vm.error": VmFacts._error,
+    "phase": VmFacts._phase,
+    "guest.boot_time": VmFacts._stage,
+    "vm.timing": VmFacts._timing,
+    "log.lost": VmFacts._lost,
+}
+
+EVENTS_READ = frozenset(_READERS)
+"""The events that say anything for metrics."""
+
+
+class Fold:
+    """Records of many VMs, mixed as they come, told apart by their ``vm``. Bounded in memory."""
+
+    def __init__(self, vocabulary: Vocabulary | None = None, max_vms: int = MAX_VMS) -> None:
+        self._vocabulary = vocabulary or Vocabulary()
+        self._max_vms = max_vms
+        self._vms: OrderedDict[str, VmFacts] = OrderedDict()
+
+    def of(self, record: Record) -> list[Fact]:
+        """The facts of a record, none for most. Raises NotARecord for one that is not right."""
+        name = text(record, "vm")
+        if record.get("event") == "vm.state" and record.get("state") == "starting":
+            self._vms.pop(name, None)  # a name may be used again
+        vm = self._vms.get(name)
+        if vm is None:
+            vm = self._vms[name] = VmFacts(self._vocabulary)
+        self._vms.move_to_end(name)
+        facts = vm.of(record)
+        if len(self._vms) > self._max_vms:
+            facts += self._vms.popitem(last=False)[1].flush()
+        return facts
+
+    def flush(self) -> list[Fact]:
+        """The facts that waited for records which will not come any more."""
+        return [fact for vm in self._vms.values() for fact in vm.flush()]

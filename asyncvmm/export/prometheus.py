@@ -1,0 +1,137 @@
+"""Prometheus: metrics of VMs by the library prometheus-client (extra ``metrics``), of VMs at hand or of their files.
+
+    registry = CollectorRegistry()
+    collector = VmCollector(registry)
+    vm = VM(config)
+    collector.watch(vm)
+
+Nothing is global: every metric is in the registry it was given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from asyncvmm.errors import ConfigError
+from asyncvmm.events.types import Event
+from asyncvmm.export.extras import need
+from asyncvmm.export.facts import EVENTS_READ, Count, Fact, Fold, VmFacts, Vocabulary
+from asyncvmm.export.records import Record, record_of
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry, Counter, Histogram
+
+    from asyncvmm.vm import VM
+
+BUCKETS_S = (
+    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1,
+    0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0,
+)  # fmt: skip
+"""Upper bounds of the histograms, in seconds: from 100 us to 5 min."""
+
+COUNTERS = {
+    "boots": ("Boots that ended: ready, failed or cancelled.", ("accel", "outcome")),
+    "boot_failures": ("Boots that failed, by the error's class and its reason.", ("accel", "kind", "reason")),
+    "vm_failures": ("VMs that failed after they had been ready.", ("accel", "kind", "reason")),
+    "boot_retries": ("Boot attempts that were made again for want of the host's resources.", ("accel",)),
+    "phase_failures": ("Phases of host work that failed; they are in no histogram.", ("name", "accel")),
+    "exits": ("Exits of VMs that have ended from guest to userspace, by KVM's reason.", ("reason",)),
+    "events_lost": ("Events dropped because their reader did not keep up.", ()),
+    "lines_unreadable": ("Lines that are not events as asyncvmm writes them.", ()),
+}
+"""Counters by name, without the ``asyncvmm_`` before and the ``_total`` after it: what they count, their labels."""
+
+HISTOGRAMS = {
+    "phase_duration_seconds": ("How long phases of host work took.", ("name", "accel")),
+    "guest_stage_seconds": ("The guest's monotonic clock when PID 1 reached a stage.", ("stage", "accel")),
+}
+"""Histograms by name, without the ``asyncvmm_`` before it."""
+
+
+class Metrics:
+    """The metrics in a registry, told facts. May be told from one thread and scraped from others.
+
+    Raises HostError without prometheus-client, ConfigError for a registry that has these metrics already.
+    """
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        need("metrics", "prometheus_client", "metrics")
+        from prometheus_client import CollectorRegistry, Counter, Histogram
+
+        self.registry = registry if registry is not None else CollectorRegistry()
+        self._counters: dict[str, Counter] = {}
+        self._histograms: dict[str, Histogram] = {}
+        try:
+            for name, (says, labels) in COUNTERS.items():
+                self._counters[name] = Counter(f"asyncvmm_{name}", says, labels, registry=self.registry)
+            for name, (says, labels) in HISTOGRAMS.items():
+                self._histograms[name] = Histogram(
+                    f"asyncvmm_{name}", says, labels, registry=self.registry, buckets=BUCKETS_S
+                )
+        except ValueError as error:
+            raise ConfigError("metrics", expected="a registry without asyncvmm's metrics", found=str(error)) from None
+
+    def add(self, facts: Iterable[Fact]) -> None:
+        """Count them."""
+        for fact in facts:
+            if isinstance(fact, Count):
+                counter = self._counters[fact.metric]
+                (counter.labels(*fact.labels) if fact.labels else counter).inc(fact.amount)
+            else:
+                self._histograms[fact.metric].labels(*fact.labels).observe(fact.seconds)
+
+
+class VmCollector:
+    """Metrics of the VMs it watches, any number of them, in ``registry`` (a new one of its own if None).
+
+    Raises HostError without prometheus-client, ConfigError for a registry that has these metrics already.
+    """
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        self._metrics = Metrics(registry)
+        self._vocabulary = Vocabulary()
+
+    @property
+    def registry(self) -> CollectorRegistry:
+        """Where the metrics are."""
+        return self._metrics.registry
+
+    def watch(self, vm: VM) -> Callable[[], None]:
+        """Count the VM's events from now on: call it before ``boot()``. Returns a function that ends it."""
+        facts = VmFacts(self._vocabulary, vm.accel or "unknown")
+
+        def take(event: Event) -> None:
+            if event.event in EVENTS_READ:
+                self._metrics.add(facts.of(record_of(event)))
+
+        return vm.events.attach(take)
+
+
+class RecordCollector:
+    """Metrics of records read from files. ``records`` counts those that were events, ``unreadable`` what was not."""
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        self._metrics = Metrics(registry)
+        self._fold = Fold()
+        self.records = 0
+        self.unreadable = 0
+
+    @property
+    def registry(self) -> CollectorRegistry:
+        """Where the metrics are."""
+        return self._metrics.registry
+
+    def add(self, record: Record) -> None:
+        """Count a record. Raises NotARecord, and counts nothing of it, if its fields are not right."""
+        self._metrics.add(self._fold.of(record))
+        self.records += 1
+
+    def flush(self) -> None:
+        """Count what waited for records that will not come any more."""
+        self._metrics.add(self._fold.flush())
+
+    def add_unreadable(self) -> None:
+        """Count a line that is no record."""
+        self._metrics.add([Count("lines_unreadable", ())])
+        self.unreadable += 1

@@ -1,0 +1,74 @@
+"""Records: events as plain mappings, the one form from which everything is exported.
+
+A record is a line's JSON object, or the same of an event that is at hand. Lines come from files that anybody may have
+written: what is read from them is checked here. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import attrs
+import orjson
+
+from asyncvmm.events.types import Event
+
+MAX_LINE = 1 << 20
+"""Bytes of a line beyond which it is none of ours."""
+
+LARGEST = (1 << 63) - 1
+"""No count and no nanoseconds of ours come near it."""
+
+Record = Mapping[str, object]
+
+
+class NotARecord(ValueError):
+    """A line or a field that is not as asyncvmm writes it; says in a few words what was found, never the text."""
+
+
+def read_record(line: bytes) -> Record:
+    """The record of one JSON line. Raises NotARecord if it is not an event of asyncvmm, version 1."""
+    try:
+        record = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        raise NotARecord("not JSON") from None
+    if not isinstance(record, dict) or not {"v", "t_ns", "vm", "event"} <= record.keys():
+        raise NotARecord("not an event of asyncvmm")
+    if record["v"] != 1 or isinstance(record["v"], bool):
+        raise NotARecord("an event of another version")
+    text(record, "vm")
+    text(record, "event")
+    number(record, "t_ns")
+    return record
+
+
+def record_of(event: Event) -> Record:
+    """The record of an event: its name and those of its fields that are not None."""
+    fields = attrs.asdict(event, recurse=False)
+    return {"event": event.event, **{name: value for name, value in fields.items() if value is not None}}
+
+
+def text(record: Record, name: str) -> str:
+    """A field that must be text. Raises NotARecord."""
+    value = record.get(name)
+    if not isinstance(value, str):
+        raise NotARecord(f"{name} is not text")
+    return value
+
+
+def number(record: Record, name: str) -> int:
+    """A field that must be a whole number from 0 to LARGEST. Raises NotARecord."""
+    value = record.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= LARGEST:
+        raise NotARecord(f"{name} is not a number, or out of range")
+    return value
+
+
+def counts(record: Record, name: str) -> dict[str, int]:
+    """A field that maps words to counts; empty if it is not there. Raises NotARecord."""
+    value = record.get(name)
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise NotARecord(f"{name} is not a table of counts")
+    return {key: number(value, key) for key in value}
