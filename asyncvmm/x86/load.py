@@ -62,15 +62,22 @@ class Segment:
 
 @attrs.frozen(kw_only=True)
 class BootLayout:
-    """A kernel's boot, decided. ``segments`` do not overlap and lie in the first RAM region; memory outside them
-    must read as zeros. The initrd is not among them: copy it to ``initrd_address`` (None without one)."""
+    """A kernel's boot, decided: the kernel's segments, and the parameters that its boot protocol and firmware tables
+    want in memory. They do not overlap and lie in the first RAM region; memory outside them must read as zeros. The
+    initrd is not among them: copy it to ``initrd_address`` (None without one)."""
 
     protocol: Protocol
-    segments: tuple[Segment, ...]
+    kernel: tuple[Segment, ...]
+    parameters: tuple[Segment, ...]
     initrd_address: int | None
     cpu: BootCpu
     cmdline: str
     rsdp_address: int | None
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """All that is to be copied."""
+        return (*self.parameters, *self.kernel)
 
 
 @attrs.frozen(kw_only=True)
@@ -132,12 +139,12 @@ def _boot_layout(
     cpu = pvh_cpu(kernel.entry) if kernel.protocol == "pvh" else long_mode_cpu(kernel.entry)
     return BootLayout(
         protocol=kernel.protocol,
-        segments=(
+        kernel=kernel.segments,
+        parameters=(
             Segment(GDT_ADDRESS, gdt(cpu)),
             *_protocol_segments(kernel, params, ram),
             Segment(CMDLINE_ADDRESS, _cmdline_bytes(cmdline, kernel.cmdline_size)),
             *firmware,
-            *kernel.segments,
         ),
         initrd_address=params.ramdisk_address or None,
         cpu=cpu,
