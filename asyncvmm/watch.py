@@ -13,7 +13,17 @@ from asyncvmm.effects import Effect, SerialOutput, Stopped
 from asyncvmm.events.contract import GuestContract
 from asyncvmm.events.hub import EventHub
 from asyncvmm.events.lines import Line, LineScanner
-from asyncvmm.events.markers import BootTime, Heartbeat, Listener, Marker, Panic, PreExec, Ready, WorkloadExit
+from asyncvmm.events.markers import (
+    BootTime,
+    ClockReading,
+    Heartbeat,
+    Listener,
+    Marker,
+    Panic,
+    PreExec,
+    Ready,
+    WorkloadExit,
+)
 from asyncvmm.events.types import (
     Event,
     GuestBootTime,
@@ -24,13 +34,17 @@ from asyncvmm.events.types import (
     GuestReady,
     SerialLine,
 )
+from asyncvmm.timing.guest_clock import ClockPairing, GuestClock
 from asyncvmm.timing.timeline import Timeline
+
+GuestInstant = Callable[[int], tuple[int, int] | None]
+"""Machine.guest_instant: the host's CLOCK_MONOTONIC ns at a value of the guest's TSC, and the error in ns."""
 
 
 class GuestWatch:
-    """Follows one guest. ``on_stop`` hears of its end; a kernel panic counts as one.
+    """Follows one guest, which must not have started yet. ``on_stop`` hears of its end; a kernel panic counts as one.
 
-    ``serial_lines`` publishes every line as an event of its own.
+    ``serial_lines`` publishes every line as an event of its own. ``guest_instant`` is the machine's.
     """
 
     def __init__(
@@ -40,7 +54,9 @@ class GuestWatch:
         timeline: Timeline,
         on_stop: Callable[[Stopped], None],
         *,
+        on_captured: Callable[[], None] = lambda: None,
         serial_lines: bool = False,
+        guest_instant: GuestInstant = lambda tsc: None,
     ) -> None:
         self._serial_lines = serial_lines
         self.contract = GuestContract()
@@ -48,7 +64,15 @@ class GuestWatch:
         self._console = console
         self._timeline = timeline
         self._on_stop = on_stop
+        self._on_captured = on_captured
+        self._guest_instant = guest_instant
+        self._pairing = ClockPairing(self._since_start(timeline.clock()))
         self._scanners = {"console": LineScanner(), "control": LineScanner()}
+
+    @property
+    def guest_clock(self) -> GuestClock | None:
+        """The guest's clock on the axis of ``t_ns``, as well as it is known by now; None before its first BOOT_TIME."""
+        return self._pairing.clock
 
     def take(self, effects: Sequence[Effect]) -> None:
         """Take one batch from the machine."""
@@ -62,20 +86,41 @@ class GuestWatch:
         if output.port == "console":
             self._console.feed(output.data, output.lost)
         scanner = self._scanners[output.port]
-        for line in scanner.feed(output.data, output.newlines or (self._timeline.clock(),)):
+        times = output.newlines
+        if missing := output.data.count(b"\n") - len(times):
+            # Never one that is too early: what is said of the guest's clock rests on it.
+            times = (*times, *(self._timeline.clock(),) * missing)
+        for line in scanner.feed(output.data, times):
             self._take_line(output, line)
         if output.lost:
             scanner.gap()
 
     def _take_line(self, output: SerialOutput, line: Line) -> None:
-        t_ns = line.t_ns - self._timeline.start_ns
+        t_ns = self._since_start(line.t_ns)
         if self._serial_lines and self._hub.listening:
             self._hub.publish(SerialLine.of(t_ns, output.port, line))
+        capturing = self.contract.capturing
         marker = self.contract.line(output.port, line)
         if isinstance(marker, Panic):
             self._on_stop(Stopped("panic", detail=marker.detail, t_ns=line.t_ns))
+        elif isinstance(marker, ClockReading):
+            self._take_reading(marker, t_ns)
         elif marker is not None:
+            if isinstance(marker, BootTime):
+                self._pairing.pair(marker.guest_ns, t_ns)
             self._hub.publish(event_of(marker, t_ns))
+        if capturing and not self.contract.capturing:
+            self._on_captured()
+
+    def _take_reading(self, reading: ClockReading, t_ns: int) -> None:
+        begin, end = self._guest_instant(reading.tsc), self._guest_instant(reading.tsc_end)
+        if begin is None or end is None:
+            return
+        earliest, latest = self._since_start(begin[0] - begin[1]), self._since_start(end[0] + end[1])
+        self._pairing.read_between(reading.ns, earliest, latest, t_ns)
+
+    def _since_start(self, host_ns: int) -> int:
+        return host_ns - self._timeline.start_ns
 
 
 def event_of(marker: Marker, t_ns: int) -> Event:
@@ -93,5 +138,5 @@ def event_of(marker: Marker, t_ns: int) -> Event:
             return GuestListener(t_ns, proto, port)
         case WorkloadExit(code):
             return GuestExit(t_ns, code)
-        case Panic():
-            raise ValueError("a panic is the guest's end, not an event")
+        case Panic() | ClockReading():
+            raise ValueError(f"{type(marker).__name__} is no event")

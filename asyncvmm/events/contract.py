@@ -1,7 +1,8 @@
 """The guest contract: which lines of which serial port count, and when. Decides only; does nothing.
 
 The control line is PID 1's alone and always counts. The console belongs to whoever writes there: BOOT_TIME, READY and
-workload-pre-exec count on it until the workload starts, and never after, so that a workload cannot forge them.
+workload-pre-exec count on it until the workload starts, and never after, so that a workload cannot forge them. The
+clock reading counts on the control line alone, once, before command_loop.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from asyncvmm.effects import Port
 from asyncvmm.events.lines import Line
 from asyncvmm.events.markers import (
     BootTime,
+    ClockReading,
     Malformed,
     Marker,
     Panic,
@@ -38,6 +40,7 @@ class GuestContract:
         self.panicked = False
         self.malformed = 0
         self.ignored = 0
+        self._clock_read = False
         self._stages: dict[str, int] = {}
 
     @property
@@ -84,6 +87,9 @@ class GuestContract:
         if isinstance(marker, PreExec):
             first, self.started = not self.started, True
             return first
+        if isinstance(marker, ClockReading):
+            first, self._clock_read = not self._clock_read, True
+            return first and self.capturing
         return True
 
     def _record(self, marker: BootTime) -> bool:

@@ -2,6 +2,9 @@
 
 BOOT_TIME:<stage>:<ns>             READY                    workload-pre-exec
 heartbeat counter=<n>              listener proto=<p> port=<n>      workload-exit code=<n>
+clock tsc=<n> ns=<n> tsc_end=<n>
+
+``clock`` ties the guest's CLOCK_MONOTONIC to its time stamp counter: it read ``ns`` between the two counter values.
 """
 
 from __future__ import annotations
@@ -60,6 +63,15 @@ class WorkloadExit:
 
 
 @attrs.frozen
+class ClockReading:
+    """PID 1 read ``ns`` of its CLOCK_MONOTONIC while its time stamp counter went from ``tsc`` to ``tsc_end``."""
+
+    tsc: int
+    ns: int
+    tsc_end: int
+
+
+@attrs.frozen
 class Panic:
     """The guest's kernel panicked; ``detail`` is its reason."""
 
@@ -78,8 +90,8 @@ class Malformed:
     excerpt: bytes
 
 
-Marker = BootTime | Ready | PreExec | Heartbeat | Listener | WorkloadExit | Panic
-Parsed = BootTime | Ready | PreExec | Heartbeat | Listener | WorkloadExit | UnknownStage | Malformed
+Marker = BootTime | Ready | PreExec | Heartbeat | Listener | WorkloadExit | ClockReading | Panic
+Parsed = BootTime | Ready | PreExec | Heartbeat | Listener | WorkloadExit | ClockReading | UnknownStage | Malformed
 
 _Build = Callable[..., "Parsed | None"]
 
@@ -132,6 +144,13 @@ def _workload_exit(digits: bytes) -> Parsed | None:
     return None if code is None else WorkloadExit(code)
 
 
+def _clock(*digits: bytes) -> Parsed | None:
+    values = [value for value in (_number(text, U64_MAX) for text in digits) if value is not None]
+    if len(values) < len(digits) or values[2] < values[0]:
+        return None
+    return ClockReading(*values)
+
+
 _FIXED: dict[bytes, Parsed] = {b"READY": Ready(), b"workload-pre-exec": PreExec()}
 
 _NUMBERED: tuple[tuple[bytes, re.Pattern[bytes], _Build], ...] = (
@@ -139,6 +158,7 @@ _NUMBERED: tuple[tuple[bytes, re.Pattern[bytes], _Build], ...] = (
     (b"heartbeat ", re.compile(rb"heartbeat counter=([0-9]{1,20})"), _heartbeat),
     (b"listener ", re.compile(rb"listener proto=(tcp6?|udp6?) port=([0-9]{1,5})"), _listener),
     (b"workload-exit ", re.compile(rb"workload-exit code=([0-9]{1,3})"), _workload_exit),
+    (b"clock ", re.compile(rb"clock tsc=([0-9]{1,20}) ns=([0-9]{1,20}) tsc_end=([0-9]{1,20})"), _clock),
 )
 
 _PANIC = re.compile(rb"(?:^|\] )Kernel panic - not syncing: (.*)")

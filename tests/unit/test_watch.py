@@ -8,7 +8,17 @@ import pytest
 from asyncvmm.console import Console
 from asyncvmm.effects import Effect, Port, SerialOutput, Stopped
 from asyncvmm.events.hub import EventHub
-from asyncvmm.events.markers import BootTime, Heartbeat, Listener, Marker, Panic, PreExec, Ready, WorkloadExit
+from asyncvmm.events.markers import (
+    BootTime,
+    ClockReading,
+    Heartbeat,
+    Listener,
+    Marker,
+    Panic,
+    PreExec,
+    Ready,
+    WorkloadExit,
+)
 from asyncvmm.events.types import (
     Event,
     GuestBootTime,
@@ -19,8 +29,9 @@ from asyncvmm.events.types import (
     GuestReady,
     SerialLine,
 )
+from asyncvmm.timing.guest_clock import GuestClock
 from asyncvmm.timing.timeline import Timeline
-from asyncvmm.watch import GuestWatch, event_of
+from asyncvmm.watch import GuestInstant, GuestWatch, event_of
 
 START_NS = 1_000_000
 
@@ -50,10 +61,10 @@ class Watched:
 async def watched() -> Callable[..., Watched]:
     """Makes a Watched whose time zero is START_NS."""
 
-    def make(*, serial_lines: bool = False) -> Watched:
+    def make(*, serial_lines: bool = False, guest_instant: GuestInstant = lambda tsc: None) -> Watched:
         hub, console, ends = EventHub(), Console(nowhere), list[Stopped]()
         timeline = Timeline(lambda: START_NS)
-        watch = GuestWatch(hub, console, timeline, ends.append, serial_lines=serial_lines)
+        watch = GuestWatch(hub, console, timeline, ends.append, serial_lines=serial_lines, guest_instant=guest_instant)
         found = Watched(watch, console, ends=ends)
         hub.attach(found.events.append)
         return found
@@ -154,6 +165,44 @@ async def test_newlines_without_a_time_get_the_present_one(watched: Callable[...
     assert guest.events == [GuestReady(0)]
 
 
+async def test_boot_times_tie_the_guests_clock_to_the_arrival_of_their_lines(
+    watched: Callable[..., Watched],
+) -> None:
+    guest = watched()
+    assert guest.watch.guest_clock is None
+    guest.say("control", b"BOOT_TIME:init_entry:100\n", START_NS + 900)
+    guest.say("control", b"BOOT_TIME:ready:300\n", START_NS + 1000)
+    assert guest.watch.guest_clock == GuestClock(700, 701, "paired")
+
+
+async def test_a_clock_reading_ties_it_by_the_tsc(watched: Callable[..., Watched]) -> None:
+    guest = watched(guest_instant=lambda tsc: (START_NS + tsc, 2))
+    guest.say("control", b"clock tsc=500 ns=100 tsc_end=510\nBOOT_TIME:init_entry:100\n", START_NS + 900)
+    assert guest.watch.guest_clock == GuestClock(405, 7, "tsc")
+    assert guest.events == [GuestBootTime(900, "init_entry", 100)]
+
+
+async def test_a_reading_that_the_machine_cannot_place_leaves_the_pairing(watched: Callable[..., Watched]) -> None:
+    guest = watched()
+    guest.say("control", b"clock tsc=500 ns=100 tsc_end=510\nBOOT_TIME:init_entry:100\n", START_NS + 900)
+    assert guest.watch.guest_clock == GuestClock(800, 801, "paired")
+
+
+async def test_what_is_printed_after_the_capture_leaves_the_clock_alone(watched: Callable[..., Watched]) -> None:
+    guest = watched(guest_instant=lambda tsc: (START_NS + tsc, 2))
+    guest.say("control", b"BOOT_TIME:command_loop:100\n", START_NS + 900)
+    before = guest.watch.guest_clock
+    for port in ("control", "console"):
+        guest.say(port, b"BOOT_TIME:ready:890\nclock tsc=500 ns=100 tsc_end=510\n", START_NS + 900)
+    assert guest.watch.guest_clock == before
+
+
+async def test_a_boot_time_from_the_future_ties_nothing(watched: Callable[..., Watched]) -> None:
+    guest = watched()
+    guest.say("control", b"BOOT_TIME:init_entry:18446744073709551615\n", START_NS + 900)
+    assert guest.watch.guest_clock is None
+
+
 @pytest.mark.parametrize(
     ("marker", "event"),
     [
@@ -170,5 +219,10 @@ async def test_each_marker_has_its_event(marker: Marker, event: Event) -> None:
 
 
 async def test_a_panic_is_no_event() -> None:
-    with pytest.raises(ValueError, match="panic"):
+    with pytest.raises(ValueError, match="Panic"):
         event_of(Panic("x"), 0)
+
+
+async def test_a_clock_reading_is_no_event() -> None:
+    with pytest.raises(ValueError, match="ClockReading"):
+        event_of(ClockReading(1, 2, 3), 0)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from asyncvmm.effects import Port
 from asyncvmm.events.contract import GuestContract
 from asyncvmm.events.lines import Line, LineScanner
-from asyncvmm.events.markers import BootTime, Heartbeat, Marker, Panic, PreExec, Ready, WorkloadExit
+from asyncvmm.events.markers import BootTime, ClockReading, Heartbeat, Marker, Panic, PreExec, Ready, WorkloadExit
 from asyncvmm.timing.profiles import GuestBootProfile
 
 
@@ -38,6 +38,7 @@ FORGERIES = [
     b"heartbeat counter=99",
     b"listener proto=tcp port=22",
     b"workload-exit code=0",
+    b"clock tsc=1 ns=1 tsc_end=1",
     b"Kernel panic - not syncing: gotcha",
 ]
 
@@ -124,6 +125,22 @@ def test_a_panic_counts_once_and_only_on_the_console() -> None:
     assert say(contract, "control", line) == []
     assert say(contract, "console", line, line) == [Panic("Attempted to kill init!")]
     assert contract.panicked
+
+
+def test_the_clock_reading_counts_once_and_on_the_control_line_alone() -> None:
+    contract = GuestContract()
+    assert say(contract, "console", b"clock tsc=1 ns=2 tsc_end=3", b"clock tsc=") == []
+    assert say(contract, "control", b"clock tsc=4 ns=5 tsc_end=6", b"clock tsc=7 ns=8 tsc_end=9") == [
+        ClockReading(4, 5, 6)
+    ]
+    assert contract.malformed == 0
+
+
+def test_a_clock_reading_after_the_capture_does_not_count() -> None:
+    contract = GuestContract()
+    assert say(contract, "control", b"BOOT_TIME:command_loop:1", b"clock tsc=4 ns=5 tsc_end=6") == [
+        BootTime("command_loop", 1)
+    ]
 
 
 @given(st.lists(st.tuples(st.sampled_from(["console", "control"]), st.binary(max_size=40) | st.sampled_from(BOOT))))

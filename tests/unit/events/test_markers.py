@@ -8,6 +8,7 @@ from asyncvmm.events.markers import (
     STAGES,
     U64_MAX,
     BootTime,
+    ClockReading,
     Heartbeat,
     Listener,
     Malformed,
@@ -38,6 +39,8 @@ def test_every_stage_and_every_u64_is_understood(stage: str, guest_ns: int) -> N
         (b"workload-exit code=0", WorkloadExit(0)),
         (b"workload-exit code=137", WorkloadExit(137)),
         (b"BOOT_TIME:coffee_ready:7", UnknownStage()),
+        (b"clock tsc=10 ns=5 tsc_end=12", ClockReading(10, 5, 12)),
+        (b"clock tsc=0 ns=18446744073709551615 tsc_end=18446744073709551615", ClockReading(0, U64_MAX, U64_MAX)),
     ],
 )
 def test_a_marker_is_understood(line: bytes, marker: object) -> None:
@@ -70,6 +73,14 @@ def test_a_marker_is_understood(line: bytes, marker: object) -> None:
         b"listener proto=tcp port=0",
         b"listener proto=tcp port=65536",
         b"listener proto=sctp port=1",
+        b"clock ",
+        b"clock tsc=1 ns=2",
+        b"clock ns=1 tsc=2 tsc_end=3",
+        b"clock tsc=1 ns=2 tsc_end=3 ",
+        b"clock tsc=-1 ns=2 tsc_end=3",
+        b"clock tsc=1  ns=2 tsc_end=3",
+        b"clock tsc=1 ns=18446744073709551616 tsc_end=3",
+        b"clock tsc=5 ns=2 tsc_end=4",
         b"workload-exit code=256",
         b"workload-exit code=-1",
     ],
@@ -92,6 +103,7 @@ def test_other_lines_are_none(line: bytes) -> None:
         st.binary(max_size=30).map(lambda tail: b"BOOT_TIME:ready:" + tail),
         st.binary(max_size=30).map(lambda tail: b"heartbeat counter=" + tail),
         st.binary(max_size=30).map(lambda tail: b"listener proto=tcp port=" + tail),
+        st.binary(max_size=30).map(lambda tail: b"clock tsc=1 ns=" + tail),
     )
 )
 def test_no_line_raises_and_a_number_comes_only_from_ascii_digits(line: bytes) -> None:

@@ -1,0 +1,54 @@
+"""From a processor's time stamp counter to CLOCK_MONOTONIC, by two sampled pairs and what lies between them.
+
+TSC: Intel SDM volume 3, "Time-Stamp Counter", invariant and the same on all processors. CLOCK_MONOTONIC follows it
+at a rate that NTP slews; between two samples close to what is asked, that and any wrong idea of the TSC's frequency
+cancel.
+"""
+
+from __future__ import annotations
+
+import attrs
+
+SLEW_PPM = 1000
+"""How far CLOCK_MONOTONIC's rate may change between two samples: from 500 ppm below to 500 ppm above (adjtimex(2))."""
+
+U64 = 1 << 64
+
+
+@attrs.frozen
+class ClockSample:
+    """CLOCK_MONOTONIC read ``ns`` somewhere between the TSC values ``tsc`` and ``tsc_end``."""
+
+    tsc: int
+    ns: int
+    tsc_end: int
+
+
+@attrs.frozen
+class TscOffset:
+    """What KVM adds to the host's TSC for a guest (modulo 2^64) lies between ``low`` and ``high``, taken as signed."""
+
+    low: int
+    high: int
+
+    @classmethod
+    def of(cls, value: int) -> TscOffset:
+        """An offset known exactly, signed or not."""
+        signed = (value + (U64 >> 1)) % U64 - (U64 >> 1)
+        return cls(signed, signed)
+
+
+def host_instant(guest_tsc: int, offset: TscOffset, first: ClockSample, last: ClockSample) -> tuple[int, int] | None:
+    """CLOCK_MONOTONIC ns when a guest's TSC was ``guest_tsc``, and the most that may be wrong with it in ns.
+
+    None unless that was between the two samples, which a guest cannot help if it tells the truth.
+    """
+    begin, end = (first.tsc + first.tsc_end) // 2, (last.tsc + last.tsc_end) // 2
+    tsc = guest_tsc - (offset.low + offset.high) // 2
+    if not first.tsc <= tsc <= last.tsc_end or end <= begin or last.ns <= first.ns:
+        return None
+    span_tsc, span_ns = end - begin, last.ns - first.ns
+    instant_ns = first.ns + (tsc - begin) * span_ns // span_tsc
+    wrong_tsc = max(first.tsc_end - first.tsc, last.tsc_end - last.tsc) + offset.high - offset.low
+    slew_ns = max(0, min(tsc - begin, end - tsc)) * span_ns // span_tsc * SLEW_PPM // 1_000_000
+    return instant_ns, (wrong_tsc // 2 + 1) * span_ns // span_tsc + slew_ns + 2
