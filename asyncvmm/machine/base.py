@@ -79,5 +79,11 @@ class Machine(Protocol):
     async def evidence(self) -> Evidence:
         """What can be said about a guest that does not become ready. May pause it; never raises."""
 
+    def guest_instant(self, tsc: int) -> tuple[int, int] | None:
+        """When the guest's time stamp counter was ``tsc``: CLOCK_MONOTONIC ns, and the most that may be wrong with it.
+
+        None where the backend cannot tell, or if that was before the guest started or is still to come.
+        """
+
     def progress(self) -> int:
         """A number that grows while the guest shows life (exits taken, serial bytes written)."""

@@ -2,8 +2,8 @@
  * PID 1 of an asyncvmm guest: what its files share.
  *
  * It keeps the guest contract on COM2 ("the control line"): one text line per fact, ended by "\n". It prints nothing
- * on the console. The files, in the order in which a boot runs through them: main.c, setup.c, modules.c, uart.c,
- * control.c, workload.c, lockdown.c, listeners.c.
+ * on the console. The files, in the order in which a boot runs through them: main.c, setup.c, uart.c, clock.c,
+ * modules.c, control.c, workload.c, lockdown.c, listeners.c.
  */
 #ifndef ASYNCVMM_INIT_H
 #define ASYNCVMM_INIT_H
@@ -22,6 +22,9 @@ int uart_read(void); /* a byte, or -1 when none waits */
 /* control.c: lines from the host. */
 void control_poll(void);
 bool control_mid_line(void); /* a line has begun and its rest is on the way */
+
+/* clock.c */
+void say_clock(void); /* ties CLOCK_MONOTONIC to the time stamp counter, for a host that knows the latter */
 
 /* setup.c */
 void mount_all(void);

@@ -163,6 +163,7 @@ static void say_stage(const char *stage, uint64_t ns)
 static void say_first_stages(uint64_t init_entry, uint64_t mounts_done)
 {
 	uint64_t uart_access_done = monotonic_ns();
+	say_clock();
 	say_stage("init_entry", init_entry);
 	say_stage("mounts_done", mounts_done);
 	say_stage("uart_access_done", uart_access_done);

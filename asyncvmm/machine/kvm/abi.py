@@ -148,6 +148,12 @@ class KvmSignalMask(Structure):
     _fields_ = [("len", c_uint32), ("sigset", c_uint64)]
 
 
+class KvmDeviceAttr(Structure):
+    """struct kvm_device_attr."""
+
+    _fields_ = [("flags", c_uint32), ("group", c_uint32), ("attr", c_uint64), ("addr", c_uint64)]
+
+
 class KvmMpState(Structure):
     """struct kvm_mp_state."""
 
@@ -183,6 +189,7 @@ class Request(IntEnum):
     KVM_GET_MP_STATE = _ior(0x98, sizeof(KvmMpState))
     KVM_SET_MP_STATE = _iow(0x99, sizeof(KvmMpState))
     KVM_GET_TSC_KHZ = _io(0xA3)
+    KVM_GET_DEVICE_ATTR = _iow(0xE2, sizeof(KvmDeviceAttr))
 
 
 class Capability(IntEnum):
@@ -198,3 +205,5 @@ class Capability(IntEnum):
 
 KVM_PIT_SPEAKER_DUMMY = 1
 KVM_MP_STATE_RUNNABLE = 0
+KVM_VCPU_TSC_CTRL = 0
+KVM_VCPU_TSC_OFFSET = 0

@@ -24,6 +24,7 @@ from asyncvmm.machine.base import AccelName, BootPlan, EffectSink, Evidence
 from asyncvmm.machine.kvm.exits import Exit
 from asyncvmm.machine.kvm.fastpath.binding import Fastpath
 from asyncvmm.machine.kvm.fastpath.binding import load as load_library
+from asyncvmm.machine.kvm.guest_tsc import GuestTsc
 from asyncvmm.machine.kvm.interleave import Taken, interleave
 from asyncvmm.machine.kvm.loading import load
 from asyncvmm.machine.kvm.platform import Board, Outlets, SerialPort
@@ -96,6 +97,7 @@ class KvmMachine:
         self._writing: dict[Port, anyio.Lock] = {}
         self._trace: TraceSink | None = None
         self._fastpath: Fastpath | None = None
+        self._guest_tsc: GuestTsc | None = None
         self._posted_fd = -1
         self._building = threading.Lock()
         self._freeing: asyncio.Task[None] | None = None
@@ -194,6 +196,10 @@ class KvmMachine:
         except (StateError, MachineError, KvmIoctlError):
             return Evidence()
 
+    def guest_instant(self, tsc: int) -> tuple[int, int] | None:
+        """By KVM's TSC offset and samples of the host's two clocks."""
+        return None if self._guest_tsc is None else self._guest_tsc.instant(tsc)
+
     def progress(self) -> int:
         """Exits so far."""
         return sum(counters.total() for counters in self._counters())
@@ -256,6 +262,7 @@ class KvmMachine:
         vm = self._vm
         self._open_fastpath()
         self._board = Board(self._outlets(vm), self._fastpath)
+        self._guest_tsc = GuestTsc.of([vcpu.fd for vcpu in vm.vcpus])
         for vcpu in vm.vcpus:
             vcpu.start(f"{self._plan.name}-vcpu{vcpu.index}", self._board.bus, self._halt, self._fastpath)
         self._state = "running"

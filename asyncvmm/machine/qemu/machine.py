@@ -125,6 +125,9 @@ class QemuMachine:
         """Nothing: QEMU does not say where its guest stands."""
         return Evidence()
 
+    def guest_instant(self, tsc: int) -> None:
+        """None: QEMU does not say how its guest's TSC stands to the host's."""
+
     def progress(self) -> int:
         """Serial bytes the guest has written so far."""
         return self._received + sum(port.received for port in self._ports.values())
