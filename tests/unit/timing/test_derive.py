@@ -11,7 +11,7 @@ from asyncvmm.timing.profiles import GuestBootProfile, VcpuSetupProfile
 from asyncvmm.timing.timeline import Timeline
 
 GUEST = GuestBootProfile(init_entry_ns=1)
-QEMU: Tree = {"create_vm_total", "boot_wait", "cold_start_total", "create_vm_misc"}
+ON_QEMU = {"create_vm_total", "boot_wait", "cold_start_total", "create_vm_misc"}
 
 Tree = dict[str, "Tree"]
 
