@@ -406,6 +406,7 @@ class VM:
             self._on_stop,
             on_captured=lambda: self._report.tell_captured(self.guest_profile),
             serial_lines=self.config.serial_lines,
+            guest_instant=lambda tsc: self._machine.guest_instant(tsc) if self._machine else None,
         )
 
     def _now(self) -> int:
