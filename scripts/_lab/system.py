@@ -32,7 +32,12 @@ _NOT_OF_THE_LIBRARY = (
     "site-packages",
     "dist-packages",
 )
-_NOT_OF_THE_PACKAGES = ("pip", "setuptools", "pkg_resources", "mypy", "mypyc", "ruff", "grimp", "hatchling")
+_NOT_OF_THE_PACKAGES = (
+    *("pip", "setuptools", "pkg_resources", "mypy", "mypyc", "ruff", "grimp", "hatchling"),
+    *("*duckdb", "_duckdb*", "pandas", "*polars*", "numpy", "numpy.libs"),
+)
+"""Patterns of names: what no test in the lab uses, hundreds of megabytes of it."""
+
 _PROGRAMS = ("setpriv",)
 _ETC = {
     "passwd": "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/nonexistent:/bin/false\n",
@@ -127,13 +132,15 @@ def _copy(tree: Path, path: Path) -> None:
 def _copy_python(tree: Path, library: Path, leave_out: tuple[str, ...]) -> None:
     """Copy a directory of Python code without the named parts, and compile it for the place where it will be."""
 
+    unwanted = shutil.ignore_patterns(*leave_out)
+
     def ignored(directory: str, names: list[str]) -> set[str]:
         out = {
             name
             for name in names
             if name in ("__pycache__", "tests") or name.startswith("config-") or "__mypyc" in name
         }
-        return out | (set(leave_out) & set(names) if Path(directory) == library else set())
+        return out | (unwanted(directory, names) if Path(directory) == library else set())
 
     target = place(tree, library)
     shutil.copytree(library, target, symlinks=True, ignore=ignored, dirs_exist_ok=True)
