@@ -12,11 +12,17 @@ import pytest
 from asyncvmm import VM, ExitStatistics, VMConfig
 from asyncvmm.timing.profiles import GuestBootProfile
 from tests.support.requirements import require
+from tests.support.slow_init import build_if_possible
 
 SMALL_KERNEL = Path(__file__).parents[2] / ".cache" / "kernel" / "vmlinux"
 
 PATIENCE_S = 150
 """An emulated host is slow, and slower when it is shared."""
+
+
+def pytest_collection_finish() -> None:
+    """Build what is not there, so that a run in the lab finds it."""
+    build_if_possible()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
