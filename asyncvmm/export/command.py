@@ -102,7 +102,6 @@ class Reader:
                 self._take(line)
         if (rest := self._scanner.flush(0)) is not None:
             self._take(rest)
-        self._collector.flush()
         if self._unreadable > MAX_REMARKS:
             self._say(f"and {self._unreadable - MAX_REMARKS} more lines")
 

@@ -19,19 +19,14 @@ from asyncvmm.events.markers import STAGES
 from asyncvmm.export.records import Record, counts, number, text
 from asyncvmm.machine.kvm.exits import EXIT_NAMES
 
-MAX_VMS = 10_000
+MAX_VMS = 4096
 """VMs that are remembered at a time; a VM comes back, forgotten, as one whose accelerator is unknown."""
 
 MAX_STRANGERS = 32
 """Label values let through beside those that are expected, for each label."""
 
-MAX_HELD = 16
-"""Phases of a VM that wait until its accelerator is known."""
-
-MAX_REASONS = 256
-"""Exit reasons of one VM that are looked at."""
-
 _NS = 1e-9
+_RUNNING = ("ready", "paused")
 _WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. -]{0,63}", re.ASCII)
 
 _ACCELS = ("kvm", "qemu", "unknown")
@@ -42,7 +37,7 @@ _REASONS = (*get_args(StopReason), "none", "timeout", "stalled")
 _PHASES = """
     total accel setup layout boot qemu_cmd_build qemu_fork qemu_qmp_connect kernel_asset_read rootfs_asset_open kvm_open
     vm_create irqchip_create memory memory_alloc memory_register kernel_load rootfs_load boot_params vcpu_setup
-    vcpu_create vcpu_config cpuid_config register_config boot_wait
+    vcpu_create vcpu_config cpuid_config register_config boot_wait retry_pause
 """
 
 
@@ -104,19 +99,11 @@ class VmFacts:
         self._words = vocabulary
         self._was_ready = False
         self._exits: dict[str, int] = {}
-        self._held: list[Record] = []
 
     def of(self, record: Record) -> list[Fact]:
         """The facts of a record, none for most. Raises NotARecord, with nothing changed, for one that is not right."""
-        name = record.get("event")
-        reader = _READERS.get(str(name))
-        facts = list(reader(self, record)) if reader else []
-        return [*self.flush(), *facts] if self._held and name != "phase" else facts
-
-    def flush(self) -> list[Fact]:
-        """The facts of phases that ended before the accelerator was known, if it will not be any more."""
-        held, self._held = self._held, []
-        return [fact for phase in held for fact in self._ended_phase(phase)]
+        reader = _READERS.get(str(record.get("event")))
+        return list(reader(self, record)) if reader else []
 
     def _probe(self, record: Record) -> Iterator[Fact]:
         self.accel = self._words.accel(text(record, "accel"))
@@ -126,8 +113,7 @@ class VmFacts:
         state, exits = text(record, "state"), counts(record, "exits")
         previous = record.get("previous")
         booted = previous in ("starting", "booting")
-        if state == "ready":
-            self._was_ready = True
+        self._was_ready |= state in _RUNNING
         if booted and state in ("ready", "failed", "stopped"):
             yield Count("boots", (self.accel, "cancelled" if state == "stopped" else state))
         yield from self._more_exits(exits)
@@ -135,18 +121,11 @@ class VmFacts:
     def _error(self, record: Record) -> Iterator[Fact]:
         kind, exits = self._words.kind(text(record, "kind")), counts(record, "exits")
         reason = self._words.reason(text(record, "reason")) if record.get("reason") is not None else "none"
-        was_ready = self._was_ready or record.get("state") in ("ready", "paused")
+        was_ready = self._was_ready or record.get("state") in _RUNNING
         yield Count("vm_failures" if was_ready else "boot_failures", (self.accel, kind, reason))
         yield from self._more_exits(exits)
 
     def _phase(self, record: Record) -> Iterator[Fact]:
-        number(record, "duration_ns"), text(record, "name")
-        if self.accel == "unknown" and len(self._held) < MAX_HELD:
-            self._held.append(record)
-        else:
-            yield from self._ended_phase(record)
-
-    def _ended_phase(self, record: Record) -> Iterator[Fact]:
         ns, name = number(record, "duration_ns"), self._words.phase(text(record, "name"))
         if record.get("failed") is True:
             yield Count("phase_failures", (name, self.accel))
@@ -166,10 +145,13 @@ class VmFacts:
 
     def _more_exits(self, exits: Mapping[str, int]) -> Iterator[Fact]:
         # A VM's exits are told more than once, each time all there were so far: what came since is what counts.
-        for reason, count in list(exits.items())[:MAX_REASONS]:
+        told: dict[str, int] = {}
+        for reason, count in exits.items():
             word = self._words.exit(reason)
-            if count > (before := self._exits.get(reason, 0)) and (before or len(self._exits) < MAX_REASONS):
-                self._exits[reason] = count
+            told[word] = told.get(word, 0) + count
+        for word, count in told.items():
+            if count > (before := self._exits.get(word, 0)):
+                self._exits[word] = count
                 yield Count("exits", (word,), count - before)
 
 
@@ -204,11 +186,6 @@ class Fold:
         if vm is None:
             vm = self._vms[name] = VmFacts(self._vocabulary)
         self._vms.move_to_end(name)
-        facts = vm.of(record)
         if len(self._vms) > self._max_vms:
-            facts += self._vms.popitem(last=False)[1].flush()
-        return facts
-
-    def flush(self) -> list[Fact]:
-        """The facts that waited for records which will not come any more."""
-        return [fact for vm in self._vms.values() for fact in vm.flush()]
+            self._vms.popitem(last=False)
+        return vm.of(record)

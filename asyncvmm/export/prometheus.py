@@ -127,10 +127,6 @@ class RecordCollector:
         self._metrics.add(self._fold.of(record))
         self.records += 1
 
-    def flush(self) -> None:
-        """Count what waited for records that will not come any more."""
-        self._metrics.add(self._fold.flush())
-
     def add_unreadable(self) -> None:
         """Count a line that is no record."""
         self._metrics.add([Count("lines_unreadable", ())])

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import attrs
 import orjson
 
 from asyncvmm.events.types import Event
 
 MAX_LINE = 1 << 20
 """Bytes of a line beyond which it is none of ours."""
+
+MAX_NAME = 1024
+"""Characters of a VM's name beyond which it is none of ours."""
 
 LARGEST = (1 << 63) - 1
 """No count and no nanoseconds of ours come near it."""
@@ -36,16 +38,16 @@ def read_record(line: bytes) -> Record:
         raise NotARecord("not an event of asyncvmm")
     if record["v"] != 1 or isinstance(record["v"], bool):
         raise NotARecord("an event of another version")
-    text(record, "vm")
+    if len(text(record, "vm")) > MAX_NAME:
+        raise NotARecord("vm is too long")
     text(record, "event")
     number(record, "t_ns")
     return record
 
 
 def record_of(event: Event) -> Record:
-    """The record of an event: its name and those of its fields that are not None."""
-    fields = attrs.asdict(event, recurse=False)
-    return {"event": event.event, **{name: value for name, value in fields.items() if value is not None}}
+    """The record of an event, without what only its line has: ``v``, ``ts`` and ``vm``."""
+    return {"event": event.event, "t_ns": event.t_ns, **event.details()}
 
 
 def text(record: Record, name: str) -> str:

@@ -1,0 +1,213 @@
+"""What records add to metrics: boots, failures, phases, exits; bounded, whoever wrote the records."""
+
+from __future__ import annotations
+
+import ast
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import asyncvmm
+from asyncvmm.errors import BootError, GuestStopped, HostError
+from asyncvmm.events.types import VmError
+from asyncvmm.export.facts import MAX_STRANGERS, Count, Duration, Fact, Fold, VmFacts, Vocabulary, Words
+from asyncvmm.export.records import NotARecord, Record, record_of
+
+
+def line(vm: str, event: str, **fields: object) -> Record:
+    return {"v": 1, "t_ns": 0, "vm": vm, "event": event, **fields}
+
+
+def state(vm: str, previous: str, now: str, **fields: object) -> Record:
+    return line(vm, "vm.state", previous=previous, state=now, **fields)
+
+
+def all_of(*records: Record) -> list[Fact]:
+    fold = Fold()
+    return [fact for record in records for fact in fold.of(record)]
+
+
+def counted(facts: list[Fact]) -> Counter[tuple[str, ...]]:
+    sums: Counter[tuple[str, ...]] = Counter()
+    for fact in facts:
+        sums[(fact.metric, *fact.labels)] += fact.amount if isinstance(fact, Count) else 1
+    return sums
+
+
+# -- boots and failures ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("end", "outcome"),
+    [
+        (("booting", "ready"), "ready"),
+        (("booting", "failed"), "failed"),
+        (("starting", "failed"), "failed"),
+        (("booting", "stopped"), "cancelled"),
+    ],
+)
+def test_a_boot_counts_once_by_its_end(end: tuple[str, str], outcome: str) -> None:
+    facts = all_of(
+        state("a", "new", "starting"),
+        line("a", "accel.probe", accel="kvm"),
+        state("a", "starting", "booting"),
+        state("a", *end),
+    )
+    assert facts == [Count("boots", ("kvm", outcome))]
+
+
+def test_resuming_and_stopping_a_guest_are_no_boots() -> None:
+    assert not all_of(
+        state("a", "paused", "ready"),
+        state("a", "ready", "paused"),
+        state("a", "ready", "stopped"),
+        state("a", "new", "x"),
+    )
+
+
+def test_vms_mixed_in_one_file_keep_their_accelerators() -> None:
+    facts = all_of(
+        line("a", "accel.probe", accel="kvm"),
+        line("b", "accel.probe", accel="qemu"),
+        line("a", "phase", name="boot", duration_ns=1_000_000),
+        line("b", "phase", name="boot", duration_ns=2_000_000),
+        line("c", "phase", name="boot", duration_ns=3_000_000),
+    )
+    assert [fact.labels for fact in facts] == [("boot", "kvm"), ("boot", "qemu"), ("boot", "unknown")]
+    assert [fact.seconds for fact in facts if isinstance(fact, Duration)] == pytest.approx([0.001, 0.002, 0.003])
+
+
+def test_a_name_used_again_is_a_new_vm() -> None:
+    facts = all_of(
+        line("a", "accel.probe", accel="kvm"),
+        state("a", "ready", "stopped", exits={"IO": 5}),
+        state("a", "new", "starting"),
+        line("a", "phase", name="accel", duration_ns=1),
+        state("a", "ready", "stopped", exits={"IO": 3}),
+    )
+    assert counted(facts) == {("exits", "IO"): 8, ("phase_duration_seconds", "accel", "unknown"): 1}
+
+
+@pytest.mark.parametrize(
+    ("error", "labels"),
+    [
+        (BootError("boot", reason="panic", state="booting"), ("boot_failures", "unknown", "BootError", "panic")),
+        (HostError("no host"), ("boot_failures", "unknown", "HostError", "none")),
+        (
+            GuestStopped("x", reason="triple-fault", state="ready"),
+            ("vm_failures", "unknown", "GuestStopped", "triple-fault"),
+        ),
+    ],
+)
+def test_failures_count_by_kind_and_reason(error: HostError, labels: tuple[str, ...]) -> None:
+    assert counted(VmFacts(Vocabulary()).of(record_of(VmError.of(5, error)))) == {labels: 1}
+
+
+def test_a_failure_after_ready_is_none_of_the_boot() -> None:
+    facts = all_of(
+        state("a", "booting", "ready"), line("a", "vm.error", kind="GuestStopped", what="x", reason="machine")
+    )
+    assert counted(facts)["vm_failures", "unknown", "GuestStopped", "machine"] == 1
+
+
+def test_a_phase_that_failed_is_counted_apart() -> None:
+    facts = all_of(line("a", "phase", name="boot_wait", duration_ns=1, failed=True))
+    assert facts == [Count("phase_failures", ("boot_wait", "unknown"))]
+
+
+def test_retries_lost_lines_and_stages_count() -> None:
+    facts = all_of(
+        line("a", "vm.timing", boot_retries=2),
+        line("a", "vm.timing", boot_retries=0),
+        line("a", "log.lost", lines=7),
+        line("a", "guest.boot_time", stage="ready", guest_ns=5_000_000),
+    )
+    assert facts[:2] == [Count("boot_retries", ("unknown",), 2), Count("events_lost", (), 7)]
+    assert facts[2] == Duration("guest_stage_seconds", ("ready", "unknown"), 5_000_000 * 1e-9)
+
+
+def test_exits_told_twice_count_once() -> None:
+    facts = all_of(
+        line("a", "vm.error", kind="BootError", what="boot", exits={"IO": 10, "HLT": 1}),
+        state("a", "booting", "failed", exits={"IO": 12, "HLT": 1}),
+    )
+    sums = counted(facts)
+    assert (sums["exits", "IO"], sums["exits", "HLT"]) == (12, 1)
+
+
+# -- what others wrote -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        line("a", "phase", name="boot", duration_ns=-1),
+        line("a", "phase", name="boot", duration_ns="1"),
+        line("a", "phase", name="boot", duration_ns=True),
+        line("a", "phase", name="boot", duration_ns=float("nan")),
+        line("a", "phase", name="boot", duration_ns=1 << 70),
+        line("a", "phase", name=None, duration_ns=1),
+        line("a", "phase"),
+        line("a", "vm.state"),
+        line("a", "vm.state", state="stopped", previous="ready", exits={"IO": -1}),
+        line("a", "vm.error", kind=7, what="x"),
+        line("a", "vm.error", kind="BootError", reason=[]),
+        line("a", "guest.boot_time", stage="ready", guest_ns=None),
+        line("a", "log.lost", lines="many"),
+        line("a", "vm.timing", boot_retries=-1),
+        line("a", "accel.probe", accel=1),
+    ],
+)
+def test_a_field_of_the_wrong_type_is_refused_and_counts_nothing(record: Record) -> None:
+    fold = Fold()
+    with pytest.raises(NotARecord):
+        fold.of(record)
+
+
+@given(st.lists(st.text(max_size=80), max_size=300))
+def test_label_values_are_few_whatever_the_names(names: list[str]) -> None:
+    words = Words(["boot"])
+    said = {words(name) for name in names}
+    assert len(said - {"other", "boot"}) <= MAX_STRANGERS
+    assert words("boot") == "boot"
+    assert all(len(word) <= 64 and word.isprintable() and word.isascii() for word in said)
+
+
+def test_the_first_strangers_are_let_through_and_the_rest_is_other() -> None:
+    words = Words([], 2)
+    assert [words(name) for name in ("a", "b", "c", "a", "x\ny", "")] == ["a", "b", "other", "a", "other", "other"]
+
+
+def test_names_of_errors_and_accelerators_are_a_closed_list() -> None:
+    facts = all_of(line("a", "accel.probe", accel="hvf"), line("a", "vm.error", kind="Evil", what="x", reason="none"))
+    assert [fact.labels for fact in facts] == [("other", "other", "none")]
+
+
+def test_vms_are_forgotten_beyond_a_number() -> None:
+    fold = Fold(max_vms=2)
+    for name in "abc":
+        fold.of(line(name, "accel.probe", accel="kvm"))
+    [forgotten] = fold.of(line("a", "phase", name="boot", duration_ns=1))
+    [known] = fold.of(line("c", "phase", name="boot", duration_ns=1))
+    assert (forgotten.labels, known.labels) == (("boot", "unknown"), ("boot", "kvm"))
+
+
+def test_a_vm_holds_few_exit_reasons_however_many_are_told() -> None:
+    sums = counted(all_of(state("a", "ready", "stopped", exits={f"reason {number}": 2 for number in range(1000)})))
+    assert len(sums) == MAX_STRANGERS + 1
+    assert sums.total() == 2000
+    assert sums["exits", "other"] == 2 * (1000 - MAX_STRANGERS)
+
+
+def test_every_phase_of_asyncvmm_is_a_known_word() -> None:
+    """Strangers in a file take the place of other strangers, never that of ours."""
+    words = Words(Vocabulary().phase._known, 0)
+    for path in Path(asyncvmm.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "phase":
+                for name in node.args:
+                    if isinstance(name, ast.Constant):
+                        assert words(str(name.value)) == name.value, path
