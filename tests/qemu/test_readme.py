@@ -1,6 +1,7 @@
 """What README shows is run for real: its Python program and its shell commands, as they stand there.
 
-./scripts/demo and ./scripts/test are not: they install packages, and the second runs this.
+./scripts/demo and ./scripts/test are not: they install packages, and the second runs this. The recipes for jq, DuckDB,
+pandas and Polars are run by tests/consumers.
 """
 
 from __future__ import annotations
@@ -15,16 +16,11 @@ from pathlib import Path
 import orjson
 import pytest
 
-from tests.support.requirements import ROOT
+from tests.support.readme import README, block_with, blocks
 
 pytestmark = pytest.mark.requires("qemu", "image")
 
-README = (ROOT / "README.md").read_text()
 PATIENCE_S = 120
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 
 def commands() -> list[str]:
@@ -54,7 +50,7 @@ def run(command: str, directory: Path) -> str:
 
 
 def test_the_python_program_runs_and_prints_milliseconds_and_machine(directory: Path) -> None:
-    (program,) = blocks("python")
+    program = block_with("python", "import asyncio")
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=directory, capture_output=True, text=True, timeout=PATIENCE_S, check=True
     )

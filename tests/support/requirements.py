@@ -163,6 +163,7 @@ CHECKS: dict[str, Callable[[], Problem]] = {
     "busybox": _busybox,
     "no-host-kernel": _no_host_kernel,
     "gcc": _programs("gcc", "ld"),
+    "jq": _programs("jq"),
     "musl-gcc": _musl_gcc,
     "iasl": _programs("iasl"),
     "cpio": _programs("cpio"),
