@@ -6,8 +6,7 @@ The offset is never known, only bounded. ``ClockPairing`` takes what bounds it:
   is at most ``host_ns - guest_ns``. The smallest such difference, the line that was delayed least, is the estimate.
 * A guest's CLOCK_MONOTONIC begins at 0 or above when its vCPUs first run (Linux, timekeeping_init), so the offset is at
   least the machine's start. A line that would put it lower is a lie and is ignored.
-* A guest that read its clock between two host instants (its TSC says so, or it answered something the host had sent)
-  bounds it from both sides.
+* A guest that by its TSC read its clock between two host instants bounds it from both sides.
 
 The two clocks need not run at one rate, so every bound grows with the guest time between it and what it is used for:
 ``RATE_PPM``, 500 for either side, which is how far Linux slews a clock at most (adjtimex(2)) and how exact it wants the
@@ -44,7 +43,7 @@ class GuestClock:
 
 @attrs.frozen
 class _Bracket:
-    """At ``guest_ns`` the offset was at least ``low_ns`` and, where that is known, at most ``high_ns``."""
+    """At ``guest_ns`` the offset was at least ``low_ns`` and at most ``high_ns``."""
 
     guest_ns: int
     low_ns: int
@@ -62,7 +61,6 @@ class ClockPairing:
         self._least_ns: int | None = None
         self._first_guest_ns = 0
         self._last_guest_ns = 0
-        self._answer: _Bracket | None = None
         self._tsc: _Bracket | None = None
 
     def pair(self, guest_ns: int, host_ns: int) -> bool:
@@ -74,18 +72,6 @@ class ClockPairing:
         self._least_ns = most_ns if self._least_ns is None else min(self._least_ns, most_ns)
         self._first_guest_ns = guest_ns if first else min(self._first_guest_ns, guest_ns)
         self._last_guest_ns = max(self._last_guest_ns, guest_ns)
-        return True
-
-    def answer(self, guest_ns: int, asked_ns: int, host_ns: int) -> bool:
-        """The guest read ``guest_ns`` when it had got what the host sent at ``asked_ns``; its line came at ``host_ns``.
-
-        False if that cannot be.
-        """
-        if not asked_ns <= host_ns or not self.pair(guest_ns, host_ns):
-            return False
-        bracket = _Bracket(guest_ns, asked_ns - guest_ns, host_ns - guest_ns)
-        if self._answer is None or _width(bracket) < _width(self._answer):
-            self._answer = bracket
         return True
 
     def read_between(self, guest_ns: int, earliest_ns: int, latest_ns: int, host_ns: int) -> bool:
@@ -107,18 +93,19 @@ class ClockPairing:
         return self._by_tsc(self._least_ns) or self._by_pairs(self._least_ns)
 
     def _by_tsc(self, least_ns: int) -> GuestClock | None:
-        """None if there is no reading, or if the lines' arrival contradicts it."""
-        if self._tsc is None or self._tsc.low_ns - self._drift(self._tsc.guest_ns) > least_ns:
+        """Cut by the least delay. None if there is no reading, or if the lines' arrival contradicts it."""
+        if self._tsc is None:
             return None
-        half = (_width(self._tsc) + 1) // 2
-        return GuestClock(self._tsc.low_ns + half, half + self._drift(self._tsc.guest_ns), "tsc")
+        drift = self._drift(self._tsc.guest_ns)
+        low_ns, high_ns = self._tsc.low_ns, min(self._tsc.high_ns, least_ns + drift)
+        if low_ns > high_ns:
+            return None
+        half = (high_ns - low_ns + 1) // 2
+        return GuestClock(low_ns + half, half + drift, "tsc")
 
     def _by_pairs(self, least_ns: int) -> GuestClock:
         """The true offset lies between the lower bound and the least delay; the estimate is the latter."""
-        lowest = [(self._not_before_ns, 0)]
-        if self._answer is not None:
-            lowest.append((self._answer.low_ns, self._answer.guest_ns))
-        error_ns = min(max(0, least_ns - low_ns) + self._drift(guest_ns) for low_ns, guest_ns in lowest)
+        error_ns = max(0, least_ns - self._not_before_ns) + self._drift(0)
         return GuestClock(least_ns, error_ns, "paired")
 
     def _drift(self, guest_ns: int) -> int:
@@ -129,7 +116,3 @@ class ClockPairing:
 
 def _drift(span_ns: int) -> int:
     return -(-span_ns * RATE_PPM // 1_000_000)
-
-
-def _width(bracket: _Bracket) -> int:
-    return bracket.high_ns - bracket.low_ns

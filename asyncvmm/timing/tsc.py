@@ -44,11 +44,28 @@ def host_instant(guest_tsc: int, offset: TscOffset, first: ClockSample, last: Cl
     None unless that was between the two samples, which a guest cannot help if it tells the truth.
     """
     begin, end = (first.tsc + first.tsc_end) // 2, (last.tsc + last.tsc_end) // 2
-    tsc = guest_tsc - (offset.low + offset.high) // 2
-    if not first.tsc <= tsc <= last.tsc_end or end <= begin or last.ns <= first.ns:
+    low, high = max(guest_tsc - offset.high, first.tsc), min(guest_tsc - offset.low, last.tsc_end)
+    if low > high or end <= begin or last.ns <= first.ns:
         return None
     span_tsc, span_ns = end - begin, last.ns - first.ns
+    tsc = (low + high) // 2
     instant_ns = first.ns + (tsc - begin) * span_ns // span_tsc
-    wrong_tsc = max(first.tsc_end - first.tsc, last.tsc_end - last.tsc) + offset.high - offset.low
+    wrong_tsc = max(first.tsc_end - first.tsc, last.tsc_end - last.tsc) + high - low
     slew_ns = max(0, min(tsc - begin, end - tsc)) * span_ns // span_tsc * SLEW_PPM // 1_000_000
     return instant_ns, (wrong_tsc // 2 + 1) * span_ns // span_tsc + slew_ns + 2
+
+
+def offset_from_zero(first: ClockSample, earliest_ns: int, last: ClockSample) -> TscOffset | None:
+    """The offset of a TSC that began at 0 after ``earliest_ns`` and before ``last``. None if that is no time at all.
+
+    ``earliest_ns``, CLOCK_MONOTONIC, counts as far as it lies between the two samples.
+    """
+    begin, end = first.tsc, last.tsc_end
+    if end <= begin or last.ns <= first.ns:
+        return None
+    since_ns = min(max(earliest_ns, first.ns), last.ns) - first.ns
+    left_ns = last.ns - first.ns - since_ns
+    # From the later sample back: it is the closer one, so that slewing matters less.
+    back_ns = left_ns + left_ns * SLEW_PPM // 1_000_000 + 1
+    zero = last.tsc - -(-back_ns * (end - begin) // (last.ns - first.ns))
+    return TscOffset(-end, -max(begin, zero))

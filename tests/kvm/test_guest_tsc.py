@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import time
 from typing import TYPE_CHECKING
@@ -9,10 +10,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from asyncvmm.effects import SerialOutput
-from asyncvmm.machine.kvm.fastpath.clock import clock_sample
+from asyncvmm.machine.host_clock import clock_sample
+from asyncvmm.machine.kvm.abi import Request
+from asyncvmm.machine.kvm.fds import ioctl, open_kvm
 from asyncvmm.machine.kvm.guest_tsc import offset_by_attribute, offset_by_msr
-from asyncvmm.machine.kvm.vm import KvmVm
-from asyncvmm.timing.timeline import Timeline
 
 if TYPE_CHECKING:
     from tests.kvm.conftest import Boot, Make, Run
@@ -60,15 +61,18 @@ async def test_a_machine_that_was_not_started_places_nothing(make: Make) -> None
 
 
 async def test_both_ways_to_learn_the_offset_agree() -> None:
-    vm = KvmVm(4 << 20, 2, Timeline())
+    fds = [open_kvm()]
     try:
-        for vcpu in vm.vcpus:
-            exact, measured = offset_by_attribute(vcpu.fd), offset_by_msr(vcpu.fd)
+        fds.append(ioctl(fds[0], Request.KVM_CREATE_VM))
+        for index in range(2):
+            fds.append(ioctl(fds[1], Request.KVM_CREATE_VCPU, index))
+            exact, measured = offset_by_attribute(fds[-1]), offset_by_msr(fds[-1])
             assert exact is not None
             assert measured is not None
             assert measured.low <= exact.low <= measured.high
     finally:
-        vm.close()
+        for fd in reversed(fds):
+            os.close(fd)
 
 
 async def test_samples_of_the_clock_ascend_and_enclose_it() -> None:

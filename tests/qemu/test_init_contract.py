@@ -205,6 +205,15 @@ def test_the_stages_come_in_order_with_rising_times(held: Guest) -> None:
     assert times[0] > 0
 
 
+def test_a_clock_reading_from_after_the_first_stages_comes_first_of_all(held: Guest) -> None:
+    match = re.fullmatch(r"clock tsc=(\d+) ns=(\d+) tsc_end=(\d+)", held.lines[0])
+    assert match is not None
+    tsc, ns, tsc_end = map(int, match.groups())
+    assert tsc < tsc_end
+    stages = {stage: int(time) for _, stage, time in (line.split(":") for line in held.lines if ":" in line)}
+    assert stages["uart_access_done"] <= ns <= stages["init_ok"]
+
+
 def test_ready_stands_between_its_stage_and_the_command_loop(held: Guest) -> None:
     at = held.lines.index("READY")
     assert held.lines[at - 1].startswith("BOOT_TIME:ready:")

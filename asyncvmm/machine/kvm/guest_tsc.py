@@ -12,6 +12,7 @@ import ctypes
 from collections.abc import Sequence
 
 from asyncvmm.errors import KvmIoctlError
+from asyncvmm.machine.host_clock import clock_sample
 from asyncvmm.machine.kvm.abi import (
     KVM_VCPU_TSC_CTRL,
     KVM_VCPU_TSC_OFFSET,
@@ -20,7 +21,6 @@ from asyncvmm.machine.kvm.abi import (
     KvmMsrs,
     Request,
 )
-from asyncvmm.machine.kvm.fastpath.clock import clock_sample
 from asyncvmm.machine.kvm.fds import ioctl
 from asyncvmm.timing.tsc import ClockSample, TscOffset, host_instant
 

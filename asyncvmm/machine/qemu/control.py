@@ -15,7 +15,8 @@ from asyncvmm.machine.qemu.qmp import OPENING, RUN_ID, QmpDecoder, QmpEvent, Qmp
 class QmpControl:
     """The conversation with one QEMU, from before it is started. ``started`` resolves when its vCPUs run.
 
-    ``on_event`` takes QEMU's events, ``on_failure`` a breach of the protocol; both on the loop.
+    ``on_event`` takes QEMU's events, ``on_failure`` a breach of the protocol, ``on_running`` hears the reply to the
+    first ``cont``, which is sent once the vCPUs may run; all on the loop.
     """
 
     def __init__(
@@ -23,10 +24,12 @@ class QmpControl:
         channel: Channel,
         on_event: Callable[[QmpEvent], None],
         on_failure: Callable[[MachineError], None],
+        on_running: Callable[[], None] = lambda: None,
     ) -> None:
         self._channel = channel
         self._on_event = on_event
         self._on_failure = on_failure
+        self._on_running = on_running
         self._decoder = QmpDecoder()
         self._ids = itertools.count(1)
         self._replies: dict[int | str | None, asyncio.Future[Any]] = {}
@@ -70,6 +73,8 @@ class QmpControl:
                 if isinstance(message, QmpEvent):
                     self._take_event(message)
                 elif isinstance(message, QmpReply):
+                    if message.id == RUN_ID and message.error is None:
+                        self._on_running()
                     self._settle(message)
         except MachineError as error:
             self.close(error)

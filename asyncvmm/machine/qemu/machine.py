@@ -22,6 +22,7 @@ from asyncvmm.machine.qemu.child import Child, start_error
 from asyncvmm.machine.qemu.command import ChildDescriptors, QemuAccel, QemuBinary, build_command, kernel_cmdline
 from asyncvmm.machine.qemu.control import QmpControl
 from asyncvmm.machine.qemu.files import check_readable, join_initrd
+from asyncvmm.machine.qemu.guest_tsc import GuestTsc
 from asyncvmm.machine.qemu.ordering import split_before_exit
 from asyncvmm.machine.qemu.qmp import QmpEvent
 from asyncvmm.machine.qemu.reasons import debug_exit_code, is_contention, reason_of_halt, reason_of_shutdown
@@ -57,6 +58,7 @@ class QemuMachine:
         self._child: Child | None = None
         self._ports: dict[Port, Channel] = {}
         self._qmp: QmpControl | None = None
+        self._guest_tsc: GuestTsc | None = None
         self._initrd: int | None = None
         self._shutdown: StopReason | None = None
         self._reported = False
@@ -125,8 +127,9 @@ class QemuMachine:
         """Nothing: QEMU does not say where its guest stands."""
         return Evidence()
 
-    def guest_instant(self, tsc: int) -> None:
-        """None: QEMU does not say how its guest's TSC stands to the host's."""
+    def guest_instant(self, tsc: int) -> tuple[int, int] | None:
+        """By when the vCPUs were let run, with TCG and until they are first stopped; else None."""
+        return None if self._guest_tsc is None else self._guest_tsc.instant(tsc)
 
     def progress(self) -> int:
         """Serial bytes the guest has written so far."""
@@ -148,7 +151,8 @@ class QemuMachine:
     def _spawn(self, qemu: QemuBinary) -> None:
         loop = asyncio.get_running_loop()
         qmp = Channel(loop)
-        self._qmp = QmpControl(qmp, self._on_event, self._fail)
+        self._guest_tsc = GuestTsc() if self._qemu_accel == "tcg" else None
+        self._qmp = QmpControl(qmp, self._on_event, self._fail, self._on_running)
         control = self._ports["control"] = Channel(loop)
         console = self._ports["console"] = Channel(loop)
         ends = ChildDescriptors(qmp=qmp.peer.fileno(), console=console.peer.fileno(), control=control.peer.fileno())
@@ -220,7 +224,15 @@ class QemuMachine:
 
     # -- how it ends -----------------------------------------------------------------------------------------------
 
+    def _on_running(self) -> None:
+        if self._guest_tsc is not None:
+            self._guest_tsc.running()
+
     def _on_event(self, event: QmpEvent) -> None:
+        if self._guest_tsc is not None and event.name == "RESUME":
+            self._guest_tsc.resumed(event.realtime_ns)
+        elif self._guest_tsc is not None and event.name == "STOP":
+            self._guest_tsc.stopped()
         if event.name == "SHUTDOWN":
             self._shutdown = self._shutdown or reason_of_shutdown(event.data)
         elif event.name == "GUEST_PANICKED":

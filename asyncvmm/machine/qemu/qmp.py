@@ -29,10 +29,14 @@ class QmpGreeting:
 
 @attrs.frozen
 class QmpEvent:
-    """Something happened: ``name`` as in QEMU's schema, ``data`` its members."""
+    """Something happened: ``name`` as in QEMU's schema, ``data`` its members.
+
+    ``realtime_ns``: QEMU's CLOCK_REALTIME then, in whole microseconds; None where it does not say.
+    """
 
     name: str
     data: Mapping[str, Any]
+    realtime_ns: int | None = None
 
 
 @attrs.frozen
@@ -82,7 +86,7 @@ def _parse(line: bytes) -> QmpMessage | None:
         record = dict(orjson.loads(line).items())
         id_ = record.get("id") if isinstance(record.get("id"), int | str) else None
         if "event" in record:
-            return QmpEvent(str(record["event"]), dict(record.get("data", {})))
+            return QmpEvent(str(record["event"]), dict(record.get("data", {})), _realtime_ns(record.get("timestamp")))
         if "QMP" in record:
             version = record["QMP"]["version"]["qemu"]
             return QmpGreeting((int(version["major"]), int(version["minor"]), int(version["micro"])))
@@ -91,3 +95,9 @@ def _parse(line: bytes) -> QmpMessage | None:
         return QmpReply(id_, record["return"]) if "return" in record else None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise MachineError("QMP message", expected="a QMP object", found=repr(line[:80])) from error
+
+
+def _realtime_ns(timestamp: Mapping[str, int] | None) -> int | None:
+    if timestamp is None or timestamp["seconds"] < 0:
+        return None
+    return (int(timestamp["seconds"]) * 1_000_000 + int(timestamp["microseconds"])) * 1000

@@ -50,18 +50,6 @@ def test_whatever_the_delays_the_truth_lies_within_the_bound(world: World, lines
     assert world.assert_within_bound().source == "paired"
 
 
-@given(worlds, lines, times, delays, delays)
-def test_an_answer_keeps_the_truth_within_the_bound(
-    world: World, lines: list[tuple[int, int]], guest_ns: int, ago_ns: int, delay_ns: int
-) -> None:
-    for line in lines:
-        world.say(*line)
-    host_ns = world.host_ns(guest_ns)
-    assert world.pairing.answer(guest_ns, host_ns - ago_ns, host_ns + delay_ns)
-    world.said.append(guest_ns)
-    world.assert_within_bound()
-
-
 @given(worlds, lines, times, delays, delays, delays)
 def test_a_tsc_reading_keeps_the_truth_within_the_bound(
     world: World, lines: list[tuple[int, int]], guest_ns: int, before_ns: int, after_ns: int, delay_ns: int
@@ -101,11 +89,11 @@ def test_a_delay_common_to_all_lines_makes_the_bound_grow_by_as_much() -> None:
     assert late.clock.error_ns == prompt.clock.error_ns + 300
 
 
-def test_an_answer_bounds_the_error_by_its_round_trip() -> None:
+def test_the_least_delay_cuts_the_bracket_of_a_tsc_reading() -> None:
     pairing = ClockPairing(0)
-    pairing.pair(0, SECOND)
-    pairing.answer(0, SECOND - 40, SECOND + 10)
-    assert pairing.clock == GuestClock(SECOND, 40, "paired")
+    pairing.read_between(10, 110, 210, 500)
+    pairing.pair(10, 130)
+    assert pairing.clock == GuestClock(110, 10, "tsc")
 
 
 def test_a_tsc_reading_gives_the_middle_of_its_bracket() -> None:
@@ -148,7 +136,6 @@ def test_a_time_the_guest_cannot_have_read_is_ignored(guest_ns: int) -> None:
 def test_a_reading_that_cannot_be_is_ignored(earliest_ns: int, latest_ns: int, host_ns: int) -> None:
     pairing = ClockPairing(START)
     assert not pairing.read_between(0, earliest_ns, latest_ns, host_ns)
-    assert not pairing.answer(0, host_ns + 1, host_ns)
     assert pairing.clock is None
 
 
@@ -156,7 +143,6 @@ def test_a_reading_that_cannot_be_is_ignored(earliest_ns: int, latest_ns: int, h
     st.lists(
         st.one_of(
             st.tuples(st.just("pair"), anything, anything),
-            st.tuples(st.just("answer"), anything, anything, anything),
             st.tuples(st.just("read_between"), anything, anything, anything, anything),
         )
     )

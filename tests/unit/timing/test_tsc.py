@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from asyncvmm.timing.tsc import U64, ClockSample, TscOffset, host_instant
+from asyncvmm.timing.tsc import U64, ClockSample, TscOffset, host_instant, offset_from_zero
 
 GHZ_3 = 3
 EXACT = TscOffset.of(-1_000_000)
@@ -72,6 +72,25 @@ def test_outside_of_the_samples_nothing_is_said(tsc: int) -> None:
 def test_no_values_raise(tsc: int, offset: int, first: tuple[int, int, int], last: tuple[int, int, int]) -> None:
     found = host_instant(tsc, TscOffset.of(offset), ClockSample(*first), ClockSample(*last))
     assert found is None or found[1] >= 0
+
+
+@given(hosts, spans, spans, spans, st.tuples(widths, widths, widths, widths), widths)
+def test_the_offset_of_a_counter_that_began_at_zero_is_enclosed(
+    host: Host, before_ns: int, until_ns: int, after_ns: int, sandwich: tuple[int, ...], early_ns: int
+) -> None:
+    start_ns = 1_000_000
+    zero_ns = start_ns + before_ns
+    first = host.sample(start_ns, sandwich[0], sandwich[1])
+    last = host.sample(zero_ns + until_ns + sandwich[2] + after_ns, sandwich[2], sandwich[3])
+    offset = offset_from_zero(first, int(host.monotonic(zero_ns)) - early_ns, last)
+    assert offset is not None
+    assert offset.low <= -host.tsc(zero_ns) <= offset.high
+
+
+def test_an_early_bound_that_is_none_counts_as_the_first_sample() -> None:
+    first, last = ClockSample(3_000, 1_000, 3_030), ClockSample(6_000, 2_000, 6_030)
+    assert offset_from_zero(first, 0, last) == TscOffset(-6_030, -3_000)
+    assert offset_from_zero(last, 0, first) is None
 
 
 @pytest.mark.parametrize(("value", "signed"), [(0, 0), (U64 - 5, -5), (-5, -5), (1 << 62, 1 << 62)])

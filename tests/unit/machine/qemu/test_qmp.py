@@ -34,7 +34,7 @@ SESSION = (
 MESSAGES: list[QmpMessage] = [
     QmpGreeting((7, 2, 22)),
     QmpReply("negotiate", {}),
-    QmpEvent("RESUME", {}),
+    QmpEvent("RESUME", {}, 1_000_002_000),
     QmpReply(RUN_ID, {}),
     QmpReply(3, None, "The command x has not been found"),
     QmpEvent("SHUTDOWN", {"guest": True, "reason": "guest-shutdown"}),
@@ -102,3 +102,17 @@ def test_a_command_is_one_line_of_json(name: str, id_: int, arguments: dict[str,
 
 def test_the_opening_turns_events_on_before_it_lets_the_guest_run() -> None:
     assert [orjson.loads(line)["execute"] for line in OPENING.splitlines()] == ["qmp_capabilities", "cont"]
+
+
+@pytest.mark.parametrize(
+    ("timestamp", "realtime_ns"),
+    [
+        (b"", None),
+        (b', "timestamp": {"seconds": 1700000000, "microseconds": 123456}', 1_700_000_000_123_456_000),
+        (b', "timestamp": {"seconds": -1, "microseconds": -1}', None),
+    ],
+    ids=["without", "with", "not known to QEMU"],
+)
+def test_an_event_says_when_it_happened_if_qemu_does(timestamp: bytes, realtime_ns: int | None) -> None:
+    (event,) = QmpDecoder().feed(b'{"event": "RESUME"' + timestamp + b"}\n")
+    assert event == QmpEvent("RESUME", {}, realtime_ns)

@@ -1,12 +1,14 @@
-"""clock.c through ctypes: a sampled pair of the host's TSC and CLOCK_MONOTONIC."""
+"""A sampled pair of the host's TSC and CLOCK_MONOTONIC: kvm/fastpath/clock.c through ctypes."""
 
 from __future__ import annotations
 
 import ctypes
 from functools import cache
+from pathlib import Path
 
-from asyncvmm.machine.kvm.fastpath.binding import LIBRARY
 from asyncvmm.timing.tsc import ClockSample
+
+_LIBRARY = Path(__file__).with_name("kvm") / "fastpath" / "fastpath.so"
 
 
 class _Sample(ctypes.Structure):
@@ -18,7 +20,7 @@ class _Sample(ctypes.Structure):
 @cache
 def _library() -> ctypes.PyDLL | None:
     try:
-        library = ctypes.PyDLL(str(LIBRARY))
+        library = ctypes.PyDLL(str(_LIBRARY))
         library.clock_take_sample.argtypes = (ctypes.POINTER(_Sample),)
         library.clock_take_sample.restype = None
     except (OSError, AttributeError):
