@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from asyncvmm.errors import ConfigError
 from asyncvmm.events.types import Event
 from asyncvmm.export.extras import need
-from asyncvmm.export.facts import EVENTS_READ, Count, Fact, Fold, VmFacts, Vocabulary
+from asyncvmm.export.facts import EVENTS_READ, Count, Duration, Fact, Fold, VmFacts, Vocabulary
 from asyncvmm.export.records import Record, record_of
 
 if TYPE_CHECKING:
@@ -62,6 +62,8 @@ class Metrics:
         self.registry = registry if registry is not None else CollectorRegistry()
         self._counters: dict[str, Counter] = {}
         self._histograms: dict[str, Histogram] = {}
+        self._counter_at: dict[tuple[str, tuple[str, ...]], Counter] = {}
+        self._histogram_at: dict[tuple[str, tuple[str, ...]], Histogram] = {}
         try:
             for name, (says, labels) in COUNTERS.items():
                 self._counters[name] = Counter(f"asyncvmm_{name}", says, labels, registry=self.registry)
@@ -75,11 +77,24 @@ class Metrics:
     def add(self, facts: Iterable[Fact]) -> None:
         """Count them."""
         for fact in facts:
+            place = (fact.metric, fact.labels)
             if isinstance(fact, Count):
-                counter = self._counters[fact.metric]
-                (counter.labels(*fact.labels) if fact.labels else counter).inc(fact.amount)
+                (self._counter_at.get(place) or self._new_counter(fact)).inc(fact.amount)
             else:
-                self._histograms[fact.metric].labels(*fact.labels).observe(fact.seconds)
+                (self._histogram_at.get(place) or self._new_histogram(fact)).observe(fact.seconds)
+
+    # Looking a series up in the library costs more than counting. There are few: the values of labels are bounded.
+
+    def _new_counter(self, fact: Count) -> Counter:
+        counter = self._counters[fact.metric]
+        series = counter.labels(*fact.labels) if fact.labels else counter
+        self._counter_at[fact.metric, fact.labels] = series
+        return series
+
+    def _new_histogram(self, fact: Duration) -> Histogram:
+        series = self._histograms[fact.metric].labels(*fact.labels)
+        self._histogram_at[fact.metric, fact.labels] = series
+        return series
 
 
 class VmCollector:

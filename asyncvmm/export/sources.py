@@ -37,17 +37,21 @@ class Source:
 
     async def chunks(self, *, follow: bool = False) -> AsyncIterator[bytes]:
         """Its bytes to the end; if it is followed, without end. After an empty chunk the file starts anew."""
+        starts_anew = False
         while True:
             chunk = await self._read()
             self._position += len(chunk)
             if chunk:
                 yield chunk
-                continue
-            if not follow or self._path is None:
+            elif not follow or self._path is None:
                 return
-            await anyio.sleep(POLL_S)
-            if self._start_again_if_new():
+            elif starts_anew:  # and what was written to the old one before that has been read
+                self._start_anew()
+                starts_anew = False
                 yield b""
+            else:
+                await anyio.sleep(POLL_S)
+                starts_anew = self._is_another(self._path)
 
     def close(self) -> None:
         """Free it. May be called again."""
@@ -73,24 +77,22 @@ class Source:
         except OSError as error:
             raise ConfigError("metrics", expected="a readable file", found=f"{self.name} ({error.strerror})") from None
 
-    def _start_again_if_new(self) -> bool:
-        assert self._path is not None
+    def _is_another(self, path: Path) -> bool:
         try:
-            now, ours = os.stat(self._path), os.fstat(self._fd)
+            now, ours = os.stat(path), os.fstat(self._fd)
         except OSError:
             return False  # it is being replaced: the next look will tell
         if not stat.S_ISREG(now.st_mode):
             return False
-        if (now.st_dev, now.st_ino) != (ours.st_dev, ours.st_ino):
+        return (now.st_dev, now.st_ino) != (ours.st_dev, ours.st_ino) or now.st_size < self._position
+
+    def _start_anew(self) -> None:
+        try:
             fresh = _open(str(self._path))
-            os.close(self._fd)
-            self._fd, self._position, self._waits = fresh, 0, False
-            return True
-        if now.st_size < self._position:
-            os.lseek(self._fd, 0, os.SEEK_SET)
-            self._position = 0
-            return True
-        return False
+        except ConfigError:
+            return  # gone once more: the next look will tell
+        os.close(self._fd)
+        self._fd, self._position, self._waits = fresh, 0, False
 
 
 def _open(path: str) -> int:
