@@ -104,4 +104,5 @@ async def test_a_vm_on_kvm_has_its_guests_clock_by_the_tsc() -> None:
         async with VM(VMConfig(accel="kvm")) as vm:
             await vm.boot()
             assert vm.guest_clock is not None
+            print(f"of a VM {vm.guest_clock}, exits {vm.exits.total if vm.exits else 0}")
             assert vm.guest_clock.source == "tsc"
