@@ -27,6 +27,7 @@ MAX_STRANGERS = 32
 
 _NS = 1e-9
 _RUNNING = ("ready", "paused")
+_OUTCOMES = {"ready": "ready", "failed": "failed", "stopped": "cancelled"}
 _WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. -]{0,63}", re.ASCII)
 
 _ACCELS = ("kvm", "qemu", "unknown")
@@ -114,9 +115,13 @@ class VmFacts:
         previous = record.get("previous")
         booted = previous in ("starting", "booting")
         self._was_ready |= state in _RUNNING
-        if booted and state in ("ready", "failed", "stopped"):
-            yield Count("boots", (self.accel, "cancelled" if state == "stopped" else state))
+        if booted and state in _OUTCOMES:
+            yield Count("boots", (self.accel, "ready" if self._was_ready else _OUTCOMES[state]))
         yield from self._more_exits(exits)
+
+    def _ready(self, record: Record) -> Iterator[Fact]:
+        self._was_ready = True  # a guest may be gone before the VM's state says so
+        yield from ()
 
     def _error(self, record: Record) -> Iterator[Fact]:
         kind, exits = self._words.kind(text(record, "kind")), counts(record, "exits")
@@ -158,6 +163,7 @@ class VmFacts:
 _READERS: dict[str, Callable[[VmFacts, Record], Iterator[Fact]]] = {
     "accel.probe": VmFacts._probe,
     "vm.state": VmFacts._state,
+    "guest.ready": VmFacts._ready,
     "vm.error": VmFacts._error,
     "phase": VmFacts._phase,
     "guest.boot_time": VmFacts._stage,

@@ -59,6 +59,12 @@ def test_a_boot_counts_once_by_its_end(end: tuple[str, str], outcome: str) -> No
     assert facts == [Count("boots", ("kvm", outcome))]
 
 
+@pytest.mark.parametrize("end", ["stopped", "failed"])
+def test_a_guest_that_is_ready_and_gone_at_once_has_booted(end: str) -> None:
+    facts = all_of(line("a", "guest.ready"), state("a", "booting", end))
+    assert facts == [Count("boots", ("unknown", "ready"))]
+
+
 def test_resuming_and_stopping_a_guest_are_no_boots() -> None:
     assert not all_of(
         state("a", "paused", "ready"),

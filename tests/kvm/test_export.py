@@ -1,0 +1,67 @@
+"""Metrics and spans of VMs on /dev/kvm, where exits and failures have reasons."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from asyncvmm import VM, BootError, VMConfig
+from asyncvmm.export.exposition import exposition
+from asyncvmm.export.otel import trace_boot
+from asyncvmm.export.prometheus import VmCollector
+from tests.support.openmetrics import values_of
+
+pytestmark = pytest.mark.anyio
+
+Make = Callable[[str], VM]
+
+
+@pytest.fixture
+def vm(guest: Callable[[str], Path]) -> Make:
+    """A VM whose guest does what ``program`` says."""
+    return lambda program: VM(VMConfig(kernel=guest("foreign"), cmdline=program, memory_mib=4, accel="kvm"))
+
+
+def values(collector: VmCollector) -> dict[tuple[str, ...], float]:
+    return values_of(exposition(collector.registry, "-").decode())
+
+
+async def test_exits_of_several_vms_add_up_by_reason(vm: Make) -> None:
+    collector = VmCollector()
+    expected: dict[str, int] = {}
+    for program in ("BRE", "RE"):
+        async with vm(program) as machine:
+            collector.watch(machine)
+            await machine.boot()
+        assert machine.exits is not None
+        for reason, entry in machine.exits.by_reason.items():
+            expected[reason] = expected.get(reason, 0) + entry.count
+    found = values(collector)
+    assert {key[1]: value for key, value in found.items() if key[0] == "asyncvmm_exits_total"} == expected
+    assert found["asyncvmm_boots_total", "kvm", "ready"] == 2
+    assert found["asyncvmm_phase_duration_seconds_count", "kvm", "vcpu_create"] == 2
+    assert "other" not in {word for key in found for word in key}
+
+
+async def test_a_boot_that_fails_is_counted_by_its_reason_and_its_exits_once(vm: Make) -> None:
+    collector, exporter = VmCollector(), InMemorySpanExporter()
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    machine = vm("BT")
+    collector.watch(machine)
+    trace_boot(machine, provider)
+    with pytest.raises(BootError) as raised:
+        await machine.boot()
+    found = values(collector)
+    assert found["asyncvmm_boot_failures_total", "kvm", "BootError", raised.value.reason] == 1
+    assert raised.value.exits is not None
+    told = sum(value for key, value in found.items() if key[0] == "asyncvmm_exits_total")
+    assert told == raised.value.exits.total
+    root = exporter.get_finished_spans()[-1]
+    assert (root.name, root.status.is_ok) == ("asyncvmm.total", False)
+    assert dict(root.events[-1].attributes or {})["asyncvmm.reason"] == raised.value.reason
