@@ -88,6 +88,7 @@ def vm_options(command: Command) -> Command:
         click.option("--accel", default="auto", show_default=True, metavar="auto|kvm|qemu", help="Machine to use."),
         click.option("--jsonl", metavar="PATH|-", help="Write events as JSON lines; - is boot's stdout."),
         click.option("--serial-lines", is_flag=True, help="Make each serial line an event too."),
+        click.option("--progress", is_flag=True, help="Show the boot live on stderr if it is a terminal."),
         click.option("--timeout", default=300.0, show_default=True, metavar="S", help="Seconds until READY at most."),
     ]
     for option in reversed(options):
@@ -97,20 +98,22 @@ def vm_options(command: Command) -> Command:
 
 @main.command()
 @vm_options
-def boot(jsonl: str | None, **asked: Any) -> None:
+def boot(jsonl: str | None, progress: bool, **asked: Any) -> None:
     """Boot a guest, report its timings, power it off."""
     with signals_held():
         from asyncvmm.commands import boot as run_boot
 
+        import_progress(progress)
+
     config = make_config(**asked)
-    run_on_uvloop(lambda: run_boot(config, jsonl))
+    run_on_uvloop(lambda: run_boot(config, jsonl, progress))
 
 
 @main.command(context_settings={"allow_interspersed_args": False})
 @vm_options
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 @click.pass_context
-def run(ctx: click.Context, /, jsonl: str | None, command: tuple[str, ...], **asked: Any) -> None:
+def run(ctx: click.Context, /, jsonl: str | None, progress: bool, command: tuple[str, ...], **asked: Any) -> None:
     """Run COMMAND as the guest's workload: its output on stdout, its exit code as ours.
 
     The workload's stdin is the console, to which run sends nothing.
@@ -118,8 +121,10 @@ def run(ctx: click.Context, /, jsonl: str | None, command: tuple[str, ...], **as
     with signals_held():
         from asyncvmm.commands import run as run_workload
 
+        import_progress(progress)
+
     config = make_config(**asked, workload=command)
-    ctx.exit(run_on_uvloop(lambda: run_workload(config, jsonl)))
+    ctx.exit(run_on_uvloop(lambda: run_workload(config, jsonl, progress)))
 
 
 @main.command()
@@ -188,6 +193,12 @@ def schema() -> None:
         from asyncvmm.commands import print_schema
 
     print_schema()
+
+
+def import_progress(wanted: bool) -> None:
+    """Import what shows progress before there is a loop that this would keep waiting."""
+    if wanted:
+        import asyncvmm.progress  # noqa: F401
 
 
 def make_config(*, memory: int, timeout: float, **asked: Any) -> Any:

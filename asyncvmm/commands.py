@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 
 import anyio
@@ -13,7 +13,7 @@ from asyncvmm.config import VMConfig
 from asyncvmm.console import ConsoleReader
 from asyncvmm.errors import ConfigError, HostError
 from asyncvmm.events.outputs import Output, WriteWatch, open_output
-from asyncvmm.events.types import GuestExit, GuestPreExec
+from asyncvmm.events.types import Event, GuestExit, GuestPreExec, VmTimingEvent
 from asyncvmm.vm import VM
 
 OUTPUT_BYTES = 256 << 20
@@ -23,18 +23,19 @@ _RETRY_S = 0.05
 _PIECE = 1 << 20
 
 
-async def boot(config: VMConfig, jsonl: str | None) -> None:
-    """``asyncvmm boot``: to READY, one summary line (or JSON lines), power off."""
+async def boot(config: VMConfig, jsonl: str | None, progress: bool = False) -> None:
+    """``asyncvmm boot``: to READY, one summary line (or JSON lines, or live progress), power off."""
     async with VM(config) as vm:
         if jsonl is not None:
             vm.stream_to(jsonl)
-        timing = await vm.boot()
-        if jsonl != "-":
+        with shown(vm, progress, jsonl):
+            timing = await vm.boot()
+        if jsonl != "-" and not progress:
             print(f"ready in {timing.total_ms} ms on {vm.accel}", file=sys.stderr)
         await vm.shutdown()
 
 
-async def run(config: VMConfig, jsonl: str | None) -> int:
+async def run(config: VMConfig, jsonl: str | None, progress: bool = False) -> int:
     """``asyncvmm run``: the workload's console output on stdout; gives its exit code.
 
     Raises ConfigError for JSON lines on stdout, HostError if some output was lost to a stdout that was too slow.
@@ -46,12 +47,22 @@ async def run(config: VMConfig, jsonl: str | None) -> int:
             vm.stream_to(jsonl)
         output = WorkloadOutput(vm)
         with closing(open_output("-")) as stdout:
-            await vm.boot()
-            await vm.events.pre_exec
+            with shown(vm, progress, jsonl, GuestPreExec):
+                await vm.boot()
+                await vm.events.pre_exec
             await output.copy_to(stdout)
         code = await vm.events.exit
         await vm.shutdown()
     return code
+
+
+def shown(vm: VM, wanted: bool, jsonl: str | None, *until: type[Event]) -> AbstractContextManager[object]:
+    """The boot live on stderr for the time of a block, to its timing and ``until``; nothing where it is not wanted."""
+    if not wanted:
+        return nullcontext()
+    from asyncvmm.progress import Progress, progress_line
+
+    return Progress(vm.events, progress_line(jsonl), (VmTimingEvent, *until))
 
 
 class WorkloadOutput:
