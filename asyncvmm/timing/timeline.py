@@ -11,7 +11,7 @@ residual, so that nothing is hidden. Only one thread at a time may be inside a t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 
 import attrs
@@ -54,8 +54,15 @@ class Timeline:
     def __init__(self, clock: Callable[[], int] = time.monotonic_ns) -> None:
         self.clock = clock
         self.start_ns = clock()
-        self.phases: list[Phase] = []
+        self._phases: list[Phase] = []
         self._open: list[_OpenPhase] = []
+        self._later: list[tuple[Callable[[], Iterable[Span]], _OpenPhase | None]] = []
+
+    @property
+    def phases(self) -> list[Phase]:
+        """What has ended so far."""
+        self._settle()
+        return self._phases
 
     def phase(self, name: str) -> _OpenPhase:
         """A context manager that records the time spent in its block under ``name``."""
@@ -63,7 +70,12 @@ class Timeline:
 
     def record(self, span: Span) -> None:
         """Add what something else has timed on the same clock, as a child of the phase that is open, if any."""
-        self._record(span, self._open[-1] if self._open else None)
+        self.record_later(lambda: (span,))
+        self._settle()
+
+    def record_later(self, spans: Callable[[], Iterable[Span]]) -> None:
+        """As ``record``, but worked out only when the open phase ends or somebody looks: for who has no time now."""
+        self._later.append((spans, self._open[-1] if self._open else None))
 
     def durations(self) -> dict[str, int]:
         """Nanoseconds by phase name, summed over repeats."""
@@ -72,6 +84,12 @@ class Timeline:
             sums[phase.name] = sums.get(phase.name, 0) + phase.duration_ns
         return sums
 
+    def _settle(self) -> None:
+        later, self._later = self._later, []
+        for spans, outer in later:
+            for span in spans():
+                self._record(span, outer)
+
     def _record(self, span: Span, outer: _OpenPhase | None) -> None:
         opened = _OpenPhase(self, span.name)
         for child in span.children:
@@ -79,7 +97,7 @@ class Timeline:
         self._add(opened.ended(span.start_ns, span.end_ns, outer, span.failed), outer)
 
     def _add(self, phase: Phase, outer: _OpenPhase | None) -> None:
-        self.phases.append(phase)
+        self._phases.append(phase)
         if outer is not None:
             outer.accounted = (outer.accounted or 0) + phase.duration_ns
 
@@ -101,6 +119,7 @@ class _OpenPhase:
     ) -> None:
         timeline = self._timeline
         end_ns = timeline.clock()
+        timeline._settle()
         timeline._open.pop()
         outer = timeline._open[-1] if timeline._open else None
         timeline._add(self.ended(self._start_ns, end_ns, outer, kind is not None), outer)

@@ -22,12 +22,15 @@ from _bench.guest import GuestRun, layout_of, plan_of
 from _bench.recipe import write_recipe
 from _bench.turns import Turns, take_turns, take_turns_async
 from asyncvmm.machine.kvm.abi import Request
-from asyncvmm.machine.kvm.fds import ioctl
+from asyncvmm.machine.kvm.contents import Contents
+from asyncvmm.machine.kvm.creation import Blueprint, blueprint
+from asyncvmm.machine.kvm.fds import raw_ioctl
 from asyncvmm.machine.kvm.vm import KvmVm
 from asyncvmm.timing.timeline import Timeline
 from asyncvmm.x86.load import BootLayout
 
 MEMORY_MIB = 256
+_KVM_RUN = int(Request.KVM_RUN)
 LIMIT = Target("ratio", "<=", 1.10)
 SAME_CALLS = "C program making the same system calls in the same order"
 USUAL_ORDER = "C program in the usual order: interrupt controllers before memory"
@@ -50,7 +53,8 @@ async def measure(bench: Bench) -> list[Figure]:
 
 def _created(layout: BootLayout, floor: Floor, rounds: int, peer: str, target: Target | None) -> Figure:
     phases: dict[str, list[int]] = {}
-    turns = take_turns(lambda: _create(layout, phases), floor.sample, rounds, warm_up=3)
+    plan = blueprint(MEMORY_MIB << 20, 1, Contents(layout.cpu, layout.segments))
+    turns = take_turns(lambda: _create(plan, phases), floor.sample, rounds, warm_up=3)
     return _figure("create_to_first_exit", turns, peer, target, {"phases_us": _medians(phases)})
 
 
@@ -63,16 +67,12 @@ async def _started(guest: Path, floor: Floor, rounds: int) -> Figure:
     return _figure("start_to_first_effect", turns, SAME_CALLS, LIMIT, detail)
 
 
-def _create(layout: BootLayout, phases: dict[str, list[int]]) -> float:
+def _create(plan: Blueprint, phases: dict[str, list[int]]) -> float:
     timeline = Timeline()
     begin = time.monotonic_ns()
-    vm = KvmVm(MEMORY_MIB << 20, 1, timeline)
+    vm = KvmVm(plan, timeline)
     try:
-        for segment in layout.segments:
-            vm.memory.write(segment.address, segment.data)
-        vm.configure(layout.cpu)
-        with timeline.phase("first_run"):
-            ioctl(vm.vcpus[0].fd, Request.KVM_RUN)
+        raw_ioctl(vm.vcpus[0].fd, _KVM_RUN, 0)
         took = time.monotonic_ns() - begin
     finally:
         vm.close()

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from asyncvmm.machine.kvm.abi import KvmRegs, KvmSregs, Request
+from asyncvmm.machine.kvm.contents import Contents
+from asyncvmm.machine.kvm.creation import blueprint
 from asyncvmm.machine.kvm.fds import ioctl
 from asyncvmm.machine.kvm.system import KvmSystem, supported_cpuid
 from asyncvmm.machine.kvm.vm import KvmVm
@@ -34,9 +36,8 @@ def write_recipe(path: Path, layout: BootLayout, memory_bytes: int) -> Path:
 
 
 def _boot_state(layout: BootLayout, memory_bytes: int) -> tuple[KvmSregs, KvmRegs, int]:
-    vm = KvmVm(memory_bytes, 1, Timeline())
+    vm = KvmVm(blueprint(memory_bytes, 1, Contents(layout.cpu, layout.segments)), Timeline())
     try:
-        vm.configure(layout.cpu)
         sregs, regs = KvmSregs(), KvmRegs()
         ioctl(vm.vcpus[0].fd, Request.KVM_GET_SREGS, sregs)
         ioctl(vm.vcpus[0].fd, Request.KVM_GET_REGS, regs)

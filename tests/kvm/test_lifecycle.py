@@ -268,6 +268,7 @@ def test_a_vcpu_ordered_to_stop_before_its_thread_is_ready_does_not_kill_the_pro
     script = """
 import threading
 from asyncvmm.bus import Bus
+from asyncvmm.machine.kvm.creation import blueprint
 from asyncvmm.machine.kvm.vm import KvmVm
 from asyncvmm.timing.timeline import Timeline
 
@@ -275,7 +276,7 @@ def stop_at_once(frame, event, argument):
     if event == "call" and frame.f_code.co_name == "_main":
         frame.f_locals["self"].order("stop")
 
-vm = KvmVm(2 << 20, 1, Timeline())
+vm = KvmVm(blueprint(2 << 20, 1), Timeline())
 threading.setprofile(stop_at_once)
 vm.vcpus[0].start("early", Bus(), print)
 vm.vcpus[0].join()

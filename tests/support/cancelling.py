@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 
 import anyio
 
 from asyncvmm import VM
-from asyncvmm.timing.timeline import Timeline, _OpenPhase
+from asyncvmm.timing.timeline import Span, Timeline, _OpenPhase
 
 DELAYS_S = (0.0, 0.0005, 0.001, 0.002, 0.003, 0.005, 0.008, 0.012, 0.02, 0.03, 0.05, 0.1, 0.2)
 
@@ -27,6 +27,17 @@ class Tripwire(Timeline):
             self.tripped = True
             self.trip()
         return super().phase(name)
+
+    def record_later(self, spans: Callable[[], Iterable[Span]]) -> None:
+        """What is recorded when it is over trips then: nothing can come in between."""
+        if self.name in _names(spans()):
+            self.tripped = True
+            self.trip()
+        super().record_later(spans)
+
+
+def _names(spans: Iterable[Span]) -> set[str]:
+    return {name for span in spans for name in (span.name, *_names(span.children))}
 
 
 class Cancelled:

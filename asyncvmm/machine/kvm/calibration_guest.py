@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import mmap
 import os
 import signal
 import threading
-from contextlib import ExitStack
 from pathlib import Path
 
 from asyncvmm.errors import KvmIoctlError, KvmUnavailable
-from asyncvmm.machine.kvm.abi import KvmSignalMask, Request
+from asyncvmm.machine.kvm.abi import MAX_CPUID_ENTRIES, KvmCpuid2, KvmSignalMask, Request
+from asyncvmm.machine.kvm.creation import create_vcpu, create_vm
 from asyncvmm.machine.kvm.exits import (
     EXIT_REASON_WORD,
     IMMEDIATE_EXIT,
@@ -26,13 +25,15 @@ from asyncvmm.machine.kvm.exits import (
     decode,
     io_key,
 )
+from asyncvmm.machine.kvm.fastpath.chain import Chain, Made
 from asyncvmm.machine.kvm.fds import ioctl, raw_ioctl
-from asyncvmm.machine.kvm.memory import GuestMemory
+from asyncvmm.machine.kvm.mapped import mapped_view
+from asyncvmm.machine.kvm.memory import GuestMemory, map_memory, register_memory
 from asyncvmm.machine.kvm.registers import set_boot_state
-from asyncvmm.machine.kvm.system import KvmSystem, cpuid_table, supported_cpuid
+from asyncvmm.machine.kvm.system import open_system, refusal
 from asyncvmm.machine.kvm.vcpu import KICK_SIGNAL
 from asyncvmm.x86.cpu import gdt, long_mode_cpu
-from asyncvmm.x86.layout import GDT_ADDRESS, IDENTITY_MAP_ADDRESS, KIB, PAGE_TABLES, TSS_ADDRESS, Region
+from asyncvmm.x86.layout import GDT_ADDRESS, KIB, PAGE_TABLES, Region
 from asyncvmm.x86.paging import identity_page_tables
 
 PORT = 0xE0
@@ -49,6 +50,7 @@ MARK = io_key(True, 1, PORT)
 """One of the OUTs back to back."""
 
 _MEMORY = 64 * KIB
+_REGIONS = (Region(0, _MEMORY),)
 _ENTRY = 0x1000
 _KERNEL_SIGSET_BYTES = 8
 
@@ -66,43 +68,38 @@ class CalibrationGuest:
         self._lock = threading.Lock()
         self._open = True
         signal.pthread_sigmask(signal.SIG_BLOCK, {KICK_SIGNAL})
-        with ExitStack() as undo:
-            system = KvmSystem.open(path)
-            undo.callback(system.close)
-            self._vm_fd = ioctl(system.fd, Request.KVM_CREATE_VM)
-            undo.callback(os.close, self._vm_fd)
-            self._load(program, undo)
-            self._create_vcpu(system, undo)
-            self._undo = undo.pop_all()
+        self._made = self._create(path, program)
+        self._words, self._quads = self._run.cast("I"), self._run.cast("Q")
 
-    def _load(self, program: bytes, undo: ExitStack) -> None:
-        ioctl(self._vm_fd, Request.KVM_SET_IDENTITY_MAP_ADDR, (ctypes.c_uint64 * 1)(IDENTITY_MAP_ADDRESS))
-        ioctl(self._vm_fd, Request.KVM_SET_TSS_ADDR, TSS_ADDRESS)
-        memory = GuestMemory((Region(0, _MEMORY),))
-        undo.callback(memory.close)
+    def _load(self, memory: GuestMemory, program: bytes) -> None:
         memory.write(_ENTRY, program)
         memory.write(GDT_ADDRESS, gdt(long_mode_cpu(_ENTRY)))
         memory.write(PAGE_TABLES, identity_page_tables(_MEMORY))
-        memory.register(self._vm_fd)
+        memory.close()
 
-    def _create_vcpu(self, system: KvmSystem, undo: ExitStack) -> None:
-        self._fd = ioctl(self._vm_fd, Request.KVM_CREATE_VCPU, 0)
-        undo.callback(os.close, self._fd)
-        page = mmap.mmap(self._fd, system.run_size)
-        undo.callback(page.close)
-        self._run = memoryview(page)
-        undo.callback(self._run.release)
-        self._words, self._quads = self._run.cast("I"), self._run.cast("Q")
-        undo.callback(self._words.release)
-        undo.callback(self._quads.release)
-        ioctl(self._fd, Request.KVM_SET_CPUID2, cpuid_table(supported_cpuid(system.fd)))
-        set_boot_state(self._fd, long_mode_cpu(_ENTRY))
-        self._let_kicks_in()
-
-    def _let_kicks_in(self) -> None:
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, set()) - {KICK_SIGNAL}
-        bits = sum(1 << (number - 1) for number in blocked)
-        ioctl(self._fd, Request.KVM_SET_SIGNAL_MASK, KvmSignalMask(_KERNEL_SIGSET_BYTES, bits))
+    def _create(self, path: Path, program: bytes) -> Made:
+        chain = Chain()
+        system = open_system(chain, path)
+        vm = create_vm(chain, system)
+        memory = map_memory(chain, _REGIONS)
+        register_memory(chain, vm, memory, _REGIONS)
+        vcpu = create_vcpu(chain, vm, 0, system)
+        cpuid = chain.data(KvmCpuid2(nent=MAX_CPUID_ENTRIES))
+        chain.ioctl(Request.KVM_GET_SUPPORTED_CPUID, system.fd, cpuid)
+        chain.ioctl(Request.KVM_SET_CPUID2, vcpu.fd, cpuid)
+        set_boot_state(chain, vcpu.fd, long_mode_cpu(_ENTRY))
+        chain.ioctl(Request.KVM_SET_SIGNAL_MASK, vcpu.fd, chain.data(_mask_that_lets_kicks_in()))
+        made = chain.program().run()
+        try:
+            if made.failure is not None:
+                raise refusal(made.failure, path)
+            self._fd = made[vcpu.fd]
+            self._run = mapped_view(made[vcpu.page], made[system.run_size])
+            self._load(GuestMemory(_REGIONS, made[memory]), program)
+        except BaseException:
+            made.undo()
+            raise
+        return made
 
     def run_to(self, key: int) -> None:
         """Run until the guest makes the port access ``key``. Raises Interrupted, or KvmUnavailable for other exits."""
@@ -146,4 +143,11 @@ class CalibrationGuest:
         """Free it all. May take tens of milliseconds."""
         with self._lock:
             self._open = False
-        self._undo.close()
+        for view in (self._words, self._quads, self._run):
+            view.release()
+        self._made.undo()
+
+
+def _mask_that_lets_kicks_in() -> KvmSignalMask:
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, set()) - {KICK_SIGNAL}
+    return KvmSignalMask(_KERNEL_SIGSET_BYTES, sum(1 << (number - 1) for number in blocked))

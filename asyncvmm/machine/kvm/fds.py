@@ -41,23 +41,24 @@ def open_kvm(path: Path = DEV_KVM) -> int:
     """Open /dev/kvm, check its API version. Raises KvmUnavailable saying what to mend."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise KvmUnavailable(
-            "KVM", expected=f"{path}", found="no such file (load kvm_intel or kvm_amd; enable VT-x or SVM)"
-        ) from None
-    except PermissionError:
-        raise KvmUnavailable(
-            "KVM", expected=f"read and write access to {path}", found="permission denied (join the kvm group)"
-        ) from None
     except OSError as error:
-        found = f"{errno.errorcode.get(error.errno or 0, error.errno)} ({error.strerror})"
-        raise KvmUnavailable("KVM", expected=f"{path} opens", found=found) from None
+        raise open_refused(path, error.errno or 0) from None
     try:
         _check_version(fd)
     except BaseException:
         os.close(fd)
         raise
     return fd
+
+
+def open_refused(path: Path, number: int) -> KvmUnavailable:
+    """What this errno of open(2) means for the KVM device ``path``, and how to mend it."""
+    expected, found = f"{path} opens", f"{errno.errorcode.get(number, number)} ({os.strerror(number)})"
+    if number == errno.ENOENT:
+        expected, found = f"{path}", "no such file (load kvm_intel or kvm_amd; enable VT-x or SVM)"
+    elif number in (errno.EACCES, errno.EPERM):
+        expected, found = f"read and write access to {path}", "permission denied (join the kvm group)"
+    return KvmUnavailable("KVM", expected=expected, found=found)
 
 
 def _check_version(fd: int) -> None:

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 
-from asyncvmm.errors import InitrdError
 from asyncvmm.machine.assets import check_host_memory, initrd_bytes, open_initrd, padded, read_kernel
 from asyncvmm.machine.base import BootPlan
-from asyncvmm.machine.kvm.memory import GuestMemory
+from asyncvmm.machine.kvm.contents import Contents
+from asyncvmm.machine.kvm.creation import blueprint
 from asyncvmm.machine.kvm.vm import KvmVm
 from asyncvmm.timing.timeline import Timeline
-from asyncvmm.x86.load import BootLayout, plan_boot
+from asyncvmm.x86.load import BootLayout, Segment, plan_boot
 
 
 def load(plan: BootPlan, timeline: Timeline, adopt: Callable[[KvmVm], None]) -> None:
@@ -32,25 +32,13 @@ def load(plan: BootPlan, timeline: Timeline, adopt: Callable[[KvmVm], None]) -> 
             initrd, initrd_size = open_initrd(plan.initrd, files)
         with timeline.phase("layout"):
             layout = plan_boot(kernel, initrd_bytes(plan, initrd_size), plan.cmdline, memory_bytes, plan.vcpus)
-        vm = KvmVm(memory_bytes, plan.vcpus, timeline)
-        adopt(vm)
-        with timeline.phase("rootfs_load"):
-            _load_initrd(vm.memory, layout, initrd, initrd_size, plan.appended)
-        with timeline.phase("kernel_load"):
-            for segment in layout.segments:
-                vm.memory.write(segment.address, segment.data)
-        with timeline.phase("vcpu_config"):
-            vm.configure(layout.cpu)
+        contents = _contents(layout, initrd, initrd_size, plan.appended)
+        adopt(KvmVm(blueprint(memory_bytes, plan.vcpus, contents), timeline))
 
 
-def _load_initrd(memory: GuestMemory, layout: BootLayout, fd: int, size: int, appended: bytes) -> None:
+def _contents(layout: BootLayout, fd: int, size: int, appended: bytes) -> Contents:
     address = layout.initrd_address
     if address is None:
-        return
-    try:
-        read = memory.read_file(address, fd, size) if size else 0
-    except OSError as failure:
-        raise InitrdError("initrd", expected="a readable file", found=failure.strerror) from None
-    if read != size:
-        raise InitrdError("initrd", expected=f"{size} bytes, as when it was opened", found=f"{read} bytes")
-    memory.write(address + padded(size), appended)
+        return Contents(layout.cpu, layout.segments)
+    behind = (Segment(address + padded(size), appended),) if appended else ()
+    return Contents(layout.cpu, layout.segments, behind, fd, address, size)

@@ -6,82 +6,98 @@ not hold (and copy on write) the guest's pages.
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import os
 from collections.abc import Sequence
+from functools import cached_property
 
 from asyncvmm.errors import ConfigError, MemorySizeError
 from asyncvmm.machine.kvm.abi import KvmUserspaceMemoryRegion, Request
-from asyncvmm.machine.kvm.fds import ioctl
+from asyncvmm.machine.kvm.fastpath.chain import At, Chain, SystemCall
+from asyncvmm.machine.kvm.mapped import mapped_view
 from asyncvmm.x86.layout import Region
 
-_MAP_NORESERVE = 0x4000
+MAP_MEMORY = "mmap of guest memory"
+"""The step that a host may refuse."""
+
+_MAP_FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
+
+_MOST_BYTES = 1 << 47
+"""The address space of an x86-64 process."""
 
 _COPY_BYTES = 1 << 20
 """Bytes copied in one go: the copy holds the GIL, and each fresh page of it is a fault."""
 
-_madvise = ctypes.CDLL(None).madvise
-_madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+def map_memory(chain: Chain, regions: Sequence[Region]) -> At:
+    """Append the step that reserves the address range, and give its address. Raises MemorySizeError."""
+    size = sum(region.size for region in regions)
+    if size > _MOST_BYTES:
+        raise MemorySizeError("guest memory", expected="a mapping of it", found=f"{size} bytes")
+    memory = chain.map(MAP_MEMORY, size, _MAP_FLAGS)
+    chain.call("madvise", SystemCall.MADVISE, memory, size, mmap.MADV_DONTFORK)
+    return memory
+
+
+def register_memory(chain: Chain, vm: At, memory: At, regions: Sequence[Region]) -> None:
+    """Append the steps that give each region to KVM as a memslot, numbered from 0."""
+    offset = 0
+    for slot, region in enumerate(regions):
+        record = chain.data(KvmUserspaceMemoryRegion(slot, 0, region.start, region.size))
+        chain.store(record + KvmUserspaceMemoryRegion.userspace_addr.offset, memory + offset)
+        chain.ioctl(Request.KVM_SET_USER_MEMORY_REGION, vm, record)
+        offset += region.size
 
 
 class GuestMemory:
     """RAM regions back to back in one mapping. Guest addresses outside them are refused, never wrapped."""
 
-    def __init__(self, regions: Sequence[Region]) -> None:
-        """Reserve the address range. Raises MemorySizeError where the host refuses."""
-        self.regions = tuple(regions)
-        self.size = sum(region.size for region in regions)
-        try:
-            self._map = mmap.mmap(-1, self.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
-        except (OSError, OverflowError, ValueError) as error:
-            raise MemorySizeError("guest memory", expected="a mapping of it", found=f"{error}") from None
-        self._map.madvise(mmap.MADV_DONTFORK)
-        self.host_address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+    def __init__(self, regions: Sequence[Region], host_address: int) -> None:
+        """The regions as they were mapped there; ``close`` comes before the unmapping."""
+        self.regions = regions
+        self.host_address = host_address
 
-    def register(self, vm_fd: int) -> None:
-        """Give each region to KVM as a memslot, numbered from 0. Raises KvmIoctlError."""
-        offset = 0
-        for slot, region in enumerate(self.regions):
-            slot_record = KvmUserspaceMemoryRegion(slot, 0, region.start, region.size, self.host_address + offset)
-            ioctl(vm_fd, Request.KVM_SET_USER_MEMORY_REGION, slot_record)
-            offset += region.size
+    @property
+    def size(self) -> int:
+        """Bytes of all regions."""
+        return sum(region.size for region in self.regions)
+
+    @cached_property
+    def _map(self) -> memoryview:
+        return mapped_view(self.host_address, self.size)
 
     def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
         """Copy ``data`` to a guest physical address. Raises ConfigError where it is not all RAM."""
-        start, view = self._offset(address, len(data)), memoryview(data)
+        start, view = offset_of(self.regions, address, len(data)), memoryview(data)
         for done in range(0, len(data), _COPY_BYTES):
             piece = view[done : done + _COPY_BYTES]
             self._map[start + done : start + done + len(piece)] = piece
 
-    def read_file(self, address: int, fd: int, size: int) -> int:
-        """Read ``size`` bytes of a file straight into the guest; returns how many there were.
+    def read_file(self, address: int, fd: int, size: int, done: int = 0) -> int:
+        """Read ``size`` bytes of a file straight into the guest, of which ``done`` are there; returns how many are.
 
         Raises ConfigError where they are not all RAM, OSError for what read(2) says.
         """
-        start, done = self._offset(address, size), 0
-        with memoryview(self._map) as view:
-            while done < size and (got := os.preadv(fd, [view[start + done : start + size]], done)):
-                done += got
+        start = offset_of(self.regions, address, size)
+        while done < size and (got := os.preadv(fd, [self._map[start + done : start + size]], done)):
+            done += got
         return done
 
     def read(self, address: int, size: int) -> bytes:
         """Copy ``size`` bytes out of the guest. Raises ConfigError where they are not all RAM."""
-        start = self._offset(address, size)
-        return self._map[start : start + size]
+        start = offset_of(self.regions, address, size)
+        return bytes(self._map[start : start + size])
 
     def close(self) -> None:
-        """Unmap. Takes milliseconds for a large guest: not for the loop.
+        """Touch it no more."""
+        self._map.release()
 
-        The pages are given back by a call that releases the GIL, which mmap.close() does not.
-        """
-        _madvise(self.host_address, self.size, mmap.MADV_DONTNEED)
-        self._map.close()
 
-    def _offset(self, address: int, size: int) -> int:
-        offset = 0
-        for region in self.regions:
-            if region.start <= address and address + size <= region.start + region.size:
-                return offset + address - region.start
-            offset += region.size
-        raise ConfigError("guest address", expected="RAM", found=f"{address:#x}..{address + size:#x}")
+def offset_of(regions: Sequence[Region], address: int, size: int) -> int:
+    """Where these guest addresses lie in the mapping. Raises ConfigError where they are not all RAM."""
+    offset = 0
+    for region in regions:
+        if region.start <= address and address + size <= region.start + region.size:
+            return offset + address - region.start
+        offset += region.size
+    raise ConfigError("guest address", expected="RAM", found=f"{address:#x}..{address + size:#x}")

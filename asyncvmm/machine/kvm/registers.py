@@ -1,15 +1,14 @@
-"""A vCPU's first registers, through KVM's structures. Structures that depend on a record alone are made once.
+"""A vCPU's first registers, through KVM's structures: as steps of a chain.
 
 Facts: KVM_SET_SREGS, KVM_SET_REGS, KVM_SET_LAPIC and KVM_SET_MSRS in Documentation/virt/kvm/api.rst.
 """
 
 from __future__ import annotations
 
-import ctypes
+from collections.abc import Sequence
 from functools import lru_cache
 
 from asyncvmm.machine.kvm.abi import (
-    MAX_MSR_ENTRIES,
     KvmDtable,
     KvmLapicState,
     KvmMsrEntry,
@@ -19,28 +18,37 @@ from asyncvmm.machine.kvm.abi import (
     KvmSregs,
     Request,
 )
+from asyncvmm.machine.kvm.fastpath.chain import At, Chain
 from asyncvmm.machine.kvm.fds import ioctl
 from asyncvmm.x86.cpu import BootCpu, DescriptorTable, SegmentRegister
+from asyncvmm.x86.msrs import boot_msrs
 
 _LVT_LINT0, _LVT_LINT1 = 0x350, 0x360
 _DELIVERY_EXTINT, _DELIVERY_NMI = 0x700, 0x400
+_LINT_MODES = {_LVT_LINT0: _DELIVERY_EXTINT, _LVT_LINT1: _DELIVERY_NMI}
 
 
-def set_lint_pins(fd: int) -> None:
+def set_lint_pins(chain: Chain, vcpus: Sequence[At]) -> None:
     """LINT0 takes the PIC's interrupts, LINT1 the NMI, as firmware leaves them (MP specification 1.4, 3.6.2.2)."""
-    lapic = KvmLapicState()
-    ioctl(fd, Request.KVM_GET_LAPIC, lapic)
-    for register, mode in ((_LVT_LINT0, _DELIVERY_EXTINT), (_LVT_LINT1, _DELIVERY_NMI)):
-        ctypes.c_uint32.from_buffer(lapic, register).value = mode
-    ioctl(fd, Request.KVM_SET_LAPIC, lapic)
+    lapic = chain.data(KvmLapicState())
+    modes = [(register, chain.data(mode.to_bytes(4, "little"))) for register, mode in _LINT_MODES.items()]
+    for vcpu in vcpus:
+        chain.ioctl(Request.KVM_GET_LAPIC, vcpu, lapic)
+        for register, mode in modes:
+            chain.copy(lapic + register, mode, 4)
+        chain.ioctl(Request.KVM_SET_LAPIC, vcpu, lapic)
 
 
-def set_msrs(fd: int, msrs: tuple[tuple[int, int], ...]) -> None:
-    """KVM_SET_MSRS, again behind each one that a host does not know: KVM stops there."""
-    while msrs:
-        batch = _msr_batch(msrs[:MAX_MSR_ENTRIES])
-        done = ioctl(fd, Request.KVM_SET_MSRS, batch)
-        msrs = msrs[done if done == batch.nmsrs else done + 1 :]
+def set_boot_msrs(chain: Chain, vcpu: At) -> At:
+    """KVM_SET_MSRS with boot_msrs(). Its result is how many were set: see ``set_msrs_behind``."""
+    return chain.ioctl(Request.KVM_SET_MSRS, vcpu, chain.shared(_msr_batch(boot_msrs())))
+
+
+def set_msrs_behind(fd: int, done: int, msrs: tuple[tuple[int, int], ...]) -> None:
+    """Go on behind each MSR that a host does not know: KVM stopped there, ``done`` being set. Raises KvmIoctlError."""
+    while done < len(msrs):
+        msrs = msrs[done + 1 :]
+        done = ioctl(fd, Request.KVM_SET_MSRS, _msr_batch(msrs)) if msrs else 0
 
 
 @lru_cache(maxsize=16)
@@ -73,18 +81,17 @@ def _table(table: DescriptorTable) -> KvmDtable:
     return KvmDtable(base=table.base, limit=table.limit)
 
 
-def set_boot_state(fd: int, boot: BootCpu) -> None:
-    """KVM_SET_SREGS and KVM_SET_REGS: the state in which the vCPU starts. Raises KvmIoctlError."""
-    current = KvmSregs()
-    ioctl(fd, Request.KVM_GET_SREGS, current)
+def set_boot_state(chain: Chain, vcpu: At, boot: BootCpu) -> None:
+    """KVM_SET_SREGS and KVM_SET_REGS: the state in which the vCPU starts. APIC base and CR8 stay KVM's."""
     sregs, regs = _boot_structures(boot)
-    wanted = KvmSregs.from_buffer_copy(sregs)
-    wanted.apic_base, wanted.cr8 = current.apic_base, current.cr8
-    ioctl(fd, Request.KVM_SET_SREGS, wanted)
-    ioctl(fd, Request.KVM_SET_REGS, regs)
+    current, wanted = chain.data(KvmSregs()), chain.data(sregs)
+    chain.ioctl(Request.KVM_GET_SREGS, vcpu, current)
+    for field in (KvmSregs.apic_base, KvmSregs.cr8):
+        chain.copy(wanted + field.offset, current + field.offset, field.size)
+    chain.ioctl(Request.KVM_SET_SREGS, vcpu, wanted)
+    chain.ioctl(Request.KVM_SET_REGS, vcpu, chain.shared(regs))
 
 
-@lru_cache(maxsize=16)
 def _boot_structures(boot: BootCpu) -> tuple[KvmSregs, KvmRegs]:
     sregs = KvmSregs()
     for name in ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt"):

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import mmap
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable
+from functools import cached_property
 from typing import Literal
 
 from asyncvmm.bus import Bus
@@ -38,6 +38,7 @@ from asyncvmm.machine.kvm.exits import (
 )
 from asyncvmm.machine.kvm.fastpath.binding import Fastpath
 from asyncvmm.machine.kvm.fds import ioctl, raw_ioctl
+from asyncvmm.machine.kvm.mapped import mapped_view
 from asyncvmm.machine.kvm.statistics import VcpuCounters
 
 KICK_SIGNAL = signal.SIGRTMIN + 6
@@ -49,20 +50,15 @@ Halt = Callable[[Stopped], None]
 
 
 class Vcpu:
-    """A created vCPU. ``start`` gives it its thread; ``order`` steers it; ``close`` frees it once the thread ended."""
+    """A created vCPU. ``start`` gives it its thread; ``order`` steers it; ``close`` ends it once the thread
+    ended."""
 
-    def __init__(self, vm_fd: int, index: int, run_size: int) -> None:
-        """KVM_CREATE_VCPU and the mapping of its kvm_run page. Raises KvmIoctlError."""
+    def __init__(self, index: int, fd: int, run_address: int, run_size: int) -> None:
+        """A vCPU that was made: its descriptor, and its kvm_run page as it was mapped."""
         self.index = index
-        self.fd = ioctl(vm_fd, Request.KVM_CREATE_VCPU, index)
-        try:
-            self._map = mmap.mmap(self.fd, run_size)
-        except BaseException:
-            os.close(self.fd)
-            raise
-        self.run = memoryview(self._map)
-        self._words = self.run.cast("I")
-        self._run_address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        self.fd = fd
+        self._run_address = run_address
+        self._run_size = run_size
         self._fastpath: Fastpath | None = None
         self.counters = VcpuCounters()
         self.trace: Callable[[int, int, Exit], None] | None = None
@@ -72,6 +68,15 @@ class Vcpu:
         self._kickable: int | None = None
         self._kicked = False
         self._thread: threading.Thread | None = None
+
+    @cached_property
+    def run(self) -> memoryview:
+        """The kvm_run page. Made when it is first used, as is ``_words``: it is not needed to enter the guest."""
+        return mapped_view(self._run_address, self._run_size)
+
+    @cached_property
+    def _words(self) -> memoryview:
+        return self.run.cast("I")
 
     # Calls from the loop, or from a worker thread on its behalf.
 
@@ -136,11 +141,9 @@ class Vcpu:
         return exit_name(self._words[EXIT_REASON_WORD]) if self.counters.total() else "none"
 
     def close(self) -> None:
-        """Free page and descriptor. The thread must have ended."""
+        """Touch the page no more: it is about to be unmapped. The thread must have ended."""
         self._words.release()
         self.run.release()
-        self._map.close()
-        os.close(self.fd)
 
     # What follows runs on the vCPU's thread.
 

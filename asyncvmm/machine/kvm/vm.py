@@ -8,84 +8,48 @@ from __future__ import annotations
 
 import ctypes
 import os
-from contextlib import ExitStack
 
-from asyncvmm.errors import VcpuCountError
-from asyncvmm.machine.kvm.abi import KVM_PIT_SPEAKER_DUMMY, KvmIrqLevel, KvmPitConfig, Request
-from asyncvmm.machine.kvm.fds import ioctl, raw_ioctl_short
-from asyncvmm.machine.kvm.memory import GuestMemory
-from asyncvmm.machine.kvm.registers import set_boot_state, set_lint_pins, set_msrs
-from asyncvmm.machine.kvm.system import KvmSystem, guest_cpuid
+from asyncvmm.errors import AsyncVMMError, InitrdError, MemorySizeError
+from asyncvmm.machine.kvm.abi import KvmIrqLevel, Request
+from asyncvmm.machine.kvm.contents import READ_INITRD, Contents
+from asyncvmm.machine.kvm.creation import Blueprint, GuestCpuid, expect_tsc_khz, set_cpuid
+from asyncvmm.machine.kvm.fastpath.chain import Chain, Failure
+from asyncvmm.machine.kvm.fds import raw_ioctl_short
+from asyncvmm.machine.kvm.memory import MAP_MEMORY, GuestMemory
+from asyncvmm.machine.kvm.registers import set_msrs_behind
+from asyncvmm.machine.kvm.system import refusal
 from asyncvmm.machine.kvm.vcpu import Vcpu
 from asyncvmm.timing.timeline import Timeline
-from asyncvmm.x86.cpu import BootCpu
-from asyncvmm.x86.layout import IDENTITY_MAP_ADDRESS, TSS_ADDRESS, ram_regions
 from asyncvmm.x86.msrs import boot_msrs
 
 _IRQ_LINE = int(Request.KVM_IRQ_LINE)
+_MSRS = boot_msrs()
 
 
 class KvmVm:
-    """A VM with memory and vCPUs, not yet loaded with anything. Phases are recorded on ``timeline``."""
+    """A VM with memory and vCPUs, filled and ready to run as its blueprint says."""
 
-    def __init__(self, memory_bytes: int, vcpus: int, timeline: Timeline) -> None:
-        """Create it all. Raises KvmUnavailable, KvmIoctlError, MemorySizeError, VcpuCountError."""
-        self._timeline = timeline
-        with ExitStack() as undo:
-            with timeline.phase("kvm_open"):
-                self.system = KvmSystem.open()
-                undo.callback(self.system.close)
-            _check_vcpus(vcpus, self.system)
-            with timeline.phase("vm_create"):
-                self.fd = ioctl(self.system.fd, Request.KVM_CREATE_VM)
-                undo.callback(os.close, self.fd)
-                self._reserve_addresses()
-            # Before the interrupt controllers: creating those leaves the kernel waiting for readers of the VM's buses,
-            # and a memslot that is registered then waits with it, for 4 to 8 ms.
-            with timeline.phase("memory"):
-                self.memory = self._create_memory(memory_bytes, undo)
-            with timeline.phase("irqchip_create"):
-                self._create_interrupt_controllers()
-            with timeline.phase("vcpu_create"):
-                self.vcpus = [self._create_vcpu(index, undo) for index in range(vcpus)]
-            self._undo = undo.pop_all()
+    def __init__(self, plan: Blueprint, timeline: Timeline) -> None:
+        """Create it, recording the phases on ``timeline``.
 
-    def _reserve_addresses(self) -> None:
-        ioctl(self.fd, Request.KVM_SET_IDENTITY_MAP_ADDR, (ctypes.c_uint64 * 1)(IDENTITY_MAP_ADDRESS))
-        ioctl(self.fd, Request.KVM_SET_TSS_ADDR, TSS_ADDRESS)
-
-    def _create_interrupt_controllers(self) -> None:
-        ioctl(self.fd, Request.KVM_CREATE_IRQCHIP)
-        ioctl(self.fd, Request.KVM_CREATE_PIT2, KvmPitConfig(KVM_PIT_SPEAKER_DUMMY))
-
-    def _create_memory(self, memory_bytes: int, undo: ExitStack) -> GuestMemory:
-        with self._timeline.phase("memory_alloc"):
-            memory = GuestMemory(ram_regions(memory_bytes))
-            undo.callback(memory.close)
-        with self._timeline.phase("memory_register"):
-            memory.register(self.fd)
-        return memory
-
-    def _create_vcpu(self, index: int, undo: ExitStack) -> Vcpu:
-        vcpu = Vcpu(self.fd, index, self.system.run_size)
-        undo.callback(vcpu.close)
-        return vcpu
-
-    def configure(self, boot: BootCpu) -> None:
-        """Give every vCPU its CPUID, and the first one the state in which the boot protocol enters the kernel.
-
-        The others stay as KVM makes them: waiting for INIT and SIPI. Raises KvmIoctlError.
+        Raises KvmUnavailable, KvmIoctlError, MemorySizeError, VcpuCountError, InitrdError.
         """
-        with self._timeline.phase("cpuid_config"):
-            self.tsc_khz = tsc_khz = ioctl(self.vcpus[0].fd, Request.KVM_GET_TSC_KHZ)
-            for vcpu in self.vcpus:
-                table = guest_cpuid(self.system.fd, vcpu=vcpu.index, vcpus=len(self.vcpus), tsc_khz=tsc_khz)
-                ioctl(vcpu.fd, Request.KVM_SET_CPUID2, table)
-        with self._timeline.phase("register_config"):
-            for vcpu in self.vcpus:
-                set_lint_pins(vcpu.fd)
-                set_msrs(vcpu.fd, boot_msrs())
-            set_boot_state(self.vcpus[0].fd, boot)
+        steps = plan.steps
+        self._made = made = steps.program.run(*plan.given)
+        timeline.record_later(made.spans)
+        try:
+            if made.failure is not None:
+                raise _error(made.failure, len(steps.vcpus))
+            self.fd = made[steps.vm]
+            self.tsc_khz = made[steps.tsc_khz]
+            self.memory = GuestMemory(steps.regions, made[steps.memory])
+            run_size = made[steps.system.run_size]
+            self.vcpus = [Vcpu(index, made[at.fd], made[at.page], run_size) for index, at in enumerate(steps.vcpus)]
+            if plan.contents is not None:
+                self._finish(plan, plan.contents)
+        except BaseException:
+            made.undo()
+            raise
 
     def set_irq_line(self, irq: int, level: bool) -> None:
         """KVM_IRQ_LINE: a microsecond, so the GIL is kept. Raises nothing: the GSI is ours and the VM is alive."""
@@ -94,9 +58,48 @@ class KvmVm:
 
     def close(self) -> None:
         """Free everything. Every vCPU thread must have ended."""
-        self._undo.close()
+        for vcpu in self.vcpus:
+            vcpu.close()
+        self.memory.close()
+        self._made.undo()
+
+    def _finish(self, plan: Blueprint, contents: Contents) -> None:
+        """See to what a chain cannot decide: each of these is as the chain foresaw it but for rare cases."""
+        if plan.cpuid is not None and plan.cpuid.tsc_khz != self.tsc_khz:
+            self._correct_cpuid(GuestCpuid(plan.cpuid.host, self.tsc_khz))
+        for vcpu, msrs_set in zip(self.vcpus, plan.steps.msrs_set, strict=True):
+            if (done := self._made[msrs_set]) < len(_MSRS):
+                set_msrs_behind(vcpu.fd, done, _MSRS)
+        read = plan.steps.initrd_read
+        if read is not None and (done := self._made[read]) < contents.initrd_size:
+            self._read_on(contents, done)
+
+    def _correct_cpuid(self, cpuid: GuestCpuid) -> None:
+        chain = Chain(given=len(self.vcpus))
+        set_cpuid(chain, [chain.given(vcpu.index) for vcpu in self.vcpus], cpuid)
+        made = chain.program().run(*(vcpu.fd for vcpu in self.vcpus))
+        if made.failure is not None:
+            raise refusal(made.failure)
+        expect_tsc_khz(self.tsc_khz)
+
+    def _read_on(self, contents: Contents, done: int) -> None:
+        """A read may end early; one at the file's end means that the file has shrunk."""
+        size = contents.initrd_size
+        try:
+            read = self.memory.read_file(contents.initrd_address, contents.initrd_fd, size, done)
+        except OSError as failure:
+            raise _unreadable(failure.errno or 0) from None
+        if read != size:
+            raise InitrdError("initrd", expected=f"{size} bytes, as when it was opened", found=f"{read} bytes")
 
 
-def _check_vcpus(vcpus: int, system: KvmSystem) -> None:
-    if vcpus > system.max_vcpus:
-        raise VcpuCountError("vCPUs", expected=f"at most {system.max_vcpus} (this host's KVM)", found=vcpus)
+def _error(failure: Failure, vcpus: int) -> AsyncVMMError:
+    if failure.name == MAP_MEMORY:
+        return MemorySizeError("guest memory", expected="a mapping of it", found=os.strerror(failure.errno))
+    if failure.name == READ_INITRD:
+        return _unreadable(failure.errno)
+    return refusal(failure, vcpus=vcpus)
+
+
+def _unreadable(number: int) -> InitrdError:
+    return InitrdError("initrd", expected="a readable file", found=os.strerror(number))

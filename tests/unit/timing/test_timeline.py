@@ -45,6 +45,26 @@ def test_a_span_that_failed_is_a_phase_that_failed(timeline: Timeline) -> None:
     assert [(phase.name, phase.failed) for phase in timeline.phases] == [("memory_alloc", True), ("memory", True)]
 
 
+def test_spans_recorded_later_are_worked_out_when_their_phase_ends_or_somebody_looks(timeline: Timeline) -> None:
+    worked_out = []
+
+    def spans() -> tuple[Span, ...]:
+        worked_out.append(True)
+        return Span("alloc", 2, 3), Span("register", 3, 4)
+
+    with timeline.phase("memory"):
+        timeline.record_later(spans)
+        assert not worked_out
+    assert [(phase.name, phase.parent) for phase in timeline.phases] == [
+        ("alloc", "memory"),
+        ("register", "memory"),
+        ("memory", None),
+    ]
+    timeline.record_later(spans)
+    assert [phase.name for phase in timeline.phases[3:]] == ["alloc", "register"]
+    assert len(worked_out) == 2
+
+
 def test_durations_of_one_name_add_up(timeline: Timeline) -> None:
     for _ in range(3):
         with timeline.phase("again"):

@@ -7,7 +7,8 @@ slower, the same in every other respect.
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, Structure, byref, c_int, c_long, c_uint8, c_uint32, c_uint64, c_void_p, sizeof
+from collections.abc import Callable
+from ctypes import POINTER, Structure, byref, c_char_p, c_int, c_long, c_uint8, c_uint32, c_uint64, c_void_p, sizeof
 from functools import cache
 from pathlib import Path
 
@@ -16,6 +17,9 @@ LIBRARY = Path(__file__).with_name("fastpath.so")
 PORTS = 4
 RING_BYTES = 65536
 MOST_NEWLINES = 2048
+
+STEP_BYTES = 72
+"""Size of struct step in chain.c."""
 
 OFF, CONSTANT_READ, POSTED_WRITE = 0, 1, 2
 
@@ -51,18 +55,21 @@ class FastpathData(Structure):
 
 
 class Library:
-    """The library's functions. ``run`` releases the GIL, the others keep it: they take well under a microsecond."""
+    """The library's functions. ``run`` and ``chain`` release the GIL, the others keep it: they take well under a
+    microsecond."""
 
     def __init__(self) -> None:
         released, kept = ctypes.CDLL(str(LIBRARY)), ctypes.PyDLL(str(LIBRARY))
         self.run = released.fastpath_run
         self.run.argtypes, self.run.restype = (c_int, c_void_p, c_void_p), c_long
+        self.chain: Callable[[bytes, int, int, int], int] = released.chain_run
+        released.chain_run.argtypes, released.chain_run.restype = (c_char_p, c_uint32, c_void_p, c_uint32), c_uint32
         self.set = kept.fastpath_set
         self.set.argtypes, self.set.restype = (POINTER(FastpathData), c_int, c_uint32, c_uint32, c_uint32), None
         self.take = kept.fastpath_take
         self.take.argtypes, self.take.restype = (POINTER(FastpathData), c_void_p, c_void_p, POINTER(c_uint32)), c_uint32
-        if kept.fastpath_size() != sizeof(FastpathData):
-            raise OSError("fastpath.so was built from another fastpath.c")
+        if kept.fastpath_size() != sizeof(FastpathData) or kept.chain_step_size() != STEP_BYTES:
+            raise OSError("fastpath.so was built from other sources")
 
 
 @cache
@@ -70,7 +77,7 @@ def load() -> Library | None:
     """The library, loaded once a process; None where it cannot be."""
     try:
         return Library()
-    except OSError:
+    except (OSError, AttributeError):  # AttributeError: it lacks a function
         return None
 
 

@@ -1,0 +1,164 @@
+"""How a VM is created, from /dev/kvm to vCPUs ready to run: written down as one chain of system calls for each shape.
+
+VMs of one shape (memory, vCPUs, where what is loaded, first registers) are created by the same chain; see
+fastpath/chain.py for why that is worth it. Phases are the chain's own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Sequence
+from functools import lru_cache
+
+import attrs
+
+from asyncvmm.machine.kvm.abi import KVM_PIT_SPEAKER_DUMMY, KvmPitConfig, Request
+from asyncvmm.machine.kvm.contents import Contents, Loader, Shape
+from asyncvmm.machine.kvm.fastpath.chain import At, Chain, Program
+from asyncvmm.machine.kvm.mapped import Pinned
+from asyncvmm.machine.kvm.memory import map_memory, register_memory
+from asyncvmm.machine.kvm.registers import set_boot_msrs, set_boot_state, set_lint_pins
+from asyncvmm.machine.kvm.system import HostCpuid, SystemSteps, guest_cpuid, host_cpuid, open_system
+from asyncvmm.x86.layout import IDENTITY_MAP_ADDRESS, TSS_ADDRESS, Region, ram_regions
+
+MOST_KEPT = 16
+"""Chains kept for coming VMs of the same shape, some KiB each."""
+
+
+@attrs.frozen
+class GuestCpuid:
+    """What CPUID tables are made of: what the host offers, and the TSC's frequency, None where it is not known."""
+
+    host: HostCpuid
+    tsc_khz: int | None
+
+
+@attrs.frozen
+class VcpuSteps:
+    """Where a vCPU's descriptor and its kvm_run page are left."""
+
+    fd: At
+    page: At
+
+
+@attrs.frozen(eq=False)
+class Creation:
+    """The chain of a shape, and where it leaves what. ``msrs_set``: how many of boot_msrs() each vCPU took.
+
+    If there are contents, ``program`` is given the initrd's descriptor and the addresses of ``Contents.sources``.
+    """
+
+    program: Program
+    regions: tuple[Region, ...]
+    system: SystemSteps
+    vm: At
+    memory: At
+    vcpus: tuple[VcpuSteps, ...]
+    tsc_khz: At
+    initrd_read: At | None
+    msrs_set: tuple[At, ...]
+
+
+@attrs.frozen(eq=False)
+class Blueprint:
+    """A VM to be created: the chain of its shape, and what this VM is filled with. Nothing is open or started yet."""
+
+    steps: Creation
+    contents: Contents | None
+    cpuid: GuestCpuid | None
+    given: tuple[int, ...]
+    """What ``steps.program`` is given."""
+    sources: tuple[Pinned, ...]
+    """The buffers whose addresses are among it."""
+
+
+_seen_tsc_khz: int | None = None
+"""The TSC's frequency as the newest VM had it: a VM's CPUID is written down before the VM can be asked."""
+
+
+def blueprint(memory_bytes: int, vcpus: int, contents: Contents | None = None) -> Blueprint:
+    """Prepare the creation of a VM; without contents, of one that is given nothing to run.
+
+    Raises MemorySizeError, ConfigError for contents outside of memory, and for the first VM of a process, which asks
+    what CPUID it can have, KvmUnavailable.
+    """
+    if contents is None:
+        return Blueprint(_creation(memory_bytes, vcpus, None, None), None, None, (), ())
+    cpuid, sources = GuestCpuid(host_cpuid(), _seen_tsc_khz), contents.sources()
+    steps = _creation(memory_bytes, vcpus, contents.shape(), cpuid)
+    given = (contents.initrd_fd, *[source.address for source in sources])
+    return Blueprint(steps, contents, cpuid, given, tuple(sources))
+
+
+def expect_tsc_khz(tsc_khz: int) -> None:
+    """Blueprints from now on are made for that frequency."""
+    global _seen_tsc_khz
+    _seen_tsc_khz = tsc_khz
+
+
+@lru_cache(MOST_KEPT)
+def _creation(memory_bytes: int, vcpus: int, shape: Shape | None, cpuid: GuestCpuid | None) -> Creation:
+    """The chain for VMs like that; without ``shape`` nothing is loaded and no vCPU is given a state.
+
+    Raises MemorySizeError, and ConfigError for contents outside of memory.
+    """
+    chain, regions = Chain(given=1 + shape.sources if shape else 0), ram_regions(memory_bytes)
+    with chain.phase("kvm_open"):
+        system = open_system(chain, vcpus=vcpus)
+    with chain.phase("vm_create"):
+        vm = create_vm(chain, system)
+    # Before the interrupt controllers: creating those leaves the kernel waiting for readers of the VM's buses, and a
+    # memslot that is registered then waits with it, for 4 to 8 ms.
+    with chain.phase("memory"):
+        with chain.phase("memory_alloc"):
+            memory = map_memory(chain, regions)
+        with chain.phase("memory_register"):
+            register_memory(chain, vm, memory, regions)
+    with chain.phase("irqchip_create"):
+        chain.ioctl(Request.KVM_CREATE_IRQCHIP, vm)
+        chain.ioctl(Request.KVM_CREATE_PIT2, vm, chain.data(KvmPitConfig(KVM_PIT_SPEAKER_DUMMY)))
+    with chain.phase("vcpu_create"):
+        made = tuple(create_vcpu(chain, vm, index, system) for index in range(vcpus))
+        tsc_khz = chain.ioctl(Request.KVM_GET_TSC_KHZ, made[0].fd)
+    read: At | None = None
+    msrs_set: tuple[At, ...] = ()
+    if shape is not None and cpuid is not None:
+        sources = [chain.given(1 + index) for index in range(shape.sources)]
+        read = Loader(chain, memory, regions, chain.given(0), sources).load(shape)
+        msrs_set = _configure(chain, [vcpu.fd for vcpu in made], shape, cpuid)
+    return Creation(chain.program(), regions, system, vm, memory, made, tsc_khz, read, msrs_set)
+
+
+def create_vm(chain: Chain, system: SystemSteps) -> At:
+    """Append the steps that create a VM and reserve the addresses that KVM needs for itself."""
+    vm = chain.closing(chain.ioctl(Request.KVM_CREATE_VM, system.fd))
+    chain.ioctl(Request.KVM_SET_IDENTITY_MAP_ADDR, vm, chain.data(ctypes.c_uint64(IDENTITY_MAP_ADDRESS)))
+    chain.ioctl(Request.KVM_SET_TSS_ADDR, vm, TSS_ADDRESS)
+    return vm
+
+
+def create_vcpu(chain: Chain, vm: At, index: int, system: SystemSteps) -> VcpuSteps:
+    """Append the steps that create a vCPU and map its kvm_run page."""
+    fd = chain.closing(chain.ioctl(Request.KVM_CREATE_VCPU, vm, index))
+    return VcpuSteps(fd, chain.map("mmap of kvm_run", system.run_size, mmap.MAP_SHARED, fd))
+
+
+def _configure(chain: Chain, vcpus: Sequence[At], shape: Shape, cpuid: GuestCpuid) -> tuple[At, ...]:
+    """Every vCPU is given its CPUID, the first one the state in which the boot protocol enters the kernel. The others
+    stay as KVM makes them: waiting for INIT and SIPI."""
+    with chain.phase("vcpu_config"):
+        with chain.phase("cpuid_config"):
+            set_cpuid(chain, vcpus, cpuid)
+        with chain.phase("register_config"):
+            set_lint_pins(chain, vcpus)
+            msrs_set = tuple(set_boot_msrs(chain, vcpu) for vcpu in vcpus)
+            set_boot_state(chain, vcpus[0], shape.cpu)
+    return msrs_set
+
+
+def set_cpuid(chain: Chain, vcpus: Sequence[At], cpuid: GuestCpuid) -> None:
+    """Append KVM_SET_CPUID2 for each vCPU."""
+    for index, vcpu in enumerate(vcpus):
+        table = guest_cpuid(cpuid.host, vcpu=index, vcpus=len(vcpus), tsc_khz=cpuid.tsc_khz)
+        chain.ioctl(Request.KVM_SET_CPUID2, vcpu, chain.shared(table))
