@@ -29,6 +29,11 @@ def build_floor(bench: Bench, name: str) -> Path:
     return _build(bench, HERE / f"{name}.c", _FLOOR_FLAGS)
 
 
+def build_floor_library(bench: Bench, name: str) -> Path:
+    """The C floor ``name`` as a shared object. Raises Skipped without a compiler."""
+    return _build(bench, HERE / f"{name}.c", (*_FLOOR_FLAGS, "-shared", "-fPIC"))
+
+
 def build_guest(bench: Bench, name: str, **defines: int) -> Path:
     """The guest ``name``, an ELF with a PVH note; ``defines`` are the assembler's macros. Raises Skipped."""
     flags = [f"-D{key}={value}" for key, value in sorted(defines.items())]

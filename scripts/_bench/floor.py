@@ -1,7 +1,8 @@
-"""A C floor as a co-process: it is told to take one sample, and says how many nanoseconds that took."""
+"""A C floor, told to take one sample, says how many nanoseconds that took: as a co-process, or loaded into this one."""
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,23 @@ class Floor:
         if not line.isdigit():
             raise Skipped(f"the C floor failed: {line or 'it ended'}")
         return float(line)
+
+
+class LoadedFloor:
+    """A floor in this process: the same C calls, in an address space as large as ours."""
+
+    def __init__(self, library: Path, recipe: Path, memory_mib: int) -> None:
+        self._library = ctypes.CDLL(str(library))
+        self._library.floor_sample.restype = ctypes.c_uint64
+        if not self._library.floor_prepare(str(recipe).encode(), str(memory_mib).encode()):
+            raise Skipped("the C floor cannot read its recipe")
+
+    def sample(self) -> float:
+        """Nanoseconds of one sample. Raises Skipped if it failed."""
+        took = self._library.floor_sample()
+        if not took:
+            raise Skipped("the C floor failed")
+        return float(took)
 
 
 @contextmanager

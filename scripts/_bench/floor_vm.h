@@ -6,6 +6,7 @@
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <linux/kvm.h>
+#include <setjmp.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -47,9 +48,13 @@ struct vm {
     struct kvm_run *run;
 };
 
+static jmp_buf *caller; /* of a floor loaded into another process, which must not end with it */
+
 static void die(const char *what)
 {
     perror(what);
+    if (caller)
+        longjmp(*caller, 1);
     printf("%s\n", what);
     exit(1);
 }
@@ -133,6 +138,7 @@ static void create_vcpu(struct vm *vm)
     vm->run = mmap(0, vm->run_size, PROT_READ | PROT_WRITE, MAP_SHARED, vm->vcpu, 0);
     if (vm->run == MAP_FAILED)
         die("mmap of kvm_run");
+    CALL(vm->vcpu, KVM_GET_TSC_KHZ, 0);
 }
 
 static void configure(struct vm *vm)
@@ -140,7 +146,6 @@ static void configure(struct vm *vm)
     struct kvm_lapic_state lapic;
     struct kvm_sregs sregs;
     uint32_t extint = 0x700, nmi = 0x400;
-    CALL(vm->vcpu, KVM_GET_TSC_KHZ, 0);
     CALL(vm->vcpu, KVM_SET_CPUID2, &cpuid);
     CALL(vm->vcpu, KVM_GET_LAPIC, &lapic);
     memcpy(lapic.regs + 0x350, &extint, 4);
@@ -190,6 +195,12 @@ static void make_vm(struct vm *vm)
     configure(vm);
 }
 
+static void prepare(const char *path, const char *mib)
+{
+    memory_size = strtoul(mib, 0, 10) << 20;
+    read_recipe(path);
+}
+
 /* One sample for each line on stdin, its nanoseconds on stdout. */
 static int serve(int count, char **words, uint64_t (*sample)(void))
 {
@@ -197,8 +208,7 @@ static int serve(int count, char **words, uint64_t (*sample)(void))
     if (count != 3 && count != 4)
         die("usage: floor RECIPE MIB [irqchip-first]");
     irqchip_first = count == 4;
-    memory_size = strtoul(words[2], 0, 10) << 20;
-    read_recipe(words[1]);
+    prepare(words[1], words[2]);
     while (fgets(line, sizeof line, stdin)) {
         printf("%llu\n", (unsigned long long)sample());
         fflush(stdout);
