@@ -164,13 +164,16 @@ def image_list() -> None:
 
 
 @main.command()
-@click.argument("file", type=FILE)
-def timeline(file: Path) -> None:
-    """Draw the boot that FILE (JSON lines) records."""
+@click.argument("files", nargs=-1, required=True, type=FILE, metavar="FILE...")
+@click.option("--vm", "vms", multiple=True, metavar="NAME", help="Only this VM of the files; more than once for more.")
+@click.option("--html", type=FILE, metavar="OUT", help="Write a page that needs no network; - is stdout.")
+@click.option("--perfetto", type=FILE, metavar="OUT", help="Write a trace for Perfetto; - is stdout.")
+def timeline(files: tuple[Path, ...], vms: tuple[str, ...], html: Path | None, perfetto: Path | None) -> None:
+    """Draw the boots that FILEs (JSON lines, - is stdin) record, and compare them if there are several."""
     with signals_held():
-        from asyncvmm.commands import timeline as draw
+        from asyncvmm.timeline_command import timeline as draw
 
-    draw(file)
+    draw(files, vms, html, perfetto)
 
 
 @main.command()

@@ -156,22 +156,3 @@ def print_schema() -> None:
     from asyncvmm.events.schema import schema
 
     sys.stdout.write(orjson.dumps(schema(), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE).decode())
-
-
-def timeline(path: Path) -> None:
-    """``asyncvmm timeline``: a boot's JSON lines as a waterfall; lines that are not understood are named on stderr.
-
-    Raises ConfigError for a file that cannot be read, or has no event in it.
-    """
-    from asyncvmm.timing.waterfall import read_waterfall, render
-
-    try:
-        with path.open("rb") as lines:
-            waterfall = read_waterfall(lines)
-    except OSError as error:
-        raise ConfigError("timeline", expected="a readable file", found=f"{path} ({error.strerror})") from None
-    if not waterfall.vm:
-        raise ConfigError("timeline", expected="events of asyncvmm, one a line", found=f"none in {path}")
-    for remark in waterfall.remarks:
-        print(f"{path}: {remark}", file=sys.stderr)
-    print(render(waterfall))

@@ -1,135 +1,136 @@
-"""A boot's JSON lines as a waterfall: host phases and guest stages on one axis, for a terminal.
+"""Draws charts in a terminal with rich: labels as a tree, figures, and a bar on the boot's axis for each row.
 
-Pure: lines in, rows out; ``render`` gives text. Lines that are not ours are named and passed over, the rest is shown.
+Where there is no terminal the same comes as plain text, labels whole, bars of BAR_WIDTH cells. Text of a file is shown
+as text: rich's markup is not read, and what could drive a terminal is escaped already in the chart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator
 
 import attrs
-import orjson
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from asyncvmm.timing.chart import Chart, Row
+from asyncvmm.timing.text import duration_text, printable, share_text
 
 BAR_WIDTH = 48
+"""Cells of a bar where no terminal says how wide it is."""
 
-MAX_REMARKS = 10
-"""Lines not understood that are named; of more, only the number is told."""
+PLAIN_WIDTH = 16384
+"""Cells of a line where nothing must be cut: more than the longest label and its figures."""
 
-_MILLISECOND = 1_000_000
-
-
-@attrs.frozen
-class Row:
-    """One span or instant on the axis; times in ns since the VM's start. ``depth`` is how deep the phase is nested."""
-
-    label: str
-    start_ns: int
-    duration_ns: int | None = None
-    depth: int = 0
+_GAP = 2
+_LEAST_LABEL = 16
+_LEAST_BAR = 12
 
 
 @attrs.frozen
-class Waterfall:
-    """What a file showed: the VM's name, empty if there was no event; its rows by start; what was not understood."""
+class Glyphs:
+    """What bars are made of."""
 
-    vm: str
-    rows: tuple[Row, ...]
-    remarks: tuple[str, ...] = ()
-
-
-def read_waterfall(lines: Iterable[bytes]) -> Waterfall:
-    """Read one VM's events; those of other VMs in the same file are remarked upon."""
-    vm, remarks = "", _Remarks()
-    phases: list[Mapping[str, object]] = []
-    instants: list[Row] = []
-    for number, line in enumerate(lines, 1):
-        event = _event(line)
-        if event is None:
-            remarks.add(f"line {number}: not an event of asyncvmm")
-            continue
-        vm = vm or str(event["vm"])
-        if event["vm"] != vm:
-            remarks.add(f"line {number}: of another VM, {event['vm']}")
-        elif event["event"] == "phase":
-            phases.append(event)
-        else:
-            instants += _instant(event)
-    rows = [*_phase_rows(phases), *instants]
-    return Waterfall(vm, tuple(sorted(rows, key=lambda row: (row.start_ns, row.depth))), remarks.told())
+    bar: str = "━"
+    thin: str = "╸"
+    gap: str = "┄"
+    instant: str = "◆"
+    beyond: str = "▸"
 
 
-class _Remarks:
-    """The first few remarks, and how many more there would be."""
+ASCII = Glyphs("=", "-", ".", "*", ">")
+"""For outputs that have no more."""
 
-    def __init__(self) -> None:
-        self._first: list[str] = []
-        self._more = 0
-
-    def add(self, remark: str) -> None:
-        if len(self._first) < MAX_REMARKS:
-            self._first.append(remark)
-        else:
-            self._more += 1
-
-    def told(self) -> tuple[str, ...]:
-        more = [f"and {self._more} more line{'s' * (self._more > 1)}"] if self._more else []
-        return (*self._first, *more)
+_STYLES = {
+    "phase": "blue",
+    "residual": "dim",
+    "stage": "green",
+    "ready": "bold green",
+    "mark": "magenta",
+    "error": "bold red",
+    "lost": "yellow",
+}
 
 
-def _event(line: bytes) -> dict[str, object] | None:
-    try:
-        event = orjson.loads(line)
-    except orjson.JSONDecodeError:
-        return None
-    if not isinstance(event, dict) or not isinstance(event.get("t_ns"), int):
-        return None
-    return event if {"vm", "event"} <= event.keys() else None
-
-
-def _instant(event: Mapping[str, object]) -> list[Row]:
-    labels = {
-        "guest.boot_time": f"guest {event.get('stage')}",
-        "guest.ready": "READY",
-        "guest.pre_exec": "workload starts",
-        "guest.exit": f"workload exits with {event.get('code')}",
-        "vm.error": f"error: {event.get('what')}",
-    }
-    label = labels.get(str(event["event"]))
-    return [Row(label, int(str(event["t_ns"])))] if label else []
-
-
-def _phase_rows(phases: list[Mapping[str, object]]) -> list[Row]:
-    parents = {str(phase.get("name")): phase.get("parent") for phase in phases}
-    rows = []
-    for phase in phases:
-        start, duration = phase.get("start_ns"), phase.get("duration_ns")
-        if isinstance(start, int) and isinstance(duration, int):
-            rows.append(Row(str(phase.get("name")), start, duration, _depth(phase.get("parent"), parents)))
-    return rows
-
-
-def _depth(parent: object, parents: Mapping[str, object]) -> int:
-    depth = 0
-    while parent is not None and depth < len(parents):
-        parent, depth = parents.get(str(parent)), depth + 1
-    return depth
-
-
-def render(waterfall: Waterfall, width: int = BAR_WIDTH) -> str:
-    """The waterfall as lines of text: start, duration, bar, label."""
-    if not waterfall.rows:
-        return "no phases and no guest stages"
-    end = max(row.start_ns + (row.duration_ns or 0) for row in waterfall.rows) or 1
-    lines = [f"VM {waterfall.vm}: {end / _MILLISECOND:.1f} ms", f"{'start ms':>10} {'took ms':>10}"]
-    lines += [_line(row, end, width) for row in waterfall.rows]
-    return "\n".join(lines)
-
-
-def _line(row: Row, end: int, width: int) -> str:
-    start = min(width - 1, row.start_ns * width // end)
-    if row.duration_ns is None:
-        bar, took = "◆", ""
+def draw(chart: Chart, console: Console) -> None:
+    """Print ``chart`` on ``console``."""
+    title = Text(f"VM {chart.name}", style="bold")
+    title.append(f"  {printable(chart.recording.source)}: {chart.headline}", style="not bold")
+    console.print(title, soft_wrap=True)
+    if chart.rows:
+        console.print(_table(chart, console))
     else:
-        bar, took = "━" * max(1, row.duration_ns * width // end), f"{row.duration_ns / _MILLISECOND:.3f}"
-    place = (" " * max(0, start) + bar)[:width].ljust(width)
-    return f"{row.start_ns / _MILLISECOND:>10.3f} {took:>10} {place} {'  ' * row.depth}{row.label}"
+        console.print("no phases and no guest stages")
+    for note in chart.notes:
+        console.print(Text(f"note: {note}", style="dim"), soft_wrap=True)
+
+
+def _table(chart: Chart, console: Console) -> Table:
+    glyphs = Glyphs() if console.encoding.lower().startswith("utf") else ASCII
+    labels, bar = _widths(chart, console)
+    table = Table(box=None, pad_edge=False, show_edge=False, header_style="dim", padding=(0, _GAP, 0, 0))
+    table.add_column("host", no_wrap=True, overflow="ellipsis" if glyphs != ASCII else "crop", width=labels)
+    for name in ("start", "took", "share") if bar else ("start", "took"):
+        table.add_column(name, justify="right", no_wrap=True)
+    if bar:
+        table.add_column(_scale(chart, bar), no_wrap=True, width=bar)
+    for title, rows in (("", chart.host), ("guest, up to each stage", chart.guest), ("events", chart.instants)):
+        if title and rows:
+            table.add_row(Text(title, style="dim"))
+        for row in rows:
+            cells = list(_cells(chart, row, bar, glyphs))
+            table.add_row(*(cells if bar else cells[:3]))
+    return table
+
+
+def _widths(chart: Chart, console: Console) -> tuple[int, int]:
+    """Cells of labels and of bars; 0 for bars where a terminal has no room for them."""
+    widest = max(_LEAST_BAR, *(len(_label(row)) for row in chart.rows))
+    if not console.is_terminal:
+        return widest, BAR_WIDTH
+    figures = [[cell.cell_len for cell in _cells(chart, row, 0, ASCII)][1:4] for row in chart.rows]
+    start, took, share = (max(5, *column) + _GAP for column in zip(*figures, strict=True))
+    room = console.width - start - took - share - _GAP
+    labels = min(widest, max(_LEAST_LABEL, room // 2))
+    if room - labels >= _LEAST_BAR:
+        return labels, room - labels
+    return min(widest, max(_LEAST_LABEL // 2, console.width - start - took)), 0
+
+
+def _scale(chart: Chart, width: int) -> Text:
+    first, last = duration_text(chart.start_ns), duration_text(chart.end_ns)
+    return Text(first + last.rjust(width - len(first)), style="dim")
+
+
+def _label(row: Row) -> str:
+    return "  " * (row.depth + (row.kind not in ("phase", "residual"))) + row.label + " (failed)" * row.failed
+
+
+def _cells(chart: Chart, row: Row, width: int, glyphs: Glyphs) -> Iterator[Text]:
+    style = "red" if row.failed else _STYLES[row.kind]
+    dim = style if row.kind == "residual" else ""
+    yield Text(_label(row), style="red" if row.failed or row.kind == "error" else dim)
+    yield Text(duration_text(row.start_ns), style=dim)
+    yield Text("" if row.duration_ns is None else duration_text(row.duration_ns), style=dim)
+    yield Text("" if row.duration_ns is None else share_text(row.duration_ns, chart.total_ns), style=dim)
+    yield Text(_bar(chart, row, width, glyphs), style=style)
+
+
+def _bar(chart: Chart, row: Row, width: int, glyphs: Glyphs) -> str:
+    if row.duration_ns is None:
+        beyond = row.start_ns > chart.end_ns
+        return " " * _cell(chart, row.start_ns, width) + (glyphs.beyond if beyond else glyphs.instant)
+    cells = [" "] * width
+    for start_ns, end_ns in row.gaps or ((row.start_ns, row.end_ns),):
+        first, last = _cell(chart, start_ns, width), _cell(chart, end_ns, width)
+        glyph = glyphs.bar
+        if row.kind == "residual":
+            glyph = glyphs.gap
+        elif chart.place(end_ns) - chart.place(start_ns) < 1 / max(1, width):
+            glyph, last = glyphs.thin, first
+        cells[first : last + 1] = [glyph] * (last + 1 - first)
+    return "".join(cells).rstrip()
+
+
+def _cell(chart: Chart, t_ns: int, width: int) -> int:
+    return max(0, min(width - 1, int(chart.place(t_ns) * width)))

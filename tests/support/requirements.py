@@ -129,6 +129,12 @@ def _musl_gcc() -> Problem:
     return problem
 
 
+def _chromium() -> Problem:
+    from tests.support.browser import find_chromium
+
+    return None if find_chromium() else "no chromium on PATH"
+
+
 def _root() -> Problem:
     return None if os.geteuid() == 0 else "run as root"
 
@@ -167,6 +173,7 @@ CHECKS: dict[str, Callable[[], Problem]] = {
     "musl-gcc": _musl_gcc,
     "iasl": _programs("iasl"),
     "cpio": _programs("cpio"),
+    "chromium": _chromium,
     "root": _root,
     "unprivileged": _unprivileged,
     "mount-namespaces": _mount_namespaces,

@@ -1,0 +1,203 @@
+"""A recording laid out on one axis: rows of host phases, residuals, guest stages and instants. All drawings use these.
+
+The axis is the boot: its ``total`` phase, in older files everything between the first phase's start and the last one's
+end. What happened later keeps its time and is drawn at the edge, so that a long workload does not crush a short boot.
+A guest stage cannot have come after its line: the host's clock bounds what the guest says of itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import attrs
+
+from asyncvmm.timing.nesting import Node, nest, walk
+from asyncvmm.timing.recording import TOTAL, RecordedInstant, RecordedStage, Recording
+from asyncvmm.timing.text import duration_text, printable
+
+MAX_ROWS = 1000
+"""Rows of a VM that are drawn."""
+
+RESIDUAL = "residual"
+GUEST = "guest"
+
+RowKind = Literal["phase", "residual", "stage", "ready", "mark", "error", "lost"]
+
+
+@attrs.frozen
+class Row:
+    """One line of a drawing. ``duration_ns`` is None for an instant; ``label`` is harmless to show.
+
+    ``path`` names it across boots; ``leaf`` says whether nothing lies in it. ``gaps`` are a residual's stretches.
+    """
+
+    label: str
+    kind: RowKind
+    start_ns: int
+    duration_ns: int | None = None
+    depth: int = 0
+    path: tuple[str, ...] = ()
+    attempt: int = 0
+    failed: bool = False
+    leaf: bool = True
+    gaps: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def end_ns(self) -> int:
+        """When it ended; an instant's own time."""
+        return self.start_ns + (self.duration_ns or 0)
+
+
+@attrs.frozen
+class Chart:
+    """One VM's rows on the axis from ``start_ns`` to ``end_ns``; ``total_ns`` is what shares are of.
+
+    ``notes`` say what a reader must know about the figures, one sentence each.
+    """
+
+    recording: Recording
+    start_ns: int
+    end_ns: int
+    total_ns: int
+    host: tuple[Row, ...]
+    guest: tuple[Row, ...]
+    instants: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The VM's name, harmless to show."""
+        return printable(self.recording.vm)
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """All rows: host, guest, instants."""
+        return self.host + self.guest + self.instants
+
+    @property
+    def span_ns(self) -> int:
+        """Length of the axis, at least 1."""
+        return max(1, self.end_ns - self.start_ns)
+
+    def place(self, t_ns: int) -> float:
+        """Where ``t_ns`` lies on the axis, from 0 to 1."""
+        return min(1.0, max(0.0, (t_ns - self.start_ns) / self.span_ns))
+
+    @property
+    def headline(self) -> str:
+        """What became of the boot, in a few words."""
+        recording = self.recording
+        accel = f" on {printable(recording.accel)}" if recording.accel else ""
+        ready = recording.ready_ns
+        if ready is not None:
+            return f"total {duration_text(self.total_ns)}{accel}, READY at {duration_text(ready)}"
+        return f"{'failed after' if recording.failed else 'no READY in'} {duration_text(self.total_ns)}{accel}"
+
+
+def lay_out(recording: Recording) -> Chart:
+    """The chart of ``recording``."""
+    tops, missing = nest(recording.phases)
+    start_ns, end_ns, total_ns = _axis(recording)
+    host = list(_host_rows(tops, recording.attempts > 1))
+    guest = _guest_rows(recording, end_ns)
+    instants = [_instant(instant) for instant in recording.instants]
+    notes = [*_notes(recording, missing)]
+    if (more := len(host) - MAX_ROWS) > 0:
+        notes.append(f"{more} more phases are not drawn")
+    if (more := len(instants) - MAX_ROWS) > 0:
+        notes.append(f"{more} more instants are not drawn")
+    drawn = tuple(host[:MAX_ROWS]), tuple(guest), tuple(instants[:MAX_ROWS])
+    return Chart(recording, start_ns, end_ns, total_ns, *drawn, tuple(notes))
+
+
+def _axis(recording: Recording) -> tuple[int, int, int]:
+    phases = recording.phases
+    spans = [phase for phase in phases if phase.name == TOTAL and phase.parent is None] or list(phases)
+    if spans:
+        start_ns, end_ns = min(phase.start_ns for phase in spans), max(phase.end_ns for phase in spans)
+        return start_ns, end_ns, end_ns - start_ns
+    times = [instant.t_ns for instant in recording.instants]
+    times += [stage.arrived_ns for stage in recording.stages if stage.arrived_ns is not None]
+    end_ns = max(times, default=0)
+    return 0, end_ns, end_ns
+
+
+def _host_rows(tops: Sequence[Node], attempts: bool) -> Iterator[Row]:
+    waiting: list[Node] = []
+    for node in walk(tops):
+        while waiting and node.depth <= waiting[-1].depth:
+            yield from _residual(waiting.pop())
+        yield _phase(node, attempts)
+        waiting.append(node)
+    while waiting:
+        yield from _residual(waiting.pop())
+
+
+def _phase(node: Node, attempts: bool) -> Row:
+    phase = node.phase
+    label = printable(phase.name) + (f" (attempt {phase.attempt})" if attempts and phase.name != TOTAL else "")
+    return Row(
+        label,
+        "phase",
+        phase.start_ns,
+        phase.duration_ns,
+        node.depth,
+        node.path,
+        phase.attempt,
+        phase.failed,
+        not node.children,
+    )
+
+
+def _residual(node: Node) -> Iterator[Row]:
+    residual_ns = node.residual_ns
+    if residual_ns > 0 and node.children:
+        gaps, path, phase = node.gaps(), (*node.path, RESIDUAL), node.phase
+        start_ns = gaps[0][0] if gaps else phase.start_ns
+        label = f"residual of {printable(phase.name)}"
+        yield Row(label, "residual", start_ns, residual_ns, node.depth + 1, path, phase.attempt, gaps=gaps[:MAX_ROWS])
+
+
+def _guest_rows(recording: Recording, end_ns: int) -> list[Row]:
+    rows, before_ns = [], 0
+    for stage in recording.stages:
+        reached = _reached(recording, stage, end_ns)
+        took_ns, before_ns = stage.guest_ns - before_ns, stage.guest_ns
+        if reached is not None:
+            start_ns = max(0, reached - took_ns)
+            rows.append(Row(printable(stage.name), "stage", start_ns, took_ns, 0, (GUEST, stage.name)))
+    return rows
+
+
+def _reached(recording: Recording, stage: RecordedStage, end_ns: int) -> int | None:
+    if recording.clock is None:
+        return stage.arrived_ns
+    latest = end_ns if stage.arrived_ns is None else stage.arrived_ns
+    return min(latest, max(0, stage.guest_ns + recording.clock.offset_ns))
+
+
+def _instant(instant: RecordedInstant) -> Row:
+    return Row(printable(instant.label), instant.kind, instant.t_ns)
+
+
+def _notes(recording: Recording, missing: Sequence[str]) -> Iterator[str]:
+    if recording.stages:
+        yield _clock_note(recording)
+    if recording.phases and not any(phase.name == TOTAL for phase in recording.phases):
+        yield "no total phase in the file: total is from the first phase's start to the last one's end"
+    if missing:
+        names = ", ".join(printable(name, 40) for name in missing[:5])
+        yield f"parents that are not in the file: {names}{', …' if len(missing) > 5 else ''}"
+    if recording.lost_lines:
+        yield f"{recording.lost_lines} lines were lost on the way to the file: figures may be missing"
+    if recording.attempts > 1:
+        yield f"{min(recording.attempts, 1 + len(recording.phases))} boot attempts"
+
+
+def _clock_note(recording: Recording) -> str:
+    clock = recording.clock
+    if clock is None:
+        return "guest stages stand where their lines arrived: the file has no guest clock"
+    source = "by its TSC" if clock.source == "tsc" else f"({printable(clock.source, 20)})"
+    return f"guest clock tied to the host's {source}, off by at most {duration_text(clock.error_ns)}"

@@ -1,0 +1,104 @@
+"""What JSON lines of asyncvmm record of VMs' boots, as plain records: one ``Recording`` for each VM.
+
+Times are nanoseconds since the VM's start, as ``t_ns`` is, except where a name says that it is the guest's clock.
+Names are those of the events and of the design's timings; the text in them is the file's own, not made harmless.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import attrs
+
+TOTAL = "total"
+"""The phase that holds all others of a boot."""
+
+InstantKind = Literal["ready", "mark", "error", "lost"]
+
+
+@attrs.frozen
+class RecordedPhase:
+    """A phase of host work. ``parent`` is the enclosing phase's name; ``residual_ns`` is None if the file has none.
+
+    ``line`` is the number of its line in the file, from 1.
+    """
+
+    name: str
+    start_ns: int
+    duration_ns: int
+    parent: str | None = None
+    failed: bool = False
+    attempt: int = 0
+    residual_ns: int | None = None
+    line: int = 0
+
+    @property
+    def end_ns(self) -> int:
+        """When it ended."""
+        return self.start_ns + self.duration_ns
+
+
+@attrs.frozen
+class RecordedStage:
+    """PID 1 reached ``name`` at ``guest_ns`` of its clock; the host had its line at ``arrived_ns``, None: not seen."""
+
+    name: str
+    guest_ns: int
+    arrived_ns: int | None = None
+
+
+@attrs.frozen
+class RecordedInstant:
+    """Something that happened at ``t_ns``."""
+
+    label: str
+    t_ns: int
+    kind: InstantKind = "mark"
+
+
+@attrs.frozen
+class RecordedClock:
+    """The guest's clock on the host's axis: t_ns = guest_ns + ``offset_ns``, off by at most ``error_ns``.
+
+    ``source`` says how that is known: ``paired`` or ``tsc``.
+    """
+
+    offset_ns: int
+    error_ns: int
+    source: str
+
+
+@attrs.frozen
+class Recording:
+    """One VM of one file. ``source`` is the file as it was named; the rest is what its lines said."""
+
+    source: str
+    vm: str
+    phases: tuple[RecordedPhase, ...] = ()
+    stages: tuple[RecordedStage, ...] = ()
+    instants: tuple[RecordedInstant, ...] = ()
+    clock: RecordedClock | None = None
+    accel: str | None = None
+    state: str | None = None
+    lost_lines: int = 0
+    timing: Mapping[str, int] = attrs.field(factory=dict)
+    profile: Mapping[str, int] = attrs.field(factory=dict)
+    exits: Mapping[str, int] = attrs.field(factory=dict)
+
+    @property
+    def ready_ns(self) -> int | None:
+        """When the guest said READY; None if it did not."""
+        return next((instant.t_ns for instant in self.instants if instant.kind == "ready"), None)
+
+    @property
+    def attempts(self) -> int:
+        """How many boot attempts its phases are of; 1 if there are none."""
+        return max((phase.attempt for phase in self.phases), default=0) + 1
+
+    @property
+    def failed(self) -> bool:
+        """Whether it records a boot that did not succeed: an error or a failed phase, and no READY."""
+        if self.ready_ns is not None:
+            return False
+        return any(instant.kind == "error" for instant in self.instants) or any(phase.failed for phase in self.phases)

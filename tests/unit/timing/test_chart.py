@@ -1,0 +1,110 @@
+"""A recording is laid out on the boot's axis: rows in order, residuals and guest stages where they belong."""
+
+from __future__ import annotations
+
+import attrs
+import pytest
+
+from asyncvmm.timing.chart import MAX_ROWS, Chart, lay_out
+from asyncvmm.timing.reading import read_recordings
+from asyncvmm.timing.recording import RecordedClock, RecordedInstant, RecordedPhase, RecordedStage, Recording
+from tests.support.recordings import MS, boot, line, phase
+
+
+def chart(lines: list[bytes]) -> Chart:
+    (recording,) = read_recordings(lines, "f").recordings
+    return lay_out(recording)
+
+
+def test_phases_stand_as_a_tree_with_what_is_left_over_after_them() -> None:
+    rows = chart(boot()).host
+    assert [("  " * row.depth + row.label, row.start_ns, row.duration_ns) for row in rows] == [
+        ("total", MS, 99 * MS),
+        ("  accel", MS, 9 * MS),
+        ("  setup", 10 * MS, 5 * MS),
+        ("  boot", 15 * MS, 82 * MS),
+        ("    qemu_fork", 15 * MS, 400_000),
+        ("    boot_wait", 16 * MS, 80 * MS),
+        ("    residual of boot", 15_400_000, 1_600_000),
+        ("  residual of total", 97 * MS, 3 * MS),
+    ]
+
+
+def test_guest_stages_are_spans_on_the_hosts_axis_by_the_guests_clock() -> None:
+    rows = chart(boot()).guest
+    assert [(row.label, row.start_ns, row.duration_ns) for row in rows[:3]] == [
+        ("init_entry", 20 * MS, 60 * MS),
+        ("mounts_done", 80 * MS, 2 * MS),
+        ("uart_access_done", 82 * MS, 2 * MS),
+    ]
+    assert chart(boot()).notes == ("guest clock tied to the host's (paired), off by at most 500 us",)
+
+
+def test_without_a_guest_clock_stages_stand_where_their_lines_came_and_that_is_said() -> None:
+    drawn = chart(boot(clock=False))
+    assert {row.end_ns for row in drawn.guest} == {96 * MS}
+    assert [row.duration_ns for row in drawn.guest[:2]] == [60 * MS, 2 * MS]
+    assert drawn.notes == ("guest stages stand where their lines arrived: the file has no guest clock",)
+
+
+def test_a_guest_cannot_put_a_stage_after_its_line_nor_stretch_the_axis() -> None:
+    clock = RecordedClock(0, 0, "paired")
+    stages = (RecordedStage("a", 5), RecordedStage("ready", (1 << 64) - 1, 9))
+    drawn = lay_out(Recording("f", "v", (RecordedPhase("total", 0, 10),), stages, clock=clock))
+    assert [row.end_ns for row in drawn.guest] == [5, (1 << 64) - 6]
+    assert drawn.guest[1].start_ns == 0
+    assert drawn.end_ns == 10
+
+
+def test_the_axis_is_the_total_and_what_comes_later_is_at_its_edge() -> None:
+    drawn = chart([*boot(), line("guest.exit", 60_000 * MS, code=0)])
+    assert (drawn.start_ns, drawn.end_ns, drawn.total_ns) == (MS, 100 * MS, 99 * MS)
+    assert drawn.instants[-1].start_ns == 60_000 * MS
+    assert drawn.place(60_000 * MS) == 1.0
+
+
+def test_without_a_total_it_is_from_the_first_start_to_the_last_end_and_that_is_said() -> None:
+    drawn = chart(boot(total=False))
+    assert (drawn.start_ns, drawn.end_ns) == (MS, 97 * MS)
+    assert any("no total phase" in note for note in drawn.notes)
+
+
+@pytest.mark.parametrize("lines", [[line("guest.ready", 5)], [line("guest.boot_time", 5, stage="a", guest_ns=1)]])
+def test_without_phases_the_axis_is_what_there_is(lines: list[bytes]) -> None:
+    drawn = chart(lines)
+    assert (drawn.start_ns, drawn.end_ns, len(drawn.rows)) == (0, 5, 1)
+
+
+def test_a_vm_of_which_nothing_can_be_drawn_is_an_empty_chart() -> None:
+    drawn = chart([line("guest.heartbeat", 1, counter=1)])
+    assert (drawn.rows, drawn.total_ns, drawn.span_ns) == ((), 0, 1)
+    assert drawn.headline == "no READY in 0 ns"
+
+
+def test_each_attempt_is_told_apart() -> None:
+    drawn = chart([phase("boot", 1, 2, failed=True), phase("boot", 5, 2, attempt=1), phase("total", 0, 9)])
+    assert [(row.label, row.failed) for row in drawn.host[1:]] == [
+        ("boot (attempt 0)", True),
+        ("boot (attempt 1)", False),
+    ]
+    assert "2 boot attempts" in drawn.notes
+
+
+def test_the_headline_says_what_became_of_the_boot() -> None:
+    assert chart(boot()).headline == "total 99.0 ms on qemu, READY at 96.0 ms"
+    failed = [phase("total", 0, 3 * MS, failed=True), line("vm.error", 1, what="no")]
+    assert chart(failed).headline == "failed after 3.00 ms"
+
+
+def test_lost_lines_and_missing_parents_are_said() -> None:
+    notes = chart([phase("a", 1, 1, "gone\n"), line("log.lost", 1, lines=2)]).notes
+    assert "parents that are not in the file: gone\\x0a" in notes
+    assert "2 lines were lost on the way to the file: figures may be missing" in notes
+
+
+def test_rows_without_end_are_cut_and_counted() -> None:
+    phases = tuple(RecordedPhase("p", n, 1) for n in range(MAX_ROWS + 5))
+    instants = tuple(RecordedInstant("i", n) for n in range(MAX_ROWS + 6))
+    drawn = lay_out(attrs.evolve(Recording("f", "v"), phases=phases, instants=instants))
+    assert (len(drawn.host), len(drawn.instants)) == (MAX_ROWS, MAX_ROWS)
+    assert drawn.notes[-2:] == ("5 more phases are not drawn", "6 more instants are not drawn")
