@@ -112,10 +112,9 @@ class KvmMachine:
         self._writing = {"console": anyio.Lock(), "control": anyio.Lock()}
         self._mailbox: Mailbox[_Notice] = Mailbox(lambda: self._loop.call_soon_threadsafe(self._drain))
         try:
+            self._open_posted()
             await anyio.to_thread.run_sync(self._build)
-            if self._state != "new":
-                raise StateError("start", expected="a machine that nobody stops meanwhile", state=self._state)
-            self._run()
+            self._started()
         except BaseException:
             await self.stop()
             raise
@@ -170,8 +169,8 @@ class KvmMachine:
     async def _free(self) -> None:
         """A task of its own: every stop waits for it, and a cancelled one does not end it half-way."""
         vm = await anyio.to_thread.run_sync(self._end_threads)
+        self._close_posted()
         if vm is not None:
-            self._close_fastpath()
             self._drain()
             self._pacer.put(self._take_output())
             await self._pacer.finish()
@@ -241,6 +240,18 @@ class KvmMachine:
         with self._building:
             if self._state == "new":
                 load(self._plan, self._timeline, self._adopt)
+            if self._state == "new" and self._vm is not None:
+                self._run(self._vm)
+
+    def _run(self, vm: KvmVm) -> None:
+        """Let the guest run: here, so that it need not wait for the loop, nor the loop for its threads to start."""
+        library = load_library()
+        if library is not None:
+            self._fastpath = Fastpath(library, self._posted_fd)
+        self._board = Board(self._outlets(vm), self._fastpath)
+        self._guest_tsc = GuestTsc.of([vcpu.fd for vcpu in vm.vcpus])
+        for vcpu in vm.vcpus:
+            vcpu.start(f"{self._plan.name}-vcpu{vcpu.index}", self._board.bus, self._halt, self._fastpath)
 
     def _end_threads(self) -> KvmVm | None:
         """End what is being built or runs. Whoever awaited the building may have been cancelled, its thread was not."""
@@ -257,25 +268,18 @@ class KvmMachine:
 
     # -- on the loop -----------------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
-        assert self._vm is not None
-        vm = self._vm
-        self._open_fastpath()
-        self._board = Board(self._outlets(vm), self._fastpath)
-        self._guest_tsc = GuestTsc.of([vcpu.fd for vcpu in vm.vcpus])
-        for vcpu in vm.vcpus:
-            vcpu.start(f"{self._plan.name}-vcpu{vcpu.index}", self._board.bus, self._halt, self._fastpath)
-        self._state = "running"
+    def _started(self) -> None:
+        """The guest runs, and may have ended already."""
+        if self._state == "closed":
+            raise StateError("start", expected="a machine that nobody stops meanwhile", state=self._state)
+        if self._state == "new":
+            self._state = "running"
 
-    def _open_fastpath(self) -> None:
-        library = load_library()
-        if library is None:
-            return
+    def _open_posted(self) -> None:
         self._posted_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._fastpath = Fastpath(library, self._posted_fd)
         self._loop.add_reader(self._posted_fd, self._on_posted)
 
-    def _close_fastpath(self) -> None:
+    def _close_posted(self) -> None:
         if self._posted_fd >= 0:
             self._loop.remove_reader(self._posted_fd)
             os.close(self._posted_fd)
@@ -376,7 +380,7 @@ class KvmMachine:
         return self._board.console if port == "console" else self._board.control
 
     def _running_vm(self) -> KvmVm:
-        if self._vm is None or self._board is None or self._state == "closed":
+        if self._vm is None or self._board is None or self._state in ("new", "closed"):
             raise StateError("machine", expected="a started machine", state=self._state)
         return self._vm
 
