@@ -50,7 +50,7 @@ def host_instant(guest_tsc: int, offset: TscOffset, first: ClockSample, last: Cl
     span_tsc, span_ns = end - begin, last.ns - first.ns
     tsc = (low + high) // 2
     instant_ns = first.ns + (tsc - begin) * span_ns // span_tsc
-    wrong_tsc = max(first.tsc_end - first.tsc, last.tsc_end - last.tsc) + high - low
+    wrong_tsc = max(0, first.tsc_end - first.tsc, last.tsc_end - last.tsc) + high - low
     slew_ns = max(0, min(tsc - begin, end - tsc)) * span_ns // span_tsc * SLEW_PPM // 1_000_000
     return instant_ns, (wrong_tsc // 2 + 1) * span_ns // span_tsc + slew_ns + 2
 

@@ -69,6 +69,7 @@ def test_outside_of_the_samples_nothing_is_said(tsc: int) -> None:
 
 @given(u64, u64, st.tuples(u64, u64, u64), st.tuples(u64, u64, u64))
 @example(5, 0, (5, 5, 5), (5, 5, 5))
+@example(8, 0, (8, 1, 0), (20, 9, 12))
 def test_no_values_raise(tsc: int, offset: int, first: tuple[int, int, int], last: tuple[int, int, int]) -> None:
     found = host_instant(tsc, TscOffset.of(offset), ClockSample(*first), ClockSample(*last))
     assert found is None or found[1] >= 0
