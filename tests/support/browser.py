@@ -10,6 +10,7 @@ import base64
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,13 @@ _FLAGS = (
     "--remote-debugging-pipe",
 )
 
+# The descriptors come in ascending order, so that the first move cannot overwrite the second.
+_LAUNCHER = """import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.dup2(int(sys.argv[2]), 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+
 
 def find_chromium() -> str | None:
     """The program, None if there is none."""
@@ -41,7 +49,7 @@ def find_chromium() -> str | None:
 class Tab:
     """One page in the browser; ``complaints`` is what its console and log said, ``requests`` the addresses it asked."""
 
-    _browser: _Pipe
+    _browser: Pipe
     _session: str
     complaints: list[str] = attrs.field(factory=list)
     requests: list[str] = attrs.field(factory=list)
@@ -103,7 +111,9 @@ class Tab:
 KEYS = {"Tab": 9, "Enter": 13, "Escape": 27}
 
 
-class _Pipe:
+class Pipe:
+    """The two pipes to a browser, and the messages that go through them."""
+
     def __init__(self, to_browser: int, from_browser: int) -> None:
         self._to = to_browser
         self._from = from_browser
@@ -111,6 +121,7 @@ class _Pipe:
         self._calls = 0
 
     def call(self, method: str, parameters: object, session: str | None, take: Any) -> dict[str, Any]:
+        """The answer of a method; ``take`` is given every message that comes before it."""
         self._calls += 1
         number = self._calls
         message = {"id": number, "method": method, "params": parameters}
@@ -121,6 +132,7 @@ class _Pipe:
         return result
 
     def read_until(self, wanted: Any, take: Any) -> dict[str, Any]:
+        """The first message that is ``wanted``."""
         while True:
             text, found, rest = self._rest.partition(b"\0")
             if not found:
@@ -136,16 +148,15 @@ class _Pipe:
 
 
 @contextmanager
-def browser(profile: Path) -> Iterator[_Pipe]:
+def browser(profile: Path) -> Iterator[Pipe]:
     """A browser with a profile of its own, ended at the end."""
     program = find_chromium()
     assert program is not None
     its_input, to_browser = os.pipe()
     from_browser, its_output = os.pipe()
-    command = ["sh", "-c", 'exec "$@" 3<&"$IN" 4>&"$OUT" 2>/dev/null', "sh", program, *_FLAGS]
+    launch = [sys.executable, "-c", _LAUNCHER, str(its_input), str(its_output)]
     process = subprocess.Popen(
-        [*command, f"--user-data-dir={profile}", "about:blank"],
-        env={**os.environ, "IN": str(its_input), "OUT": str(its_output)},
+        [*launch, program, *_FLAGS, f"--user-data-dir={profile}", "about:blank"],
         pass_fds=(its_input, its_output),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -154,7 +165,7 @@ def browser(profile: Path) -> Iterator[_Pipe]:
     os.close(its_input)
     os.close(its_output)
     try:
-        yield _Pipe(to_browser, from_browser)
+        yield Pipe(to_browser, from_browser)
     finally:
         os.close(to_browser)
         os.close(from_browser)
@@ -162,7 +173,7 @@ def browser(profile: Path) -> Iterator[_Pipe]:
         process.wait(PATIENCE_S)
 
 
-def new_tab(pipe: _Pipe) -> Tab:
+def new_tab(pipe: Pipe) -> Tab:
     """An empty page in the browser."""
     target = pipe.call("Target.createTarget", {"url": "about:blank"}, None, _pass)["targetId"]
     session = pipe.call("Target.attachToTarget", {"targetId": target, "flatten": True}, None, _pass)["sessionId"]
