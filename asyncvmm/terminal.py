@@ -10,6 +10,7 @@ import io
 import os
 from contextlib import suppress
 from typing import TYPE_CHECKING, TextIO
+from unicodedata import category
 
 from rich.console import Console
 from rich.text import Text
@@ -100,8 +101,11 @@ def status_line(stream: TextIO | None) -> StatusLine | None:
 
 
 def printable(text: str, most: int = 200) -> str:
-    """The beginning of ``text``, with a space for all that could move a terminal's cursor or turn its text round."""
-    return "".join(char if char.isprintable() else " " for char in text[:most])
+    """The beginning of ``text``, with a space for all that could move a cursor, turn text round or lean on a neighbour.
+
+    What is left are characters with a column or two of their own.
+    """
+    return "".join(char if char.isprintable() and category(char)[0] != "M" else " " for char in text[:most])
 
 
 def _in_foreground(fd: int) -> bool:

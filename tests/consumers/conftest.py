@@ -14,6 +14,7 @@ import pytest
 from asyncvmm import VM, BootError, VMConfig
 from asyncvmm.timing.boot_profile import BootProfile
 from asyncvmm.timing.profiles import CreateVmProfile
+from tests.kvm.conftest import build, guest_path
 from tests.support.requirements import require
 
 PATIENCE_S = 120
@@ -69,4 +70,26 @@ def boots(tmp_path_factory: pytest.TempPathFactory) -> Boots:
     require("image")
     boots = Boots(tmp_path_factory.mktemp("consumers") / "boots.jsonl")
     anyio.run(_boot_all, boots)
+    return boots
+
+
+@pytest.fixture(scope="session")
+def kvm_boot(tmp_path_factory: pytest.TempPathFactory) -> Boots:
+    """A boot on KVM of a guest of our own, whose every step is ours."""
+    require("kvm")
+    guest = guest_path("foreign")
+    if not guest.exists():
+        require("gcc")
+        build("foreign", guest)
+    boots = Boots(tmp_path_factory.mktemp("consumers") / "kvm.jsonl")
+    initrd = boots.path.with_name("initrd")
+    initrd.write_bytes(bytes(1 << 20))
+
+    async def boot() -> None:
+        async with VM(VMConfig(kernel=guest, initrd=initrd, cmdline="BRE", memory_mib=8, accel="kvm")) as vm:
+            vm.stream_to(boots.path)
+            await vm.boot()
+            boots.boot[vm.name], boots.create_vm[vm.name] = vm.boot_profile, vm.create_vm_profile
+
+    anyio.run(boot)
     return boots

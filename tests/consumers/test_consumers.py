@@ -127,6 +127,33 @@ def test_all_consumers_agree(boots: Boots) -> None:
         assert other == first
 
 
+# -- on KVM, where every step is ours ----------------------------------------------------------------------------------
+
+STEPS = {
+    "memory_alloc": ("memory_alloc_duration", "guest_memory_mmap"),
+    "memory_register": ("memory_register_duration", "kvm_set_user_memory_region"),
+    "kernel_load": ("kernel_load_duration", "kernel_elf_load"),
+    "rootfs_load": ("rootfs_load_duration", "rootfs_write"),
+    "vcpu_create": ("vcpu_create_duration", "vcpu_creation"),
+    "vcpu_config": ("vcpu_config_duration", None),
+    "cpuid_config": (None, "cpuid_config"),
+    "register_config": (None, "vcpu_register_config"),
+    "boot_wait": (None, "boot_wait"),
+}
+"""Phases, and what BootProfile and CreateVmProfile call them."""
+
+
+def test_the_phases_of_a_boot_on_kvm_are_the_steps_of_its_profiles(consumer: Consumer, kvm_boot: Boots) -> None:
+    found = consumer(kvm_boot.path)
+    ((vm, boot),) = kvm_boot.boot.items()
+    for phase, (in_boot, in_create_vm) in STEPS.items():
+        assert in_boot is None or found.phases[vm, phase] == getattr(boot, in_boot)
+        assert in_create_vm is None or found.phases[vm, phase] == getattr(kvm_boot.create_vm[vm], in_create_vm)
+    assert of(found.profile, vm) == {step: boot.totals()[step] for step in ("boot_wait", "total", "host_misc")}
+    assert of(found.boot, vm)["total"] == boot.total
+    assert found.residuals == found.told_residuals
+
+
 # -- what numbers survive ----------------------------------------------------------------------------------------------
 
 

@@ -10,9 +10,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import anyio
 import orjson
 import pytest
 
+from asyncvmm import VM, VMConfig
+from asyncvmm.progress import Progress
+from asyncvmm.terminal import status_line
 from tests.support.screen import Terminal
 
 pytestmark = pytest.mark.requires("qemu", "image")
@@ -57,6 +61,19 @@ def test_a_boot_shows_its_steps_and_leaves_its_summary(terminal: Terminal) -> No
     assert any(" on qemu " in frame for frame in screen.frames)
     assert max(map(len, screen.frames)) < 100
     assert terminal.settings() == before
+
+
+@pytest.mark.anyio
+async def test_the_loop_goes_on_meanwhile(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test marked anyio fails if its loop stands still."""
+    monkeypatch.setenv("TERM", "xterm")
+    with os.fdopen(os.dup(terminal.slave), "w") as stream:
+        line = status_line(stream)
+    async with VM(VMConfig(accel="qemu", serial_lines=True)) as vm:
+        with Progress(vm.events, line):
+            await vm.boot()
+    screen = await anyio.to_thread.run_sync(terminal.screen)
+    assert SUMMARY.fullmatch(screen.lines[0])
 
 
 def test_json_lines_go_elsewhere_meanwhile(terminal: Terminal) -> None:

@@ -221,6 +221,10 @@ def test_nothing_of_a_guests_text_can_move_the_cursor(text: str) -> None:
     assert Screen.of(shown.encode()).lines == [shown]
 
 
-@pytest.mark.parametrize("text", ["\x1b[2J", "\x9b2J", "\x07", "\r\n", "\x00", "\u202eright to left", "\u2028"])
+@pytest.mark.parametrize(
+    "text", ["\x1b[2J", "\x9b2J", "\x07", "\r\n", "\x00", "\u202eright to left", "\u2028", "e\u0301", "\u2764\ufe0f"]
+)
 def test_what_a_terminal_would_obey_becomes_spaces(text: str) -> None:
-    assert not any(ord(char) < 32 or 127 <= ord(char) < 160 or char in "\u202e\u2028" for char in printable(text))
+    assert not any(
+        ord(char) < 32 or 127 <= ord(char) < 160 or char in "\u202e\u2028\u0301\ufe0f" for char in printable(text)
+    )
