@@ -64,7 +64,11 @@ class EventHub:
             else:
                 queue.put(event)
         for sink in self._sinks:
-            self._call(sink, event)
+            try:
+                sink(event)
+            except Exception:
+                _log.exception("an event sink failed and is detached: %r", sink)
+                self._detach(sink)
 
     def attach(self, sink: Sink) -> Callable[[], None]:
         """Have ``sink`` called with every event, on the loop; a sink that raises is logged and detached.
@@ -120,13 +124,6 @@ class EventHub:
             self.listener.set(event)
         elif isinstance(event, GuestExit):
             self.exit.set(event.code)
-
-    def _call(self, sink: Sink, event: Event) -> None:
-        try:
-            sink(event)
-        except Exception:
-            _log.exception("an event sink failed and is detached: %r", sink)
-            self._detach(sink)
 
     def _detach(self, sink: Sink) -> None:
         self._sinks = tuple(other for other in self._sinks if other is not sink)

@@ -29,13 +29,21 @@ from asyncvmm.timing.timeline import Phase
 from asyncvmm.timing.vm_timing import VmTiming
 
 if TYPE_CHECKING:
+    from attrs import frozen as _event
+
     from asyncvmm.timing.guest_clock import GuestClock
+else:
+
+    def _event(kind):
+        # Frozen for the type checker: to enforce it at run time would double what making an event costs.
+        return attrs.define(kind, unsafe_hash=True)
+
 
 VERSION = 1
 """The ``v`` of every line."""
 
 
-@attrs.frozen
+@_event
 class Event:
     """Something that happened, ``t_ns`` nanoseconds after its VM's start. ``event`` is the class's dotted name."""
 
@@ -51,13 +59,14 @@ class Event:
 
     def tell(self, record: dict[str, object]) -> None:
         """Add the details to ``record``."""
-        for name in _field_names(type(self)):
+        kind = type(self)
+        for name in _FIELDS.get(kind) or _field_names(kind):
             value = getattr(self, name)
             if value is not None:
                 record[name] = value
 
 
-@attrs.frozen
+@_event
 class VmState(Event):
     """The VM went into ``state``; ``previous`` is the one it left, None for the first.
 
@@ -71,7 +80,7 @@ class VmState(Event):
     exits: Mapping[str, int] | None = None
 
 
-@attrs.frozen
+@_event
 class AccelProbe(Event):
     """What was measured about the host's accelerators, and which was taken.
 
@@ -93,7 +102,7 @@ class AccelProbe(Event):
     qemu_version: str | None = None
 
 
-@attrs.frozen
+@_event
 class PhaseEnded(Event):
     """A phase of host work ended. ``start_ns`` counts from the VM's start, like ``t_ns``, which is the end.
 
@@ -126,7 +135,7 @@ class PhaseEnded(Event):
         )
 
 
-@attrs.frozen
+@_event
 class GuestBootTime(Event):
     """PID 1 reached ``stage`` when its CLOCK_MONOTONIC read ``guest_ns``."""
 
@@ -136,21 +145,21 @@ class GuestBootTime(Event):
     guest_ns: int
 
 
-@attrs.frozen
+@_event
 class GuestReady(Event):
     """The guest said READY."""
 
     event: ClassVar[str] = "guest.ready"
 
 
-@attrs.frozen
+@_event
 class GuestPreExec(Event):
     """The workload is forked, one step before its exec."""
 
     event: ClassVar[str] = "guest.pre_exec"
 
 
-@attrs.frozen
+@_event
 class GuestHeartbeat(Event):
     """PID 1 is alive; ``counter`` grows from 1."""
 
@@ -159,7 +168,7 @@ class GuestHeartbeat(Event):
     counter: int
 
 
-@attrs.frozen
+@_event
 class GuestListener(Event):
     """Something in the guest listens on ``port``."""
 
@@ -169,7 +178,7 @@ class GuestListener(Event):
     port: int
 
 
-@attrs.frozen
+@_event
 class GuestExit(Event):
     """The workload ended with exit status ``code``."""
 
@@ -178,7 +187,7 @@ class GuestExit(Event):
     code: int
 
 
-@attrs.frozen
+@_event
 class SerialLine(Event):
     """One line of a serial port. ``truncated``: the guest wrote more than the cap, or bytes of it were lost."""
 
@@ -194,7 +203,7 @@ class SerialLine(Event):
         return cls(t_ns, port, line.text.decode("utf-8", "replace"), line.truncated)
 
 
-@attrs.frozen
+@_event
 class VmTimingEvent(Event):
     """The VmTiming of the boot that just succeeded, its fields as they are there."""
 
@@ -216,7 +225,7 @@ class VmTimingEvent(Event):
         return cls(t_ns, **timing.to_dict())
 
 
-@attrs.frozen
+@_event
 class ProfileEvent(Event):
     """A profile is complete. In the line, its fields and derived totals stand beside the envelope, in ns."""
 
@@ -228,7 +237,7 @@ class ProfileEvent(Event):
         record.update(self.profile.to_dict())
 
 
-@attrs.frozen
+@_event
 class BootProfileEvent(ProfileEvent):
     """The BootProfile of the boot that just succeeded; marks count from the VM's start, like ``t_ns``.
 
@@ -247,7 +256,7 @@ class BootProfileEvent(ProfileEvent):
             record["guest_clock"] = attrs.asdict(self.guest_clock)
 
 
-@attrs.frozen
+@_event
 class CreateVmProfileEvent(ProfileEvent):
     """The CreateVmProfile of the boot that just succeeded."""
 
@@ -256,7 +265,7 @@ class CreateVmProfileEvent(ProfileEvent):
     profile: CreateVmProfile
 
 
-@attrs.frozen
+@_event
 class VcpuSetupProfileEvent(ProfileEvent):
     """The VcpuSetupProfile of the boot that just succeeded."""
 
@@ -265,7 +274,7 @@ class VcpuSetupProfileEvent(ProfileEvent):
     profile: VcpuSetupProfile
 
 
-@attrs.frozen
+@_event
 class RestoreProfileEvent(ProfileEvent):
     """The RestoreProfile of a restore."""
 
@@ -274,7 +283,7 @@ class RestoreProfileEvent(ProfileEvent):
     profile: RestoreProfile
 
 
-@attrs.frozen
+@_event
 class RuntimeRestoreProfileEvent(ProfileEvent):
     """The RuntimeRestoreProfile of a restore into a shell."""
 
@@ -283,7 +292,7 @@ class RuntimeRestoreProfileEvent(ProfileEvent):
     profile: RuntimeRestoreProfile
 
 
-@attrs.frozen
+@_event
 class VmError(Event):
     """An error, with its facts. ``kind`` is the error's class name, ``exits`` counts exits by reason."""
 
@@ -321,7 +330,7 @@ class VmError(Event):
         )
 
 
-@attrs.frozen
+@_event
 class LogLost(Event):
     """``lines`` events were dropped here because their reader did not keep up."""
 
@@ -406,9 +415,7 @@ _FIELDS: dict[type[Event], tuple[str, ...]] = {}
 
 
 def _field_names(kind: type[Event]) -> tuple[str, ...]:
-    names = _FIELDS.get(kind)
-    if names is None:
-        names = _FIELDS[kind] = tuple(field.name for field in attrs.fields(kind) if field.name != "t_ns")
+    names = _FIELDS[kind] = tuple(field.name for field in attrs.fields(kind) if field.name != "t_ns")
     return names
 
 
