@@ -26,6 +26,9 @@ FIGURES = {
     "loop_stall": ("stall", "longest stall of the loop during a boot"),
     "newline_to_coroutine": ("newline", "a guest's newline to the awaiting coroutine, on both loops"),
     "import_time": ("imports", "import asyncvmm, beside import asyncio"),
+    "event_cost": ("events", "one event that nobody hears, or that goes to a file; one phase"),
+    "event_stream": ("stream", "events a second into a file, beside plain orjson and write"),
+    "telemetry_cost": ("telemetry", "a boot with its events in a file, beside one that nobody listens to"),
     "linux_exits_to_ready": ("linux_exits", "userspace exits of a stock Linux until READY, in the lab (--lab)"),
 }
 """Name: the module that measures it, and what it is."""
