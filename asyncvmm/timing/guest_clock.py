@@ -79,10 +79,12 @@ class ClockPairing:
 
         False if that cannot be.
         """
-        possible = self._not_before_ns <= earliest_ns <= min(latest_ns, host_ns)
+        latest_ns = min(latest_ns, host_ns)
+        low_ns = max(earliest_ns - guest_ns, self._not_before_ns - _drift(guest_ns))
+        possible = self._not_before_ns <= earliest_ns <= latest_ns and low_ns <= latest_ns - guest_ns
         if not possible or not self.pair(guest_ns, host_ns):
             return False
-        self._tsc = _Bracket(guest_ns, earliest_ns - guest_ns, min(latest_ns, host_ns) - guest_ns)
+        self._tsc = _Bracket(guest_ns, low_ns, latest_ns - guest_ns)
         return True
 
     @property

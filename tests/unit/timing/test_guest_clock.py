@@ -148,6 +148,7 @@ def test_a_reading_that_cannot_be_is_ignored(earliest_ns: int, latest_ns: int, h
     )
 )
 @example([("pair", U64_MAX, 2 * U64_MAX), ("pair", 0, U64_MAX)])
+@example([("read_between", 10, START, START, START + 9)])
 def test_a_lying_guest_raises_nothing_and_moves_its_clock_within_its_life_only(calls: list[tuple[object, ...]]) -> None:
     pairing = ClockPairing(START)
     latest_ns = START
