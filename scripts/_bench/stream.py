@@ -18,7 +18,7 @@ from typing import Any
 import orjson
 
 from _bench.bench import Bench
-from _bench.events import BATCH, EPOCH_NS, PERIOD_NS, to_file
+from _bench.events import BATCH, EPOCH_NS, PERIOD_NS, TEXT, anew, to_file
 from _bench.figure import Figure, Target
 from _bench.turns import Turns
 from asyncvmm.events.types import timestamp
@@ -51,8 +51,11 @@ async def _take_turns(path: Path, rounds: int) -> tuple[Turns, Turns]:
     ready = [_dict_of(number) for number in range(BATCH)]
     made, given = Turns(), Turns()
     for number in range(rounds + 1):
-        ours = await to_file(path, PIECE)
-        floors = _floor(path, lambda first: map(_dict_of, range(first, first + BATCH))), _floor(path, lambda _: ready)
+        ours = await to_file(anew(path), PIECE)
+        floors = (
+            _floor(anew(path), lambda first: map(_dict_of, range(first, first + BATCH))),
+            _floor(anew(path), lambda _: ready),
+        )
         if number:
             for turns, floor in zip((made, given), floors, strict=True):
                 turns.ours.append(ours)
@@ -73,11 +76,11 @@ def _beside(floor: str, turns: Turns, target: Target | None) -> Figure:
 
 
 async def _sustained(path: Path, seconds: float) -> Figure:
-    """As fast as it goes, in pieces until the time is over; the file is emptied between them."""
+    """As fast as it goes, in pieces until the time is over; each into a new file."""
     begin = time.monotonic()
     rates = []
     while time.monotonic() - begin < seconds:
-        rates.append(1e9 / await to_file(path, PIECE))
+        rates.append(1e9 / await to_file(anew(path), PIECE))
     return Figure(
         name="event_stream",
         unit="1/s",
@@ -95,16 +98,17 @@ def _dict_of(number: int) -> dict[str, Any]:
         "ts": timestamp(EPOCH_NS + t_ns),
         "t_ns": t_ns,
         "vm": "a1b2",
-        "event": "guest.boot_time",
-        "stage": "mounts_done",
-        "guest_ns": 31_250_110,
+        "event": "serial.line",
+        "port": "console",
+        "text": TEXT,
+        "truncated": False,
     }
 
 
 def _floor(path: Path, batch: Batch) -> float:
     """Nanoseconds an event takes."""
     begin = time.perf_counter_ns()
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
     try:
         for first in range(0, PIECE, BATCH):
             data = bytearray()
