@@ -16,7 +16,7 @@ class Markup(str):
 def element(name: str, /, *children: str | None, **attributes: object) -> Markup:
     """The element ``name``. Children that are not Markup are escaped, None is left out.
 
-    Attributes: a trailing underscore is dropped, others are hyphens; True is the bare name, None and False leave it out.
+    Attributes: a trailing underscore is dropped, others are hyphens; True is the bare name, None and False leave it.
     """
     given = "".join(_attribute(key, value) for key, value in attributes.items())
     if name in _VOID:

@@ -18,6 +18,7 @@ TICKS = 5
 """Marks on an axis at most."""
 
 _LEGEND = 6
+_LEGEND_LABEL = 32
 
 Colours = Mapping[str, int]
 """The colour of each phase that has none in it, by name."""
@@ -71,7 +72,9 @@ def _tiles(chart: Chart) -> Markup:
         tiles.append(("READY after", us(duration_text(max(0, recording.ready_ns - chart.start_ns)))))
     longest = max((row for row in chart.host if row.leaf and row.kind == "phase"), key=_took, default=None)
     if longest is not None:
-        tiles.append(("longest phase", f"{longest.label} {share_text(_took(longest), chart.total_ns)}"))
+        tiles.append(
+            ("longest phase", f"{printable(longest.label, _LEGEND_LABEL)} {share_text(_took(longest), chart.total_ns)}")
+        )
     residual = sum(_took(row) for row in chart.host if row.kind == "residual")
     if residual:
         tiles.append((RESIDUAL, f"{us(duration_text(residual))} · {share_text(residual, chart.total_ns)}"))
@@ -99,7 +102,7 @@ def _strip(chart: Chart, colours: Colours) -> Markup | None:
         element(
             "li",
             element("span", class_=f"swatch {_colour(row, colours)}"),
-            f"{row.label} ",
+            f"{printable(row.label, _LEGEND_LABEL)} ",
             element("b", share_text(_took(row), whole)),
         )
         for row in biggest

@@ -14,10 +14,11 @@ import orjson
 from asyncvmm.timing.chart import Chart, Row
 from asyncvmm.timing.text import printable
 
-HOST, GUEST, OVERLAPPING = 1, 2, 3
-"""Thread numbers. Slices of a thread must nest; those that do not are on threads from OVERLAPPING on."""
+HOST, GUEST = 1, 2
+"""Thread numbers."""
 
-_MAX_LANES = 64
+HOST_MORE, GUEST_MORE = 1_000, 10_000
+"""Slices of a thread must nest. Those that do not are on threads of their own, numbered from here."""
 
 TraceEvent = dict[str, object]
 
@@ -35,7 +36,10 @@ def _process(pid: int, chart: Chart) -> Iterator[TraceEvent]:
     yield _metadata(pid, HOST, "process_sort_index", sort_index=pid)
     threads = {HOST: "host", GUEST: "guest"}
     slices = list(_slices(pid, chart))
-    threads |= {tid: "host, overlapping" for event in slices if (tid := int(str(event["tid"]))) >= OVERLAPPING}
+    used = {int(str(event["tid"])) for event in slices}
+    threads |= {
+        tid: f"{'guest' if tid >= GUEST_MORE else 'host'}, overlapping" for tid in sorted(used) if tid >= HOST_MORE
+    }
     for tid, name in threads.items():
         yield _metadata(pid, tid, "thread_name", name=name)
         yield _metadata(pid, tid, "thread_sort_index", sort_index=tid)
@@ -47,33 +51,31 @@ def _process(pid: int, chart: Chart) -> Iterator[TraceEvent]:
 
 def _slices(pid: int, chart: Chart) -> Iterator[TraceEvent]:
     residuals = {row.path[:-1]: row.duration_ns for row in chart.host if row.kind == "residual"}
-    for tid, row in _nesting(row for row in chart.host if row.kind == "phase"):
+    phases = (row for row in chart.host if row.kind == "phase")
+    for tid, row in _nesting(phases, HOST, HOST_MORE):
         args: TraceEvent = {"duration_ns": row.duration_ns, "attempt": row.attempt, "failed": row.failed}
         if row.path in residuals:
             args["residual_ns"] = residuals[row.path]
         yield {**_event(pid, tid, row), "ph": "X", "dur": _us(row.duration_ns or 0), "args": args}
-    for row in chart.guest:
-        yield from _stage(pid, chart, row)
-
-
-def _stage(pid: int, chart: Chart, row: Row) -> Iterator[TraceEvent]:
-    event = {**_event(pid, GUEST, row), "args": {"duration_ns": row.duration_ns}}
     if chart.recording.clock is not None:
-        yield {**event, "ph": "X", "dur": _us(row.duration_ns or 0)}
-    else:  # only when its line came is known
-        yield {**event, "ph": "i", "s": "t", "ts": _us(row.end_ns)}
+        for tid, row in _nesting(chart.guest, GUEST, GUEST_MORE):
+            event = {**_event(pid, tid, row), "ph": "X", "dur": _us(row.duration_ns or 0)}
+            yield {**event, "args": {"duration_ns": row.duration_ns}}
+    else:  # only when their lines came is known
+        for row in chart.guest:
+            event = {**_event(pid, GUEST, row), "ph": "i", "s": "t", "ts": _us(row.end_ns)}
+            yield {**event, "args": {"duration_ns": row.duration_ns}}
 
 
-def _nesting(rows: Iterable[Row]) -> Iterator[tuple[int, Row]]:
-    """Each row with the first thread on which it nests with what is there already."""
+def _nesting(rows: Iterable[Row], thread: int, more: int) -> Iterator[tuple[int, Row]]:
+    """Each row with the first thread on which it nests with what is there: ``thread``, else one from ``more`` on."""
     lanes: list[list[Row]] = [[]]
     for row in sorted(rows, key=lambda row: (row.start_ns, -row.end_ns, row.depth)):
         number = next((number for number, lane in enumerate(lanes) if _fits(row, lane)), len(lanes))
-        if number < _MAX_LANES:
-            if number == len(lanes):
-                lanes.append([])
-            lanes[number].append(row)
-            yield (HOST if number == 0 else OVERLAPPING + number - 1), row
+        if number == len(lanes):
+            lanes.append([])
+        lanes[number].append(row)
+        yield (thread if number == 0 else more + number - 1), row
 
 
 def _fits(row: Row, lane: list[Row]) -> bool:
