@@ -22,7 +22,8 @@ enum { COPY = -1, STORE = -2 }; /* in place of a system call's number */
 enum { NOTHING = 0xFFFF };
 
 struct step {
-    int call;
+    short call;
+    u16 timed;               /* whether the time is wanted when it is done: asking takes as long as a short call */
     u16 base[ARGUMENTS];     /* the slot whose value is added to the argument, or NOTHING */
     u64 argument[ARGUMENTS];
     s64 least;               /* a result below it is a failure and ends the chain */
@@ -30,7 +31,7 @@ struct step {
 
 struct slot {
     s64 value;
-    u64 end_ns; /* CLOCK_MONOTONIC when the step was done */
+    u64 end_ns; /* CLOCK_MONOTONIC when the step was done, of a timed step or one that failed */
 };
 
 static s64 syscall6(s64 number, const u64 *argument)
@@ -92,8 +93,10 @@ EXPORTED u32 chain_run(const struct step *steps, u32 count, struct slot *slots, 
     for (u32 i = 0; i < count; i++) {
         struct slot *slot = &slots[given + i];
         slot->value = make(&steps[i], slots, given + i);
-        slot->end_ns = monotonic_ns();
-        if (slot->value < steps[i].least)
+        int failed = slot->value < steps[i].least;
+        if (failed || steps[i].timed)
+            slot->end_ns = monotonic_ns();
+        if (failed)
             return i;
     }
     return count;

@@ -24,7 +24,7 @@ import os
 import struct
 import time
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
 from functools import cache
@@ -36,8 +36,9 @@ from asyncvmm.machine.kvm.fastpath.binding import load
 from asyncvmm.timing.timeline import Span
 
 ARGUMENTS = 6
-STEP = struct.Struct(f"<i{ARGUMENTS}H{ARGUMENTS}Qq")
-"""struct step of chain.c: the call, a base for each argument, the arguments, and the least good result."""
+STEP = struct.Struct(f"<hH{ARGUMENTS}H{ARGUMENTS}Qq")
+"""struct step of chain.c: the call, whether its time is wanted, a base for each argument, the arguments, and the least
+good result."""
 NOTHING = 0xFFFF
 COPY, STORE = -1, -2
 MOST_STEPS = NOTHING - 256
@@ -104,7 +105,8 @@ class Chain:
 
     def __init__(self, given: int = 0) -> None:
         self._first = 1 + given
-        self._steps: list[bytes] = []
+        self._steps: list[tuple[int, tuple[int, ...]]] = []
+        self._timed: set[int] = set()
         self._names: list[str] = []
         self._undo: list[tuple[int, int, tuple[Argument, ...]]] = []
         self._spans: list[_Span] = []
@@ -139,7 +141,7 @@ class Chain:
         if len(self._steps) >= MOST_STEPS:
             raise ValueError(f"more than {MOST_STEPS} steps")
         values = [_word(argument.offset if isinstance(argument, At) else argument) for argument in padded]
-        self._steps.append(STEP.pack(call, *bases, *values, least))
+        self._steps.append((call, (*bases, *values, least)))
         self._names.append(name)
         return At(here)
 
@@ -180,7 +182,9 @@ class Chain:
     def phase(self, name: str) -> Iterator[None]:
         """The steps appended in this block are a phase of that name."""
         first, outer, self._spans = len(self._steps), self._spans, []
+        self._timed.add(first - 1)
         yield
+        self._timed.add(len(self._steps) - 1)
         outer.append(_Span(name, first, len(self._steps), tuple(self._spans)))
         self._spans = outer
 
@@ -188,7 +192,9 @@ class Chain:
         """What was written down, to be run."""
         size = 8 * _SLOT_WORDS * (self._first + len(self._steps))
         return Program(
-            steps=b"".join(self._steps),
+            steps=b"".join(
+                STEP.pack(call, index in self._timed, *rest) for index, (call, rest) in enumerate(self._steps)
+            ),
             names=tuple(self._names),
             first=self._first,
             template=array("q", bytes(size) + bytes(self._data)),
@@ -259,7 +265,10 @@ class Made:
         return Failure(self._program.names[self._done], self[At(self._program.first + self._done)])
 
     def ended_ns(self, step: int) -> int:
-        """CLOCK_MONOTONIC ns when this step was done; of step -1 when the chain began."""
+        """CLOCK_MONOTONIC ns when this step was done; of step -1 when the chain began.
+
+        0 but for the first and last moments of phases, and for a step that failed: time is not asked for in between.
+        """
         return self._slots[_SLOT_WORDS * (self._program.first + step) + 1] if step >= 0 else self._slots[1]
 
     def spans(self) -> list[Span]:
@@ -302,17 +311,18 @@ _Slots = ctypes.Array[ctypes.c_int64]
 def interpret(steps: bytes, count: int, address: int, given: int) -> int:
     """Make the steps one by one."""
     slots = (ctypes.c_int64 * (_SLOT_WORDS * (given + count))).from_address(address)
-    for number, step in zip(range(count), STEP.iter_unpack(steps), strict=True):
-        here = given + number
-        bases, arguments = step[1 : 1 + ARGUMENTS], step[1 + ARGUMENTS : -1]
-        value = _make(step[0], bases, arguments, slots, here)
-        slots[_SLOT_WORDS * here], slots[_SLOT_WORDS * here + 1] = value, time.monotonic_ns()
-        if value < step[-1]:
+    for number, (call, timed, *rest) in zip(range(count), STEP.iter_unpack(steps), strict=True):
+        here, least = given + number, rest[-1]
+        value = _make(call, rest[:ARGUMENTS], rest[ARGUMENTS:-1], slots, here)
+        slots[_SLOT_WORDS * here] = value
+        if timed or value < least:
+            slots[_SLOT_WORDS * here + 1] = time.monotonic_ns()
+        if value < least:
             return number
     return count
 
 
-def _make(call: int, bases: tuple[int, ...], arguments: tuple[int, ...], slots: _Slots, known: int) -> int:
+def _make(call: int, bases: Sequence[int], arguments: Sequence[int], slots: _Slots, known: int) -> int:
     if any(base != NOTHING and base >= known for base in bases):
         return -errno.EINVAL
     values = [

@@ -208,14 +208,14 @@ def test_times_are_in_order_and_phases_lie_where_their_steps_do(execute: Executo
             pass
     before = time.monotonic_ns()
     made = chain.program().run(execute=execute)
-    times = [made.ended_ns(step) for step in range(-1, 3)]
-    moments = [before, *times, time.monotonic_ns()]
+    times = {step: made.ended_ns(step) for step in (-1, 0, 2)}
+    moments = [before, *times.values(), time.monotonic_ns()]
     assert moments == sorted(moments)
     (outer,) = made.spans()
-    assert (outer.name, outer.start_ns, outer.end_ns) == ("outer", times[0], times[3])
+    assert (outer.name, outer.start_ns, outer.end_ns) == ("outer", times[-1], times[2])
     assert [(span.name, span.start_ns, span.end_ns) for span in outer.children] == [
-        ("inner", times[1], times[3]),
-        ("empty", times[3], times[3]),
+        ("inner", times[0], times[2]),
+        ("empty", times[2], times[2]),
     ]
 
 
@@ -226,7 +226,9 @@ def test_of_a_failed_chain_the_phases_end_with_the_one_that_failed(execute: Exec
         with chain.phase(name):
             chain.call(name, GETPID, least=1 << 40 if fails else 0)
     made = chain.program().run(execute=execute)
-    assert [(span.name, span.failed) for span in made.spans()] == [("first", False), ("second", True)]
+    first, second = made.spans()
+    assert [(span.name, span.failed) for span in (first, second)] == [("first", False), ("second", True)]
+    assert 0 < first.start_ns <= first.end_ns == second.start_ns <= second.end_ns
 
 
 @both
@@ -235,7 +237,7 @@ def test_a_step_that_refers_to_what_is_not_known_yet_is_not_made(execute: Execut
     fd = os.dup(0)
     bases = [NOTHING] * 6
     bases[2] = base
-    steps = STEP.pack(SystemCall.CLOSE, *bases, fd, *[0] * 5, 0)
+    steps = STEP.pack(SystemCall.CLOSE, False, *bases, fd, *[0] * 5, 0)
     slots = array("q", bytes(16 * 4))
     assert execute(steps, 1, slots.buffer_info()[0], 1) == 0
     assert slots[2] == -errno.EINVAL
