@@ -120,6 +120,23 @@ def test_a_boot_that_failed_has_an_error_and_phases_and_no_profile(several: Answ
     assert of(several.phases, failed)["boot_wait"] > 0
 
 
+def test_a_stage_that_only_one_vms_profile_has_is_that_vms_alone(
+    consumer: Consumer, boots: Boots, tmp_path: Path
+) -> None:
+    """command_loop comes about when the profile is written: with it, or after it."""
+    late, path = {NAMES[0]: 2**53 - 1}, tmp_path / "late.jsonl"
+    lines = [orjson.loads(line) for line in boots.path.read_bytes().splitlines()]
+    for line in lines:
+        if line["event"] == "boot.profile":
+            line["guest"].pop("command_loop_ns", None)
+            line["guest"] |= {"command_loop_ns": late[line["vm"]]} if line["vm"] in late else {}
+    path.write_bytes(b"".join(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE) for line in lines))
+    told = consumer(path).told_stages
+    assert {key: ns for key, ns in told.items() if key[1] == "command_loop_ns"} == {
+        (vm, "command_loop_ns"): ns for vm, ns in late.items()
+    }
+
+
 def test_all_consumers_agree(boots: Boots) -> None:
     require("jq")
     first, *others = [consumer(boots.path) for consumer in CONSUMERS.values()]

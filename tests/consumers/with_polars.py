@@ -28,7 +28,7 @@ def answers(path: Path) -> Answers:
         profile=recipe(profile.unpivot(on=STEPS, index="vm")),
         create_vm=recipe(create_vm.unpivot(on=["boot_wait"], index="vm")),
         stages=recipe(stages.select("vm", col("stage") + "_ns", "guest_ns")),
-        told_stages=recipe(profile.select("vm", "guest").unnest("guest").unpivot(index="vm")),
+        told_stages=recipe(profile.select("vm", "guest").unnest("guest").unpivot(index="vm").drop_nulls()),
         errors=dict(errors.select("vm", "reason").rows()) if "reason" in lines.columns else {},
     )
 
