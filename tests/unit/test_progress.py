@@ -114,7 +114,7 @@ async def test_a_boot_leaves_one_line_of_summary(terminal: Terminal) -> None:
     hub = EventHub()
     with Progress(hub, line_of(terminal)):
         for event, _ in STORY:
-            await anyio.sleep(PERIOD_S)
+            await anyio.sleep(2 * PERIOD_S)
             hub.publish(event)
         assert not hub.listening
     screen = await anyio.to_thread.run_sync(terminal.screen)
