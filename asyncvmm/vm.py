@@ -252,6 +252,7 @@ class VM:
             plan = await anyio.to_thread.run_sync(make_plan, self.config, self.name, choice.accel, choice.tsc_khz)
             self._watch = self._new_watch()
             self._machine = make_machine(choice, plan, self.timeline, self._watch.take)
+            await self._machine.prepare()
         self._report.tell_phases()
         with self.timeline.phase("boot"):
             await self._machine.start()

@@ -38,7 +38,7 @@ _REASONS = (*get_args(StopReason), "none", "timeout", "stalled")
 _PHASES = """
     total accel setup layout boot qemu_cmd_build qemu_fork qemu_qmp_connect kernel_asset_read rootfs_asset_open kvm_open
     vm_create irqchip_create memory memory_alloc memory_register kernel_load rootfs_load boot_params vcpu_setup
-    vcpu_create vcpu_config cpuid_config register_config boot_wait retry_pause
+    vm_arch_setup vcpu_create vcpu_config cpuid_config register_config vcpu_start boot_wait retry_pause
 """
 
 

@@ -52,8 +52,15 @@ class Machine(Protocol):
 
     accel: AccelName
 
+    async def prepare(self) -> None:
+        """Check and read what the guest is to be made of; nothing is started. Cancelled or failed, it leaves nothing.
+
+        Raises ConfigError (the plan does not fit) or HostError.
+        """
+
     async def start(self) -> None:
-        """Create everything and let the guest run. Cancelled or failed, it leaves nothing behind.
+        """Create everything and let the guest run; prepares first, if that was not done. Cancelled or failed, it
+        leaves nothing behind.
 
         Raises ConfigError (the plan does not fit), HostError or MachineError.
         """

@@ -7,6 +7,8 @@ reading what is asked for comes before it (VmTiming.setup_ms).
 
 from __future__ import annotations
 
+from typing import Any
+
 import attrs
 
 from asyncvmm.timing.profiles import GuestBootProfile, Profile, left_of, total_of
@@ -80,7 +82,7 @@ class BootProfile(Profile):
         """The total and the steps."""
         return {"total": self.total, **self.steps()}
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> dict[str, Any]:
         """Fields and derived totals by name, those that are None left out; ``guest`` as an object of its own."""
         return {**Profile.to_dict(self), "guest": self.guest.to_dict()}
 

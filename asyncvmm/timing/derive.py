@@ -8,7 +8,7 @@ from asyncvmm.timing.boot_profile import BootProfile
 from asyncvmm.timing.profiles import CreateVmProfile, GuestBootProfile, VcpuSetupProfile, left_of, total_of
 from asyncvmm.timing.timeline import Phase
 
-_CREATION = ("kernel_asset_read", "rootfs_asset_open", "layout")
+_CREATION = ("kernel_asset_read", "rootfs_asset_open", "layout", "qemu_cmd_build")
 """What belongs to creating the VM and is done before its ``boot`` begins, so that nothing is started in vain."""
 
 

@@ -7,6 +7,7 @@ names and values as they go into JSON lines, derived totals included, None left 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import attrs
 
@@ -30,7 +31,7 @@ class Profile:
         """The derived totals by name."""
         return {}
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> dict[str, Any]:
         """Fields and derived totals by name, those that are None left out."""
         values = {field.name: getattr(self, field.name) for field in attrs.fields(type(self))}
         return {name: value for name, value in (values | self.totals()).items() if value is not None}

@@ -21,7 +21,8 @@ PHASES = ("total", "accel", "setup", "boot", "boot_wait")
 KVM_PHASES = (
     *("kernel_asset_read", "rootfs_asset_open", "layout", "kvm_open", "vm_create", "irqchip_create"),
     *("memory", "memory_alloc", "memory_register", "vcpu_create"),
-    *("rootfs_load", "kernel_load", "vcpu_config", "cpuid_config", "register_config"),
+    *("vm_arch_setup", "rootfs_load", "kernel_load", "boot_params"),
+    *("vcpu_config", "cpuid_config", "register_config", "vcpu_start"),
 )
 
 

@@ -13,7 +13,6 @@ from tests.support.profile_table import boot_whole, check
 SAID = ("ready",)
 
 
-@pytest.mark.xfail(reason="boot_params are written with the kernel's segments, and not timed apart from them")
 @pytest.mark.anyio
 async def test_a_boot_on_kvm_has_every_field_that_applies(guest: Callable[[str], Path], tmp_path: Path) -> None:
     initrd = tmp_path / "initrd"

@@ -31,7 +31,8 @@ Place = tuple[int, int]
 class Contents:
     """What is in memory when the guest starts, and the first vCPU's state.
 
-    ``initrd_fd`` is an open file of which ``initrd_size`` bytes go to ``initrd_address``; 0 bytes for none.
+    ``segments`` are the kernel's, ``parameters`` what its boot protocol wants besides. ``initrd_fd`` is an open file of
+    which ``initrd_size`` bytes go to ``initrd_address``; 0 bytes for none.
     ``appended`` goes behind them and counts as part of the initrd.
     """
 
@@ -41,19 +42,21 @@ class Contents:
     initrd_fd: int = -1
     initrd_address: int = 0
     initrd_size: int = 0
+    parameters: tuple[Segment, ...] = ()
 
     def shape(self) -> Shape:
         """What VMs filled with the like have in common."""
         return Shape(
             self.cpu,
             _places(self.segments),
+            _places(self.parameters),
             _places(self.appended),
             (self.initrd_address, self.initrd_size),
         )
 
     def sources(self) -> list[Pinned]:
         """Where the segments' bytes lie: the gathered small ones, then each large one."""
-        data = [segment.data for segment in (*self.appended, *self.segments)]
+        data = [segment.data for segment in (*self.appended, *self.segments, *self.parameters)]
         gathered = b"".join([part for part in data if len(part) <= _SMALL_BYTES])
         return [Pinned(gathered), *(Pinned(part) for part in data if len(part) > _SMALL_BYTES)]
 
@@ -68,13 +71,14 @@ class Shape:
 
     cpu: BootCpu
     segments: tuple[Place, ...]
+    parameters: tuple[Place, ...]
     appended: tuple[Place, ...]
     initrd: Place
 
     @property
     def sources(self) -> int:
         """How many addresses ``Contents.sources`` gives."""
-        return 1 + sum(size > _SMALL_BYTES for _, size in (*self.appended, *self.segments))
+        return 1 + sum(size > _SMALL_BYTES for _, size in (*self.appended, *self.segments, *self.parameters))
 
 
 class Loader:
@@ -96,6 +100,8 @@ class Loader:
             self._copy(shape.appended)
         with self._chain.phase("kernel_load"):
             self._copy(shape.segments)
+        with self._chain.phase("boot_params"):
+            self._copy(shape.parameters)
         return read
 
     def _read(self, address: int, size: int) -> At:

@@ -1,25 +1,37 @@
-"""From a BootPlan to a VM that is ready to enter its kernel. Blocking; a worker thread's work.
+"""From a BootPlan to the blueprint of a VM that is ready to enter its kernel. Blocking; a worker thread's work.
 
-Files are read and the whole layout is decided before /dev/kvm is opened: what cannot be booted is refused with nothing
+Files are read and the whole layout is decided before a VM is created: what cannot be booted is refused with nothing
 started.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
+
+import attrs
 
 from asyncvmm.machine.assets import check_host_memory, initrd_bytes, open_initrd, padded, read_kernel
 from asyncvmm.machine.base import BootPlan
 from asyncvmm.machine.kvm.contents import Contents
-from asyncvmm.machine.kvm.creation import blueprint
-from asyncvmm.machine.kvm.vm import KvmVm
+from asyncvmm.machine.kvm.creation import Blueprint, blueprint
 from asyncvmm.timing.timeline import Timeline
 from asyncvmm.x86.load import BootLayout, Segment, plan_boot
 
 
-def load(plan: BootPlan, timeline: Timeline, adopt: Callable[[KvmVm], None]) -> None:
-    """Build and load the VM. ``adopt`` takes it over as soon as it exists, so that the caller can free it.
+@attrs.frozen(eq=False)
+class Prepared:
+    """A VM that can be created, and the open files that it is to be loaded from."""
+
+    blueprint: Blueprint
+    files: ExitStack
+
+    def close(self) -> None:
+        """Close the files. May be called again."""
+        self.files.close()
+
+
+def prepare(plan: BootPlan, timeline: Timeline) -> Prepared:
+    """Read and check all that the VM is to be made of.
 
     Raises KernelError, InitrdError, CmdlineError, MemorySizeError, VcpuCountError, HostError.
     """
@@ -32,13 +44,14 @@ def load(plan: BootPlan, timeline: Timeline, adopt: Callable[[KvmVm], None]) -> 
             initrd, initrd_size = open_initrd(plan.initrd, files)
         with timeline.phase("layout"):
             layout = plan_boot(kernel, initrd_bytes(plan, initrd_size), plan.cmdline, memory_bytes, plan.vcpus)
-        contents = _contents(layout, initrd, initrd_size, plan.appended)
-        adopt(KvmVm(blueprint(memory_bytes, plan.vcpus, contents), timeline))
+            contents = _contents(layout, initrd, initrd_size, plan.appended)
+            return Prepared(blueprint(memory_bytes, plan.vcpus, contents), files.pop_all())
 
 
 def _contents(layout: BootLayout, fd: int, size: int, appended: bytes) -> Contents:
+    contents = Contents(layout.cpu, layout.kernel, parameters=layout.parameters)
     address = layout.initrd_address
     if address is None:
-        return Contents(layout.cpu, layout.segments)
+        return contents
     behind = (Segment(address + padded(size), appended),) if appended else ()
-    return Contents(layout.cpu, layout.segments, behind, fd, address, size)
+    return attrs.evolve(contents, appended=behind, initrd_fd=fd, initrd_address=address, initrd_size=size)

@@ -26,7 +26,7 @@ from asyncvmm.machine.kvm.fastpath.binding import Fastpath
 from asyncvmm.machine.kvm.fastpath.binding import load as load_library
 from asyncvmm.machine.kvm.guest_tsc import GuestTsc
 from asyncvmm.machine.kvm.interleave import Taken, interleave
-from asyncvmm.machine.kvm.loading import load
+from asyncvmm.machine.kvm.loading import Prepared, prepare
 from asyncvmm.machine.kvm.platform import Board, Outlets, SerialPort
 from asyncvmm.machine.kvm.statistics import VcpuCounters, collect, posted_counters
 from asyncvmm.machine.kvm.vm import KvmVm
@@ -89,6 +89,7 @@ class KvmMachine:
         self._pacer = Pacer(on_effects, self._take_waiting)
         self._output_waits = False
         self._state: _State = "new"
+        self._prepared: Prepared | None = None
         self._vm: KvmVm | None = None
         self._board: Board | None = None
         self._final_exits: ExitStatistics | None = None
@@ -104,10 +105,18 @@ class KvmMachine:
 
     # -- the Machine protocol --------------------------------------------------------------------------------------
 
+    async def prepare(self) -> None:
+        """Read the files and decide the layout."""
+        self._require_new("prepare")
+        try:
+            await anyio.to_thread.run_sync(self._prepare)
+        except BaseException:
+            await self.stop()
+            raise
+
     async def start(self) -> None:
         """Create the VM, load it, start its vCPUs."""
-        if self._state != "new":
-            raise StateError("start", expected="a new machine", state=self._state)
+        self._require_new("start")
         self._loop = asyncio.get_running_loop()
         self._writing = {"console": anyio.Lock(), "control": anyio.Lock()}
         self._mailbox: Mailbox[_Notice] = Mailbox(lambda: self._loop.call_soon_threadsafe(self._drain))
@@ -236,12 +245,26 @@ class KvmMachine:
 
     # -- on a worker thread ----------------------------------------------------------------------------------------
 
-    def _build(self) -> None:
+    def _prepare(self) -> None:
         with self._building:
-            if self._state == "new":
-                load(self._plan, self._timeline, self._adopt)
+            if self._state == "new" and self._prepared is None:
+                self._prepared = prepare(self._plan, self._timeline)
+
+    def _build(self) -> None:
+        self._prepare()
+        with self._building:
+            if self._state == "new" and self._prepared is not None:
+                self._vm = KvmVm(self._prepared.blueprint, self._timeline)
+                self._let_go()
             if self._state == "new" and self._vm is not None:
-                self._run(self._vm)
+                with self._timeline.phase("vcpu_start"):
+                    self._run(self._vm)
+
+    def _let_go(self) -> None:
+        """Of what was prepared: the files are loaded, or never will be."""
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None:
+            prepared.close()
 
     def _run(self, vm: KvmVm) -> None:
         """Let the guest run: here, so that it need not wait for the loop, nor the loop for its threads to start."""
@@ -257,14 +280,12 @@ class KvmMachine:
         """End what is being built or runs. Whoever awaited the building may have been cancelled, its thread was not."""
         with self._building:
             vm = self._vm
+            self._let_go()
         for vcpu in vm.vcpus if vm else ():
             vcpu.order("stop")
         for vcpu in vm.vcpus if vm else ():
             vcpu.join()
         return vm
-
-    def _adopt(self, vm: KvmVm) -> None:
-        self._vm = vm
 
     # -- on the loop -----------------------------------------------------------------------------------------------
 
@@ -378,6 +399,10 @@ class KvmMachine:
         self._running_vm()
         assert self._board is not None
         return self._board.console if port == "console" else self._board.control
+
+    def _require_new(self, what: str) -> None:
+        if self._state != "new":
+            raise StateError(what, expected="a new machine", state=self._state)
 
     def _running_vm(self) -> KvmVm:
         if self._vm is None or self._board is None or self._state in ("new", "closed"):

@@ -55,6 +55,7 @@ class QemuMachine:
         self._qemu_accel = accel
         self._qemu = qemu
         self._state: _State = "new"
+        self._is_prepared = False
         self._child: Child | None = None
         self._ports: dict[Port, Channel] = {}
         self._qmp: QmpControl | None = None
@@ -68,21 +69,35 @@ class QemuMachine:
 
     # -- the protocol ----------------------------------------------------------------------------------------------
 
+    async def prepare(self) -> None:
+        """Check the files and find QEMU.
+
+        Raises KernelError, InitrdError, CmdlineError, QemuUnavailable, HostError.
+        """
+        self._require_new("prepare")
+        try:
+            with self._timeline.phase("qemu_cmd_build"):
+                self._qemu = await self._prepare()
+            self._require_new("prepare")
+        except BaseException:
+            await self.stop()
+            raise
+        self._is_prepared = True
+
     async def start(self) -> None:
         """Start QEMU and let the guest run. Cancelled or failed, it leaves nothing behind.
 
         Raises KernelError, InitrdError, CmdlineError, QemuUnavailable, HostError, or MachineError, whose
         ``retryable`` says whether the host merely was short of something.
         """
-        if self._state != "new":
-            raise StateError("start", expected="a new machine", state=self._state)
+        if not self._is_prepared:
+            await self.prepare()
+        self._require_new("start")
         self._state = "starting"
         try:
-            with self._timeline.phase("qemu_cmd_build"):
-                qemu = await self._prepare()
-            self._require("starting")
+            assert self._qemu is not None
             with self._timeline.phase("qemu_fork"):
-                self._spawn(qemu)
+                self._spawn(self._qemu)
             with self._timeline.phase("qemu_qmp_connect"):
                 await self._running()
         except BaseException:
@@ -303,6 +318,10 @@ class QemuMachine:
         self._require("running")
         assert self._qmp is not None
         await self._qmp.execute(name)
+
+    def _require_new(self, what: str) -> None:
+        if self._state != "new":
+            raise StateError(what, expected="a new machine", state=self._state)
 
     def _require(self, state: _State) -> None:
         if self._state != state:
