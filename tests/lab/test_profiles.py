@@ -12,7 +12,6 @@ from tests.support.profile_table import boot_whole, check
 PATIENCE_S = 150
 
 
-@pytest.mark.xfail(reason="boot_params are written with the kernel's segments, and not timed apart from them")
 @pytest.mark.anyio
 async def test_a_boot_on_kvm_has_every_field_that_applies() -> None:
     with anyio.fail_after(PATIENCE_S):
