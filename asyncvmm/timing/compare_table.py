@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from asyncvmm.timing.compare import Comparison, Delta, Group, Line, Spread, delta_text
 from asyncvmm.timing.text import duration_text, printable
+
+WIDEST = 16384
+"""Cells of a line that are enough for any table."""
 
 _STYLES = {"moved": "bold yellow", "within spread": "dim", "spread unknown": ""}
 
@@ -18,19 +22,30 @@ def draw_comparison(comparison: Comparison, console: Console) -> None:
     """Print ``comparison`` on ``console``."""
     for number, group in enumerate(comparison.groups, 1):
         console.print(Text(f"[{number}] {group_text(group)}"), soft_wrap=True)
-    table = Table(box=None, pad_edge=False, show_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    table.add_column("", no_wrap=not console.is_terminal)
-    for number in range(1, len(comparison.groups) + 1):
-        table.add_column(f"[{number}]" if len(comparison.groups) > 1 else "median", justify="right", no_wrap=True)
+    table = _table(comparison, comparison.spread)
+    wide = console.options.update(max_width=WIDEST)
+    if console.is_terminal and Measurement.get(console, wide, table).maximum > console.width:
+        table = _table(comparison, ranges=False)
         if comparison.spread:
-            table.add_column("min..max", justify="right", no_wrap=not console.is_terminal)
-        if number > 1:
-            table.add_column("against [1]", justify="right", no_wrap=not console.is_terminal)
-    for line in comparison.lines:
-        table.add_row(*_cells(line, comparison.spread))
+            console.print(Text("ranges are left out: the terminal is too narrow for them", style="dim"))
     console.print(table)
     for conclusion in comparison.conclusions:
         console.print(Text(conclusion, style="bold"), soft_wrap=True)
+
+
+def _table(comparison: Comparison, ranges: bool) -> Table:
+    several = len(comparison.groups) > 1
+    table = Table(box=None, pad_edge=False, show_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    table.add_column("", no_wrap=True)
+    for number in range(1, len(comparison.groups) + 1):
+        table.add_column(f"[{number}]" if several else "median", justify="right", no_wrap=True)
+        if ranges:
+            table.add_column("min..max", justify="right", no_wrap=True)
+        if number > 1:
+            table.add_column("against [1]", justify="right")
+    for line in comparison.lines:
+        table.add_row(*_cells(line, ranges))
+    return table
 
 
 def group_text(group: Group) -> str:

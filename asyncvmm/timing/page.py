@@ -23,6 +23,11 @@ MAX_BOOTS = 24
 
 _HINT = "Point at a row, tap it or Tab to it for details. Double-click it or press Enter to zoom to it, Esc to go back."
 
+_FOOTER = (
+    "Drawn by asyncvmm timeline. Axes count from the boot's start, tables and details from the VM's, on the host's "
+    "monotonic clock."
+)
+
 
 def page(charts: Sequence[Chart], comparison: Comparison) -> str:
     """The whole page."""
@@ -54,7 +59,7 @@ def _body(charts: Sequence[Chart], comparison: Comparison) -> Markup:
             element("section", *boots, class_="boots" + " alone" * (len(charts) == 1), aria_label="Boots"),
             element("p", f"{more} more boots are in the comparison only.", class_="hint") if more > 0 else None,
         ),
-        element("footer", "Drawn by asyncvmm timeline. Host clock: CLOCK_MONOTONIC, from the VM's start."),
+        element("footer", _FOOTER),
         element("div", id="tip", role="status", hidden=True),
     )
 

@@ -27,9 +27,8 @@ def comparison_section(comparison: Comparison) -> Markup:
         element("h2", "What moved" if several else "Spread", id="compare"),
         element("ul", *conclusions, class_="conclusions") if conclusions else None,
         element("ul", *groups, class_="legend"),
-        element(
-            "div", _table(comparison), class_="scroll", tabindex=0, role="region", aria_label="Comparison, scrolls"
-        ),
+        element("p", "Each phase over the boots; a difference within the spread is no move.", class_="hint"),
+        element("div", _table(comparison), class_="scroll", tabindex=0, role="region", aria_label="Comparison"),
         class_="compare",
         aria_labelledby="compare",
     )
@@ -44,8 +43,7 @@ def _table(comparison: Comparison) -> Markup:
         heads += ["against [1]"] * (number > 1)
     head = element("tr", *(element("th", name, scope="col") for name in heads))
     body = [element("tr", *_cells(line, comparison.spread)) for line in comparison.lines]
-    caption = element("caption", "Each phase over the boots; a difference within the spread is no move")
-    return element("table", caption, element("thead", head), element("tbody", *body))
+    return element("table", element("thead", head), element("tbody", *body), aria_labelledby="compare")
 
 
 def _cells(line: Line, ranges: bool) -> Iterator[Markup]:

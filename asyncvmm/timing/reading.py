@@ -149,7 +149,7 @@ class _Reader:
     def reading(self) -> Reading:
         remarks = list(self._remarks.told())
         if self._left_out:
-            remarks.append(f"{self._left_out} events left out: at most {MAX_KEPT} of {MAX_VMS} VMs are kept")
+            remarks.append(f"{self._left_out} events left out: at most {MAX_KEPT} events of {MAX_VMS} VMs are kept")
         recordings = tuple(vm.recording(self._source, name) for name, vm in self._vms.items())
         return Reading(self._source, recordings, tuple(remarks))
 

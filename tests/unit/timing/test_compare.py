@@ -140,6 +140,16 @@ def test_the_table_shows_medians_spreads_and_moves(terminal: bool) -> None:
     assert "boot_wait 82.0 ms 80.0 ms..84.0 ms, IQR 2.00 ms 120 ms 120 ms..121 ms +38.5 ms (+47.0%) moved" in lines
 
 
+def test_a_terminal_that_is_too_narrow_for_ranges_gets_none_and_is_told() -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=80, force_terminal=True, color_system=None, markup=False)
+    draw_comparison(compared(boots(80, 81, 82, 83, 84), boots(120, 121)), console)
+    lines = [text.rstrip() for text in out.getvalue().splitlines()]
+    assert "ranges are left out: the terminal is too narrow for them" in lines
+    assert "boot_wait 82.0 ms 120 ms +38.5 ms (+47.0%) moved" in [" ".join(text.split()) for text in lines]
+    assert max(map(len, lines[:-1])) <= 80
+
+
 def test_without_any_spread_there_is_no_column_for_it() -> None:
     out = io.StringIO()
     draw_comparison(compared(boots(80), boots(90)), Console(file=out, width=200))

@@ -193,7 +193,7 @@ def test_lines_up_to_the_cap_are_given_whole(size: int) -> None:
 def test_what_is_kept_of_a_file_is_bounded_and_the_rest_counted() -> None:
     reading = read([phase("a", 1, 2)] * (MAX_KEPT + 7))
     assert len(reading.recordings[0].phases) == MAX_KEPT
-    assert reading.remarks == (f"7 events left out: at most {MAX_KEPT} of 10000 VMs are kept",)
+    assert reading.remarks == (f"7 events left out: at most {MAX_KEPT} events of 10000 VMs are kept",)
 
 
 def test_a_guest_cannot_make_up_stages_without_end() -> None:

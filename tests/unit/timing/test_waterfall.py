@@ -56,6 +56,7 @@ def test_a_pipe_gets_no_escape_codes_and_labels_whole() -> None:
     label = "a_phase_with_a_name_that_is_long_" * 7
     lines = drawn([phase(label, 0, MS)])
     assert label in lines[2]
+    assert "guest, up to each stage" in drawn([line("guest.boot_time", 5, stage="a", guest_ns=1)])
     assert "\x1b" not in "".join(lines)
 
 
