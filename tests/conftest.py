@@ -1,20 +1,22 @@
 """Fixtures for every layer of the suite: the event loops, the toy guest, and what must not be left behind.
 
-Two rules hold for every test: a loop that stands still for more than 50 ms fails it (unless it is marked ``stalls``),
-and a skip must name a need of tests/support/requirements.py that this machine really does not meet.
+Three rules hold for every test: a loop that stands still for more than 50 ms fails it (unless it is marked ``stalls``),
+a skip must name a need of tests/support/requirements.py that this machine really does not meet, and every event line
+that is made in this process keeps to the schema.
 """
 
 from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support.holdings import Holdings
+from tests.support.lines import Emitted, noted
 from tests.support.requirements import objection_to, require
 from tests.support.stalls import LONGEST_STALL_S, Bystander, StallWatch, install
 
@@ -53,8 +55,8 @@ async def stall_watch(bystander: Bystander) -> AsyncIterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def no_stalls(request: pytest.FixtureRequest) -> None:
-    """Every test marked ``anyio`` has its loop watched."""
+def no_stalls(request: pytest.FixtureRequest, valid_lines: None) -> None:
+    """Every test marked ``anyio`` has its loop watched, but not while its lines are looked at."""
     if "anyio_backend" in request.fixturenames and not request.node.get_closest_marker("stalls"):
         request.getfixturevalue("stall_watch")
 
@@ -104,6 +106,25 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("skipped without need: this fails the run", red=True)
         for test, why in _skips.items():
             terminalreporter.line(f"{test}: {why}", red=True)
+
+
+# -- what is written ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session", autouse=True)
+def emitted() -> Iterator[Emitted]:
+    """The event lines that are made here."""
+    with noted() as lines:
+        yield lines
+
+
+@pytest.fixture(autouse=True)
+def valid_lines(emitted: Emitted) -> Iterator[None]:
+    """Fails the test if it made an event line that the schema refuses, or a fixture did that was made for it."""
+    yield
+    problems = emitted.problems()
+    if problems:
+        pytest.fail("event lines that the schema refuses:\n" + "\n".join(problems))
 
 
 # -- what must not be left behind --------------------------------------------------------------------------------------

@@ -19,17 +19,15 @@ from typing import Any
 import anyio
 import orjson
 import pytest
-from jsonschema import Draft202012Validator
 
 from asyncvmm.errors import ConfigError
 from asyncvmm.events.jsonl import JsonLines
-from asyncvmm.events.schema import schema
 from asyncvmm.events.types import GuestHeartbeat, SerialLine
+from tests.support.lines import VALIDATOR
 
 pytestmark = pytest.mark.anyio
 
 EPOCH_NS = 1_763_692_533_123_456_789
-VALIDATOR = Draft202012Validator(schema())
 
 
 def beat(number: int) -> GuestHeartbeat:
