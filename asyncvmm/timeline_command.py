@@ -34,7 +34,7 @@ def timeline(files: Sequence[Path], vms: Sequence[str], html: Path | None, perfe
     that would overwrite one another or a file; HostError for an output that cannot be written.
     """
     _refuse_clashes(files, [out for out in (html, perfetto) if out is not None])
-    readings = [_picked(reading, vms) for reading in _read_all(files, vms)]
+    readings = [one for reading in _read_all(files, vms) if (one := _picked(reading, vms)).recordings]
     charts = [[lay_out(recording) for recording in reading.recordings] for reading in readings]
     every = [chart for some in charts for chart in some]
     comparison = compare([group(one.source, some) for one, some in zip(readings, charts, strict=True)])

@@ -19,6 +19,8 @@ from asyncvmm.timing.text import duration_text, printable
 MAX_ROWS = 1000
 """Rows of a VM that are drawn."""
 
+_EXITS = 5
+
 RESIDUAL = "residual"
 GUEST = "guest"
 
@@ -191,6 +193,9 @@ def _notes(recording: Recording, missing: Sequence[str]) -> Iterator[str]:
         yield f"parents that are not in the file: {names}{', …' if len(missing) > 5 else ''}"
     if recording.lost_lines:
         yield f"{recording.lost_lines} lines were lost on the way to the file: figures may be missing"
+    if recording.exits:
+        most = sorted(recording.exits.items(), key=lambda entry: -entry[1])[:_EXITS]
+        yield f"KVM exits: {', '.join(f'{count} {printable(reason, 40)}' for reason, count in most)}"
     if recording.attempts > 1:
         yield f"{min(recording.attempts, 1 + len(recording.phases))} boot attempts"
 

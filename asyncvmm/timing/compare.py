@@ -1,8 +1,8 @@
 """Compares boots in groups: each phase's median and spread, and by how much each group differs from the first.
 
-A group is what one file holds. Boots that failed are counted and left out. A difference of medians counts as a move
-only if it is larger than the larger spread of the two groups (the interquartile range of four boots or more, else the
-range); of single boots no spread is known, and that is said.
+A group is what one file holds. Boots that failed or are cut short are counted and left out. A difference of medians
+counts as a move only if it is larger than the larger spread of the two groups (the interquartile range of four boots or
+more, else the range); of single boots no spread is known, and that is said.
 """
 
 from __future__ import annotations
@@ -63,11 +63,11 @@ class Delta:
 
 @attrs.frozen
 class Group:
-    """The boots of one file. ``failed`` of them did not succeed and are in no figure."""
+    """The boots of one file. ``left_out`` of them failed or are incomplete, and are in no figure."""
 
     name: str
     charts: tuple[Chart, ...]
-    failed: int = 0
+    left_out: int = 0
 
 
 @attrs.frozen
@@ -113,7 +113,7 @@ class Comparison:
 
 def group(name: str, charts: Sequence[Chart]) -> Group:
     """The group of a file's charts."""
-    good = tuple(chart for chart in charts if not chart.recording.failed and chart.total_ns)
+    good = tuple(chart for chart in charts if chart.recording.complete and chart.total_ns)
     return Group(name, good, len(charts) - len(good))
 
 
@@ -153,12 +153,15 @@ def _places(groups: Sequence[Group]) -> Mapping[Path, float]:
 
 
 def _paths(chart: Chart) -> Iterator[tuple[Path, Row]]:
-    final = chart.recording.attempts - 1
-    for row in chart.host:
-        path = row.path[1:] if row.path[0] == TOTAL else row.path
+    rows = [(row.path[1:] if row.path[0] == TOTAL else row.path, row) for row in chart.host]
+    final: dict[str, int] = {}
+    for path, row in rows:
+        if path:
+            final[path[0]] = max(row.attempt, final.get(path[0], 0))
+    for path, row in rows:
         if not path:
             continue
-        if row.attempt < final:
+        if row.attempt < final[path[0]]:
             path = (f"{path[0]} (attempt {row.attempt})", *path[1:])
         yield (TOTAL, *path), row
     for row in chart.guest:
@@ -193,7 +196,8 @@ def _conclusion(groups: Sequence[Group], lines: Sequence[Line], number: int) -> 
     name = printable(groups[number].name)
     total = next((line.deltas[number] for line in lines if line.path == (TOTAL,)), None)
     if total is None:
-        return f"{name}: no successful boot to compare"
+        empty = groups[0] if not groups[0].charts else groups[number]
+        return f"{name}: nothing to compare, {printable(empty.name)} has no successful boot"
     words = {
         "moved": f"more than the spread ({duration_text(total.spread_ns or 0)})",
         "within spread": f"within the spread ({duration_text(total.spread_ns or 0)})",

@@ -49,10 +49,10 @@ def _table(comparison: Comparison, ranges: bool) -> Table:
 
 
 def group_text(group: Group) -> str:
-    """``boot.jsonl: 20 boots, 1 failed and left out``."""
+    """``boot.jsonl: 20 boots, 1 failed or incomplete and left out``."""
     count = len(group.charts)
-    failed = f", {group.failed} failed and left out" if group.failed else ""
-    return f"{printable(group.name)}: {count} boot{'s' * (count != 1)}{failed}"
+    left_out = f", {group.left_out} failed or incomplete and left out" if group.left_out else ""
+    return f"{printable(group.name)}: {count} boot{'s' * (count != 1)}{left_out}"
 
 
 def spread_text(spread: Spread) -> str:

@@ -89,7 +89,7 @@ def _took(row: Row) -> int:
 
 
 def _strip(chart: Chart, colours: Colours) -> Markup | None:
-    leaves = [row for row in chart.host if row.leaf]
+    leaves = [row for row in chart.host if row.leaf and row.start_ns <= chart.end_ns]
     whole = sum(map(_took, leaves))
     if not whole:
         return None
@@ -208,8 +208,8 @@ def _marks(chart: Chart, row: Row, span_ns: int, colours: Colours) -> list[Marku
     colour = "bad" if row.failed else _colour(row, colours)
     rects = []
     for start_ns, end_ns in row.gaps or ((row.start_ns, row.end_ns),):
-        place = min(1.0, max(0.0, (start_ns - chart.start_ns) / scale))
-        rects.append(_rect(place, min(1.0 - place, max(0, end_ns - start_ns) / scale), f"span {colour}"))
+        first, last = (min(1.0, max(0.0, (t_ns - chart.start_ns) / scale)) for t_ns in (start_ns, end_ns))
+        rects.append(_rect(first, max(0.0, last - first), f"span {colour}"))
     return rects
 
 

@@ -97,6 +97,12 @@ class Recording:
         return max((phase.attempt for phase in self.phases), default=0) + 1
 
     @property
+    def complete(self) -> bool:
+        """Whether it records a boot from its start to a good end: READY, or a ``total`` that did not fail."""
+        whole = any(phase.name == TOTAL and not phase.failed for phase in self.phases)
+        return not self.failed and (whole or self.ready_ns is not None)
+
+    @property
     def failed(self) -> bool:
         """Whether it records a boot that did not succeed: an error or a failed phase, and no READY."""
         if self.ready_ns is not None:

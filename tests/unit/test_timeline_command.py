@@ -67,6 +67,7 @@ def test_several_files_are_compared(ran: Ran) -> None:
 def test_one_vm_of_many_can_be_picked(ran: Ran) -> None:
     done = ran("b.jsonl", "--vm", "b2")
     assert done.stdout.count("VM b") == 1
+    assert "[1]" not in ran("a.jsonl", "b.jsonl", "--vm", "b2").stdout
     assert_refused(ran("b.jsonl", "--vm", "nosuch"), "expected a VM named nosuch", "found b1, b2")
 
 

@@ -96,6 +96,12 @@ def test_the_headline_says_what_became_of_the_boot() -> None:
     assert chart(failed).headline == "failed after 3.00 ms"
 
 
+def test_the_commonest_exits_are_said() -> None:
+    exits = {"io": 7, "mmio": 900, "hlt": 1, "a\n": 2, "b": 3, "c": 4}
+    drawn = chart([line("vm.state", 5, state="stopped", exits=exits), phase("total", 0, 9)])
+    assert drawn.notes == ("KVM exits: 900 mmio, 7 io, 4 c, 3 b, 2 a\\x0a",)
+
+
 def test_lost_lines_and_missing_parents_are_said() -> None:
     notes = chart([phase("a", 1, 1, "gone\n"), line("log.lost", 1, lines=2)]).notes
     assert "parents that are not in the file: gone\\x0a" in notes

@@ -99,14 +99,14 @@ def test_the_same_boots_do_not_differ() -> None:
 def test_failed_boots_are_counted_and_left_out() -> None:
     failed = [phase("total", 0, 9000 * MS, None, "bad", failed=True), line("vm.error", 1, "bad", what="no")]
     comparison = compared([*boots(80, 82), *failed])
-    assert (len(comparison.groups[0].charts), comparison.groups[0].failed) == (2, 1)
+    assert (len(comparison.groups[0].charts), comparison.groups[0].left_out) == (2, 1)
     assert find(comparison, "total").spreads[0] == Spread(2, 100 * MS, 99 * MS, 101 * MS)
 
 
 def test_a_group_without_a_good_boot_is_said_so() -> None:
     failed = [phase("total", 0, MS, failed=True), line("vm.error", 1, what="no")]
-    assert compared(boots(80), failed).conclusions == ("b.jsonl: no successful boot to compare",)
-    assert compared(failed, boots(80)).conclusions == ("b.jsonl: no successful boot to compare",)
+    assert compared(boots(80), failed).conclusions == ("b.jsonl: nothing to compare, b.jsonl has no successful boot",)
+    assert compared(failed, boots(80)).conclusions == ("b.jsonl: nothing to compare, a.jsonl has no successful boot",)
 
 
 def test_files_with_and_without_a_total_phase_are_compared_phase_by_phase() -> None:
@@ -121,6 +121,19 @@ def test_a_phase_of_one_group_only_has_no_difference() -> None:
     found = find(compared(boots(80), [*boots(80), phase("kernel_load", 2 * MS, MS, "accel", "v0")]), "kernel_load")
     assert found.spreads[0] is None
     assert found.deltas == (None, None)
+
+
+def test_a_boot_that_is_cut_short_is_left_out() -> None:
+    comparison = compared([*boots(80, 82), *boot("cut", 500)[:4]])
+    assert (len(comparison.groups[0].charts), comparison.groups[0].left_out) == (2, 1)
+
+
+def test_what_a_retried_boot_did_once_is_compared_with_what_others_did_once() -> None:
+    retried = [*boots(80), phase("boot", 0, MS, "total", "v0", failed=True)]
+    again = [event.replace(b'"attempt":0', b'"attempt":1') if b'"boot' in event else event for event in boots(80)]
+    comparison = compared(boots(80), [again[0], *again[1:], retried[-1]])
+    assert find(comparison, "accel").spreads[0] == find(comparison, "accel").spreads[1]
+    assert find(comparison, "boot (attempt 0)").spreads[0] is None
 
 
 def test_an_earlier_attempt_is_a_line_of_its_own() -> None:
