@@ -24,7 +24,7 @@ from asyncvmm.events.markers import (
 )
 from asyncvmm.timing.profiles import GuestBootProfile
 
-_ON_CONSOLE = (BootTime, Ready, PreExec)
+_ON_CONSOLE = (BootTime, UnknownStage, Ready, PreExec)
 
 
 class GuestContract:
