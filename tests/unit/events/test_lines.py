@@ -84,6 +84,26 @@ def test_a_line_with_bytes_lost_in_it_is_marked_and_the_next_is_whole() -> None:
     assert scanner.feed(b"23\nREADY\n", [1, 2]) == [Line(b"BOOT_TIME:ready:123", 1, truncated=True), Line(b"READY", 2)]
 
 
+@given(st.lists(st.sampled_from([b"a", b"bc", b"\n", b"\r\n", None]), max_size=30))
+def test_lost_bytes_spoil_the_line_they_were_in_and_no_other(pieces: list[bytes | None]) -> None:
+    scanner, lines, spoilt, expected = LineScanner(), list[Line](), False, list[bool]()
+    for piece in pieces:
+        if piece is None:
+            scanner.gap()
+            spoilt = True
+            continue
+        lines += scanner.feed(piece, [0])
+        if piece.endswith(b"\n"):
+            expected.append(spoilt)
+            spoilt = False
+    assert [line.truncated for line in lines] == expected
+
+
+def test_carriage_returns_go_from_the_end_of_a_line_and_from_nowhere_else() -> None:
+    (line,) = LineScanner().feed(b"\rREA\rDY\r\r\n", [1])
+    assert line == Line(b"\rREA\rDY", 1)
+
+
 def test_the_end_of_the_stream_gives_its_unfinished_line() -> None:
     scanner = LineScanner()
     assert scanner.flush(1) is None

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -20,6 +22,8 @@ from asyncvmm.events.markers import (
     parse_marker,
     parse_panic,
 )
+
+PROTOS = ("tcp", "tcp6", "udp", "udp6")
 
 
 @given(st.sampled_from(STAGES), st.integers(0, U64_MAX))
@@ -112,6 +116,53 @@ def test_no_line_raises_and_a_number_comes_only_from_ascii_digits(line: bytes) -
         assert line.isascii()
         assert line.rsplit(b":")[-1].isdigit()
         assert marker.guest_ns <= U64_MAX
+
+
+VALID = st.one_of(
+    st.builds(lambda stage, ns: f"BOOT_TIME:{stage}:{ns}", st.sampled_from(STAGES), st.integers(0, U64_MAX)),
+    st.builds(lambda counter: f"heartbeat counter={counter}", st.integers(0, U64_MAX)),
+    st.builds(
+        lambda proto, port: f"listener proto={proto} port={port}", st.sampled_from(PROTOS), st.integers(1, 65535)
+    ),
+    st.builds(lambda code: f"workload-exit code={code}", st.integers(0, 255)),
+    st.builds(lambda tsc, ns: f"clock tsc={tsc} ns={ns} tsc_end={U64_MAX}", *[st.integers(0, U64_MAX)] * 2),
+    st.sampled_from(["READY", "workload-pre-exec"]),
+).map(str.encode)
+
+
+def spelling(marker: object) -> bytes:
+    """The one way to write ``marker``."""
+    match marker:
+        case BootTime(stage, ns):
+            return f"BOOT_TIME:{stage}:{ns}".encode()
+        case Heartbeat(counter):
+            return f"heartbeat counter={counter}".encode()
+        case Listener(proto, port):
+            return f"listener proto={proto} port={port}".encode()
+        case WorkloadExit(code):
+            return f"workload-exit code={code}".encode()
+        case ClockReading(tsc, ns, tsc_end):
+            return f"clock tsc={tsc} ns={ns} tsc_end={tsc_end}".encode()
+        case Ready():
+            return b"READY"
+        case PreExec():
+            return b"workload-pre-exec"
+    raise AssertionError(marker)
+
+
+@given(VALID)
+def test_a_marker_is_read_as_it_was_written(line: bytes) -> None:
+    assert spelling(parse_marker(line)) == line
+
+
+@given(VALID, st.integers(0, 100), st.integers(0, 2), st.binary(max_size=2))
+def test_a_marker_with_a_scratch_is_another_marker_or_none(line: bytes, at: int, gone: int, put: bytes) -> None:
+    at %= len(line) + 1
+    scratched = line[:at] + put + line[at + gone :]
+    marker = parse_marker(scratched)
+    if marker is not None and not isinstance(marker, Malformed | UnknownStage):
+        plain = re.sub(rb"(?<=[:=])0+(?=[0-9])", b"", scratched)
+        assert spelling(marker) == plain
 
 
 @pytest.mark.parametrize(
