@@ -29,8 +29,8 @@ from asyncvmm.events.hub import EventHub
 from asyncvmm.events.jsonl import JsonLines
 from asyncvmm.events.outputs import Target
 from asyncvmm.events.types import VmError, VmState, exit_counts
-from asyncvmm.machine.base import AccelName, Evidence, Machine
-from asyncvmm.machine.choose import make_machine, trace_exits
+from asyncvmm.machine.base import AccelName, BootPlan, Evidence, Machine
+from asyncvmm.machine.choose import import_machine, make_machine, trace_exits
 from asyncvmm.machine.waiting import wait_out
 from asyncvmm.plan import make_plan
 from asyncvmm.report import BootReport
@@ -249,7 +249,7 @@ class VM:
 
     async def _attempt_boot(self, choice: AccelChoice) -> AccelName:
         with self.timeline.phase("setup"):
-            plan = await anyio.to_thread.run_sync(make_plan, self.config, self.name, choice.accel, choice.tsc_khz)
+            plan = await anyio.to_thread.run_sync(self._plan, choice)
             self._watch = self._new_watch()
             self._machine = make_machine(choice, plan, self.timeline, self._watch.take)
             await self._machine.prepare()
@@ -264,6 +264,13 @@ class VM:
         if not self._ended:
             self._go("ready")
         return choice.accel
+
+    def _plan(self, choice: AccelChoice) -> BootPlan:
+        """On a worker thread: what to boot, and the machine's code."""
+        with self.timeline.phase("machine_import"):
+            import_machine(choice.accel)
+        with self.timeline.phase("plan"):
+            return make_plan(self.config, self.name, choice.accel, choice.tsc_khz)
 
     async def _wait_ready(self, machine: Machine) -> None:
         """Until READY; the guest is given up when it shows no life for a while, or when its time is over."""

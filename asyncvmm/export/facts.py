@@ -36,7 +36,7 @@ _KINDS = tuple(
 )
 _REASONS = (*get_args(StopReason), "none", "timeout", "stalled")
 _PHASES = """
-    total accel setup layout boot qemu_cmd_build qemu_fork qemu_qmp_connect kernel_asset_read rootfs_asset_open kvm_open
+    total accel setup machine_import plan layout boot qemu_cmd_build qemu_fork qemu_qmp_connect kernel_asset_read rootfs_asset_open kvm_open
     vm_create irqchip_create memory memory_alloc memory_register kernel_load rootfs_load boot_params vcpu_setup
     vm_arch_setup vcpu_create vcpu_config cpuid_config register_config vcpu_start boot_wait retry_pause
 """

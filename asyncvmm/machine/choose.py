@@ -6,11 +6,19 @@ from typing import TYPE_CHECKING
 
 from asyncvmm.accel import AccelChoice
 from asyncvmm.errors import StateError
-from asyncvmm.machine.base import BootPlan, EffectSink, Machine
+from asyncvmm.machine.base import AccelName, BootPlan, EffectSink, Machine
 from asyncvmm.timing.timeline import Timeline
 
 if TYPE_CHECKING:
     from asyncvmm.machine.kvm.trace import ExitTrace
+
+
+def import_machine(accel: AccelName) -> None:
+    """Import what ``make_machine`` needs, which takes its time the first time: not for the loop."""
+    if accel == "kvm":
+        import asyncvmm.machine.kvm.machine
+    else:
+        import asyncvmm.machine.qemu.machine  # noqa: F401
 
 
 def make_machine(choice: AccelChoice, plan: BootPlan, timeline: Timeline, on_effects: EffectSink) -> Machine:

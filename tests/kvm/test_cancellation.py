@@ -17,7 +17,7 @@ pytestmark = pytest.mark.anyio
 MEMORY_MIB = 67
 """A size that no other mapping has."""
 
-PHASES = ("total", "accel", "setup", "boot", "boot_wait")
+PHASES = ("total", "accel", "setup", "machine_import", "plan", "boot", "boot_wait")
 KVM_PHASES = (
     *("kernel_asset_read", "rootfs_asset_open", "layout", "kvm_open", "vm_create", "irqchip_create"),
     *("memory", "memory_alloc", "memory_register", "vcpu_create"),
