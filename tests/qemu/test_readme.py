@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import orjson
 import pytest
 
+from asyncvmm import VM
 from tests.support.readme import README, block_with, blocks
 
 pytestmark = pytest.mark.requires("qemu", "image")
@@ -25,7 +25,7 @@ PATIENCE_S = 120
 
 def commands() -> list[str]:
     """The shell commands, without what is said of them."""
-    return [shlex.join(shlex.split(line, comments=True)) for block in blocks("sh") for line in block.splitlines()]
+    return [re.sub(r"\s+# .*", "", line) for block in blocks("sh") for line in block.splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -61,21 +61,24 @@ def test_the_python_program_runs_and_prints_milliseconds_and_machine(directory: 
 
 
 def test_readme_shows_the_commands_that_are_run_here() -> None:
-    assert [command.split()[1] for command in commands()] == ["doctor", "image", "boot", "run", "timeline"]
+    assert [command.split()[1] for command in commands()] == [
+        *("doctor", "image", "boot", "run"),
+        *("boot", "timeline", "metrics"),
+    ]
 
 
 def test_the_shell_commands_do_what_is_said_of_them(directory: Path) -> None:
-    outputs = {}
+    outputs: dict[str, str] = {}
     for command in commands():
-        outputs[command.split()[1]] = run(command, directory)
-        if "--jsonl -" in command:
-            (directory / "boot.jsonl").write_text(outputs["boot"])  # what the timeline is then drawn from
+        outputs.setdefault(command.split()[1], run(command, directory))
     assert orjson.loads(outputs["doctor"])["kvm"]["verdict"] in ("fast", "slow", "unusable", "absent")
     assert Path(outputs["image"].strip()).is_dir()
     assert [orjson.loads(line)["v"] for line in outputs["boot"].splitlines()]
     assert outputs["run"].startswith("Linux ")
-    assert "READY" in outputs["timeline"]
     assert "boot_wait" in outputs["timeline"]
+    assert "</html>" in (directory / "t.html").read_text()
+    assert orjson.loads((directory / "t.json").read_bytes())["traceEvents"]
+    assert "asyncvmm_boots_total" in (directory / "boot.prom").read_text()
 
 
 def test_every_option_of_boot_and_run_is_named() -> None:
@@ -106,3 +109,11 @@ def test_the_public_names_in_the_table_exist() -> None:
         thing: object = vm
         for part in name.rstrip(".").split("."):
             thing = getattr(thing, part)
+
+
+def test_the_collectors_shown_take_a_vm() -> None:
+    names: dict[str, object] = {}
+    exec(block_with("python", "trace_boot"), names)
+    watched = names["watched"]
+    assert callable(watched)
+    assert watched(VM()).events.listening
