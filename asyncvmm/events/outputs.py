@@ -93,6 +93,7 @@ class FileOutput:
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._whole = stat.S_ISREG(os.fstat(fd).st_mode)
+        self._torn = 0
 
     @property
     def fd(self) -> int:
@@ -105,9 +106,22 @@ class FileOutput:
         if end > select.PIPE_BUF and not self._whole:
             end = data.rfind(b"\n", 0, select.PIPE_BUF) + 1 or select.PIPE_BUF
         try:
-            return os.write(self._fd, data[:end])
+            count = os.write(self._fd, data[:end])
         except BlockingIOError:
             return 0
+        except OSError:
+            self._mend()
+            raise
+        whole = data.rfind(b"\n", 0, count) + 1
+        self._torn = count - whole if whole else self._torn + count
+        return count
+
+    def _mend(self) -> None:
+        """Take back the part of a line for whose rest there is no room, unless somebody wrote behind it."""
+        if self._whole and self._torn:
+            end = os.lseek(self._fd, 0, os.SEEK_CUR)
+            if end == os.fstat(self._fd).st_size:
+                os.ftruncate(self._fd, end - self._torn)
 
     def close(self) -> None:
         """Close the descriptor."""
