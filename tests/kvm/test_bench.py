@@ -37,6 +37,27 @@ def test_each_line_is_a_figure_beside_its_peer() -> None:
     assert loads == {"idle", "busy"}
 
 
+def test_what_events_cost_is_measured_without_a_vm() -> None:
+    done = _bench("--quick", "event_cost", "event_stream")
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    assert all(record.keys() == KEYS and record["ours"] > 0 for record in records)
+    cases = {record["conditions"]["case"] for record in records}
+    assert {"event nobody hears", "phase of the timeline", "one event", "as fast as it goes"} <= cases
+    assert [record["name"] for record in records] == ["event_cost"] * 4 + ["event_stream"] * 3
+
+
+@pytest.mark.requires("kvm", "gcc")
+def test_telemetry_is_clocked_and_counted() -> None:
+    done = _bench("--quick", "telemetry_cost")
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    clocked, counted = (record for record in records if record["conditions"]["guest"] == "toy guest on KVM")
+    assert (clocked["unit"], clocked["order"]) == ("ms", "A B A B")
+    assert counted["unit"] == "%"
+    assert counted["detail"]["events"] > 20
+
+
 def test_the_list_names_every_figure() -> None:
     done = _bench("--list")
     assert done.returncode == 0
