@@ -256,10 +256,10 @@ class VM:
         self._report.tell_phases()
         with self.timeline.phase("boot"):
             await self._machine.start()
-            self._report.tell_phases()
-            if self._state == "starting":
-                self._go("booting")
             with self.timeline.phase("boot_wait"):
+                self._report.tell_phases()
+                if self._state == "starting":
+                    self._go("booting")
                 await self._wait_ready(self._machine)
         if not self._ended:
             self._go("ready")

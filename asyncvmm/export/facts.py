@@ -36,9 +36,10 @@ _KINDS = tuple(
 )
 _REASONS = (*get_args(StopReason), "none", "timeout", "stalled")
 _PHASES = """
-    total accel setup machine_import plan layout boot qemu_cmd_build qemu_fork qemu_qmp_connect kernel_asset_read rootfs_asset_open kvm_open
-    vm_create irqchip_create memory memory_alloc memory_register kernel_load rootfs_load boot_params vcpu_setup
-    vm_arch_setup vcpu_create vcpu_config cpuid_config register_config vcpu_start boot_wait retry_pause
+    total accel setup machine_import plan kernel_asset_read rootfs_asset_open layout qemu_cmd_build
+    boot kvm_open vm_create kvm_create_vm vm_arch_setup memory memory_alloc memory_register irqchip_create vcpu_create
+    rootfs_load kernel_load boot_params vcpu_config cpuid_config register_config vm_finish vcpu_start
+    qemu_fork qemu_qmp_connect boot_wait retry_pause
 """
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from asyncvmm.timing.boot_profile import BootProfile
-from asyncvmm.timing.profiles import CreateVmProfile, GuestBootProfile, VcpuSetupProfile, left_of, total_of
+from asyncvmm.timing.profiles import CreateVmProfile, GuestBootProfile, VcpuSetupProfile, total_of
 from asyncvmm.timing.timeline import Phase
 
 _CREATION = ("kernel_asset_read", "rootfs_asset_open", "layout", "qemu_cmd_build")
@@ -61,7 +61,7 @@ def create_vm_profile(phases: Sequence[Phase]) -> CreateVmProfile:
     attempt = _Attempt(phases)
     return CreateVmProfile(
         kvm_fd_open=attempt.took("kvm_open"),
-        kvm_create_vm=left_of(attempt.took("vm_create"), [attempt.took("vm_arch_setup")]),
+        kvm_create_vm=attempt.took("kvm_create_vm"),
         vm_arch_setup=attempt.took("vm_arch_setup", "irqchip_create"),
         guest_memory_mmap=attempt.took("memory_alloc"),
         kernel_asset_read=attempt.took("kernel_asset_read"),

@@ -21,7 +21,7 @@ PHASES = ("total", "accel", "setup", "machine_import", "plan", "boot", "boot_wai
 KVM_PHASES = (
     *("kernel_asset_read", "rootfs_asset_open", "layout", "kvm_open", "vm_create", "irqchip_create"),
     *("memory", "memory_alloc", "memory_register", "vcpu_create"),
-    *("vm_arch_setup", "rootfs_load", "kernel_load", "boot_params"),
+    *("kvm_create_vm", "vm_arch_setup", "rootfs_load", "kernel_load", "boot_params", "vm_finish"),
     *("vcpu_config", "cpuid_config", "register_config", "vcpu_start"),
 )
 

@@ -132,7 +132,8 @@ def _creation(memory_bytes: int, vcpus: int, shape: Shape | None, cpuid: GuestCp
 
 def create_vm(chain: Chain, system: SystemSteps) -> At:
     """Append the steps that create a VM and reserve the addresses that KVM needs for itself."""
-    vm = chain.closing(chain.ioctl(Request.KVM_CREATE_VM, system.fd))
+    with chain.phase("kvm_create_vm"):
+        vm = chain.closing(chain.ioctl(Request.KVM_CREATE_VM, system.fd))
     with chain.phase("vm_arch_setup"):
         chain.ioctl(Request.KVM_SET_IDENTITY_MAP_ADDR, vm, chain.data(ctypes.c_uint64(IDENTITY_MAP_ADDRESS)))
         chain.ioctl(Request.KVM_SET_TSS_ADDR, vm, TSS_ADDRESS)

@@ -13,7 +13,7 @@ from asyncvmm.errors import AsyncVMMError, InitrdError, MemorySizeError
 from asyncvmm.machine.kvm.abi import KvmIrqLevel, Request
 from asyncvmm.machine.kvm.contents import READ_INITRD, Contents
 from asyncvmm.machine.kvm.creation import Blueprint, GuestCpuid, expect_tsc_khz, set_cpuid
-from asyncvmm.machine.kvm.fastpath.chain import Chain, Failure
+from asyncvmm.machine.kvm.fastpath.chain import Chain, Failure, Made
 from asyncvmm.machine.kvm.fds import raw_ioctl_short
 from asyncvmm.machine.kvm.memory import MAP_MEMORY, GuestMemory
 from asyncvmm.machine.kvm.registers import set_msrs_behind
@@ -40,16 +40,22 @@ class KvmVm:
         try:
             if made.failure is not None:
                 raise _error(made.failure, len(steps.vcpus))
-            self.fd = made[steps.vm]
-            self.tsc_khz = made[steps.tsc_khz]
-            self.memory = GuestMemory(steps.regions, made[steps.memory])
-            run_size = made[steps.system.run_size]
-            self.vcpus = [Vcpu(index, made[at.fd], made[at.page], run_size) for index, at in enumerate(steps.vcpus)]
-            if plan.contents is not None:
-                self._finish(plan, plan.contents)
+            with timeline.phase("vm_finish"):
+                self._take(plan, made)
         except BaseException:
             made.undo()
             raise
+
+    def _take(self, plan: Blueprint, made: Made) -> None:
+        """What the chain has made, as objects."""
+        steps = plan.steps
+        self.fd = made[steps.vm]
+        self.tsc_khz = made[steps.tsc_khz]
+        self.memory = GuestMemory(steps.regions, made[steps.memory])
+        run_size = made[steps.system.run_size]
+        self.vcpus = [Vcpu(index, made[at.fd], made[at.page], run_size) for index, at in enumerate(steps.vcpus)]
+        if plan.contents is not None:
+            self._finish(plan, plan.contents)
 
     def set_irq_line(self, irq: int, level: bool) -> None:
         """KVM_IRQ_LINE: a microsecond, so the GIL is kept. Raises nothing: the GSI is ours and the VM is alive."""
