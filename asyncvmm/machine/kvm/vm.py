@@ -19,7 +19,7 @@ from asyncvmm.machine.kvm.memory import MAP_MEMORY, GuestMemory
 from asyncvmm.machine.kvm.registers import set_msrs_behind
 from asyncvmm.machine.kvm.system import refusal
 from asyncvmm.machine.kvm.vcpu import Vcpu
-from asyncvmm.timing.timeline import Timeline
+from asyncvmm.timing.timeline import Span, Timeline
 from asyncvmm.x86.msrs import boot_msrs
 
 _IRQ_LINE = int(Request.KVM_IRQ_LINE)
@@ -40,8 +40,10 @@ class KvmVm:
         try:
             if made.failure is not None:
                 raise _error(made.failure, len(steps.vcpus))
-            with timeline.phase("vm_finish"):
-                self._take(plan, made)
+            begin = timeline.clock()
+            self._take(plan, made)
+            finish = Span("vm_finish", begin, timeline.clock())
+            timeline.record_later(lambda: (finish,))
         except BaseException:
             made.undo()
             raise
