@@ -92,6 +92,21 @@ def test_every_line_keeps_to_the_schema(event: Event) -> None:
     assert None not in record.values()
 
 
+def test_events_that_say_the_same_are_the_same() -> None:
+    assert types.GuestHeartbeat(6, 1) == types.GuestHeartbeat(6, 1) != types.GuestHeartbeat(6, 2)
+    assert len({types.GuestHeartbeat(6, 1), types.GuestHeartbeat(6, 1)}) == 1
+    assert len({types.GuestReady(4), types.GuestPreExec(4)}) == 2
+
+
+@pytest.mark.parametrize("event", SAMPLES, ids=lambda event: event.event)
+def test_the_line_says_the_details_in_their_order(event: Event) -> None:
+    record = parsed(event)
+    assert list(record)[5:] == list(event.details())
+    if not isinstance(event, types.ProfileEvent):
+        names = [field.name for field in attrs.fields(type(event)) if getattr(event, field.name) is not None]
+        assert list(record)[5:] == [name for name in names if name != "t_ns"]
+
+
 def test_every_kind_of_event_has_a_sample_here() -> None:
     assert {event.event for event in SAMPLES} == set(EVENTS)
 
