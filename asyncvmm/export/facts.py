@@ -16,7 +16,7 @@ import attrs
 from asyncvmm import errors
 from asyncvmm.effects import StopReason
 from asyncvmm.events.markers import STAGES
-from asyncvmm.export.records import Record, counts, number, text
+from asyncvmm.export.records import LARGEST_GUEST_NS, Record, counts, number, text
 from asyncvmm.machine.kvm.exits import EXIT_NAMES
 
 MAX_VMS = 4096
@@ -139,7 +139,7 @@ class VmFacts:
             yield Duration("phase_duration_seconds", (name, self.accel), ns * _NS)
 
     def _stage(self, record: Record) -> Iterator[Fact]:
-        ns, stage = number(record, "guest_ns"), self._words.stage(text(record, "stage"))
+        ns, stage = number(record, "guest_ns", LARGEST_GUEST_NS), self._words.stage(text(record, "stage"))
         yield Duration("guest_stage_seconds", (stage, self.accel), ns * _NS)
 
     def _timing(self, record: Record) -> Iterator[Fact]:

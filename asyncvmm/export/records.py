@@ -19,7 +19,10 @@ MAX_NAME = 1024
 """Characters of a VM's name beyond which it is none of ours."""
 
 LARGEST = (1 << 63) - 1
-"""No count and no nanoseconds of ours come near it."""
+"""No count and no nanoseconds of the host's come near it."""
+
+LARGEST_GUEST_NS = (1 << 64) - 1
+"""A guest may say whatever BOOT_TIME has room for."""
 
 Record = Mapping[str, object]
 
@@ -58,10 +61,10 @@ def text(record: Record, name: str) -> str:
     return value
 
 
-def number(record: Record, name: str) -> int:
-    """A field that must be a whole number from 0 to LARGEST. Raises NotARecord."""
+def number(record: Record, name: str, most: int = LARGEST) -> int:
+    """A field that must be a whole number from 0 to ``most``. Raises NotARecord."""
     value = record.get(name)
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= LARGEST:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
         raise NotARecord(f"{name} is not a number, or out of range")
     return value
 

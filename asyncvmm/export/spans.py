@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 
 import attrs
 
-from asyncvmm.export.records import Record, number, text
+from asyncvmm.export.records import LARGEST, LARGEST_GUEST_NS, Record, number, text
 
 ROOT = "total"
 """The phase that holds all others: boot() called to boot() returns."""
@@ -78,7 +78,8 @@ class BootSpans:
             case "phase":
                 self._add(record)
             case "guest.boot_time" if len(self._stages) < MAX_STAGES:
-                self._stages.append((number(record, "t_ns"), text(record, "stage"), number(record, "guest_ns")))
+                guest_ns = number(record, "guest_ns", LARGEST_GUEST_NS)
+                self._stages.append((number(record, "t_ns"), text(record, "stage"), guest_ns))
             case "vm.error" if self._error is None:
                 self._error = _exception(record)
             case "boot.profile":
@@ -102,9 +103,10 @@ class BootSpans:
             return None
         root = self._root()
         for arrived_ns, stage, guest_ns in self._stages:
-            t_ns = arrived_ns if offset_ns is None else guest_ns + offset_ns
+            # Its line came after it, whatever the guest says: times and attributes have 64 bits and no more.
+            t_ns = arrived_ns if offset_ns is None else min(arrived_ns, max(0, guest_ns + offset_ns))
             place = next((span for span in root.walk() if span.name == "boot_wait" and _within(span, t_ns)), root)
-            place.instants.append(Instant(f"guest.{stage}", t_ns, {"asyncvmm.guest_ns": guest_ns}))
+            place.instants.append(Instant(f"guest.{stage}", t_ns, _said(guest_ns)))
         if self._error is not None:
             root.instants.append(attrs.evolve(self._error, t_ns=min(self._error.t_ns, root.end_ns)))
             root.error = str(self._error.attributes["exception.message"])
@@ -131,6 +133,10 @@ def _span(record: Record) -> Span:
     error = "the phase failed" if record.get("failed") is True else None
     end = start + number(record, "duration_ns")
     return Span(text(record, "name"), start, end, str(parent) if parent else None, attributes, error)
+
+
+def _said(guest_ns: int) -> Mapping[str, str | int]:
+    return {"asyncvmm.guest_ns": guest_ns} if guest_ns <= LARGEST else {}
 
 
 def _exception(record: Record) -> Instant:

@@ -9,7 +9,7 @@ from prometheus_client import REGISTRY, CollectorRegistry
 
 from asyncvmm import VM
 from asyncvmm.errors import ConfigError, HostError
-from asyncvmm.events.types import AccelProbe, LogLost, PhaseEnded, VmState
+from asyncvmm.events.types import AccelProbe, GuestBootTime, LogLost, PhaseEnded, VmState
 from asyncvmm.export.exposition import exposition
 from asyncvmm.export.prometheus import BUCKETS_S, COUNTERS, HISTOGRAMS, RecordCollector, VmCollector
 from asyncvmm.export.records import NotARecord
@@ -40,6 +40,17 @@ def test_many_vms_are_counted_in_one_registry() -> None:
     assert registry.get_sample_value("asyncvmm_phase_duration_seconds_sum", of_kvm) == pytest.approx(0.087)
     assert registry.get_sample_value("asyncvmm_phase_duration_seconds_bucket", {**of_kvm, "le": "0.01"}) == 1
     assert registry.get_sample_value("asyncvmm_phase_duration_seconds_bucket", {**of_kvm, "le": "0.1"}) == 2
+
+
+def test_a_guest_that_says_an_absurd_time_is_still_counted() -> None:
+    registry = CollectorRegistry()
+    vm = VM()
+    VmCollector(registry).watch(vm)
+    vm.events.publish(GuestBootTime(1, "init_entry", (1 << 64) - 1))
+    booted(vm, "kvm", 7_000_000)
+    stage = {"accel": "unknown", "stage": "init_entry"}
+    assert registry.get_sample_value("asyncvmm_guest_stage_seconds_count", stage) == 1
+    assert registry.get_sample_value("asyncvmm_boots_total", {"accel": "kvm", "outcome": "ready"}) == 1
 
 
 def test_a_vm_no_longer_watched_is_not_counted() -> None:

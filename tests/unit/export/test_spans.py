@@ -93,6 +93,16 @@ def test_guest_stages_stand_at_their_own_time_where_the_guests_clock_is_known() 
     ]
 
 
+@pytest.mark.parametrize("offset_ns", [50, None])
+def test_a_stage_of_an_absurd_time_stands_where_its_line_came(offset_ns: int | None) -> None:
+    clock = None if offset_ns is None else {"offset_ns": offset_ns, "error_ns": 5, "source": "paired"}
+    *before, end = BOOT
+    root = tree_of(*before, stage("init_ok", 81, (1 << 64) - 1), end, {**PROFILE, "guest_clock": clock})
+    [absurd] = [instant for span in root.walk() for instant in span.instants if instant.name == "guest.init_ok"]
+    assert absurd.t_ns == 81
+    assert all(value < 1 << 63 for value in absurd.attributes.values() if isinstance(value, int))
+
+
 def test_a_boot_recorded_without_a_root_is_given_one() -> None:
     root = tree_of(phase("accel", 1, 10), phase("setup", 10, 20), phase("boot", 20, 90), state("stopped"))
     assert (root.name, root.start_ns, root.end_ns) == ("total", 1, 90)
