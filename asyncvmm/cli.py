@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import click
 
 from asyncvmm.errors import AsyncVMMError
+from asyncvmm.standard_streams import hold_standard_streams, stdout_lost
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -31,7 +32,8 @@ class Group(click.Group):
 
     def main(self, *args: Any, **options: Any) -> Any:
         """Parse the command line and run the command."""
-        with signals_held():
+        hold_standard_streams()
+        with signals_held(), stdout_lost(EXIT_ERROR):
             return super().main(*args, **options)
 
     def invoke(self, ctx: click.Context) -> Any:
