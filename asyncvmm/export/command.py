@@ -32,7 +32,7 @@ async def metrics(files: Sequence[str], prometheus: str | None, listen: str | No
     if prometheus is None and listen is None:
         prometheus = "-"
     if prometheus is not None:
-        check_target(prometheus)
+        check_target(prometheus, files)
     collector = RecordCollector()
     with ExitStack() as held:
         readers = [Reader(held, name, collector) for name in dict.fromkeys(files or ["-"])]

@@ -9,7 +9,7 @@ import stat
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from socketserver import ThreadingMixIn
@@ -43,20 +43,30 @@ def exposition(registry: CollectorRegistry, target: str) -> bytes:
     return text
 
 
-def check_target(target: str) -> None:
-    """See that ``target`` can be written. Raises ConfigError if not, so before anything is read."""
+def check_target(target: str, sources: Sequence[str] = ()) -> None:
+    """See that ``target`` can be written and is none of ``sources``. Raises ConfigError if not."""
     if target == "-":
         return
     path = Path(target)
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise ConfigError("--prometheus", expected="a file or -", found=f"{target}, which is no file")
+        there = path.stat()
     except FileNotFoundError:
-        pass
+        there = None
     except (OSError, ValueError) as error:
         raise _unwritable(target, error) from None
+    if there is not None and not stat.S_ISREG(there.st_mode):
+        raise ConfigError("--prometheus", expected="a file or -", found=f"{target}, which is no file")
+    if there is not None and any(_is(there, source) for source in sources if source != "-"):
+        raise ConfigError("--prometheus", expected="a file that is none of those read", found=target)
     if not path.resolve().parent.is_dir():
         raise ConfigError("--prometheus", expected="a directory to write in", found=str(path.parent))
+
+
+def _is(there: os.stat_result, source: str) -> bool:
+    try:
+        return os.path.samestat(there, os.stat(source))
+    except (OSError, ValueError):
+        return False  # that it cannot be read is told when it is
 
 
 def write_metrics(registry: CollectorRegistry, target: str) -> None:

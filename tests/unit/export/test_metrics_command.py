@@ -161,7 +161,7 @@ def test_of_many_bad_lines_only_the_first_are_named(start: Start) -> None:
         (("/dev",), "/dev, a directory"),
         (("",), "No such file"),
         (("/dev/null", "/nonexistent"), "/nonexistent"),
-        (("/dev/null", "--prometheus", "/dev/null"), "no file"),
+        (("/dev/null", "--prometheus", "/dev/null"), "expected a file or -, found /dev/null, which is no file\n"),
         (("/dev/null", "--prometheus", "/nonexistent/x"), "--prometheus"),
         (("/dev/null", "--prometheus", ""), "--prometheus"),
         (("/dev/null", "--listen", "9100"), "HOST:PORT"),
@@ -174,6 +174,17 @@ def test_what_cannot_be_is_refused_in_one_line(start: Start, words: tuple[str, .
     assert (code, output) == (2, "")
     assert re.fullmatch(r"asyncvmm: .*expected .*, found .*\n", errors)
     assert said in errors
+
+
+@pytest.mark.parametrize("name", ["boot.jsonl", "link"])
+def test_a_file_that_is_read_is_not_written_over(start: Start, tmp_path: Path, name: str) -> None:
+    file = tmp_path / "boot.jsonl"
+    file.write_bytes(lines_of("a"))
+    (tmp_path / "link").symlink_to(file)
+    code, output, errors = run_to_end(start(file, "--prometheus", tmp_path / name))
+    assert (code, output) == (2, "")
+    assert re.fullmatch(r"asyncvmm: --prometheus: expected a file that is none of those read, found .*\n", errors)
+    assert file.read_bytes() == lines_of("a")
 
 
 def test_a_file_without_any_event_is_refused_and_nothing_written(start: Start, tmp_path: Path) -> None:
