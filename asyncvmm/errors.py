@@ -123,7 +123,8 @@ class GuestError(AsyncVMMError):
     ``reason`` is one word (``panic``, ``triple-fault``, ``shutdown``, ``reset``, ``timeout``, ``stalled``,
     ``emulation-failure``, ``entry-failure``, ``machine``); ``last_exit`` names the last KVM exit and ``rip`` is the
     instruction pointer then (both None on QEMU, which does not say); ``exits`` is the histogram, ``phases`` maps each
-    finished host phase to nanoseconds, ``serial_tail`` the last 4 KiB of console output.
+    host phase to its nanoseconds, those under way to what they took until then, ``serial_tail`` is the last 4 KiB of
+    console output.
     """
 
     def __init__(

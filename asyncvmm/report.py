@@ -37,7 +37,7 @@ class BootReport:
         self._timeline = timeline
         self._published = 0
         self._first = 0
-        self._phases: Sequence[Phase] = ()
+        self._booted: Sequence[Phase] | None = None
         self._boot: BootProfile | None = None
 
     def begin_attempt(self, attempt: int) -> None:
@@ -55,8 +55,8 @@ class BootReport:
 
     def tell_ready(self, accel: AccelName, guest: GuestBootProfile, clock: GuestClock | None) -> VmTiming:
         """The attempt has succeeded: publish phases, timing and profiles, log the boot."""
-        self._phases = self._timeline.phases[self._first :]
-        self.timing = boot_timing(self._phases, accel, self.attempt)
+        self._booted = self._phases
+        self.timing = boot_timing(self._booted, accel, self.attempt)
         self.tell_phases()
         self._boot = self.boot_profile(guest)
         log_boot(self._boot)
@@ -73,16 +73,21 @@ class BootReport:
             log_command_loop(self._boot)
 
     def boot_profile(self, guest: GuestBootProfile) -> BootProfile:
-        """The BootProfile; before the boot has succeeded, of what there is."""
+        """The BootProfile; until an attempt has succeeded, of what the newest one has done."""
         return self._boot or boot_profile(self._phases, self._timeline.start_ns, guest)
 
     def create_vm_profile(self) -> CreateVmProfile:
-        """The CreateVmProfile of the attempt that succeeded."""
+        """The CreateVmProfile of the attempt that succeeded; until one has, of what the newest one has done."""
         return create_vm_profile(self._phases)
 
     def vcpu_setup_profile(self) -> VcpuSetupProfile | None:
-        """The VcpuSetupProfile of the attempt that succeeded; None on QEMU."""
+        """The VcpuSetupProfile of that attempt; None while no vCPU is set up, and on QEMU."""
         return vcpu_setup_profile(self._phases)
+
+    @property
+    def _phases(self) -> Sequence[Phase]:
+        """Those of the attempt that succeeded, which stay as they were then; until one has, of the newest one."""
+        return self._timeline.phases[self._first :] if self._booted is None else self._booted
 
     def _publish(self, timing: VmTiming, boot: BootProfile, clock: GuestClock | None) -> None:
         now = self._timeline.clock() - self._timeline.start_ns

@@ -125,7 +125,10 @@ class VM:
 
     @property
     def boot_profile(self) -> BootProfile:
-        """The boot's steps, in ns; fields are None where they are not recorded yet, or do not apply."""
+        """The boot's steps, in ns; fields are None where they are not recorded (yet), or do not apply.
+
+        Of a boot that failed or was cancelled it has the steps that its last attempt came to.
+        """
         return self._report.boot_profile(self.guest_profile)
 
     @property
@@ -135,7 +138,7 @@ class VM:
 
     @property
     def vcpu_setup_profile(self) -> VcpuSetupProfile | None:
-        """The configuration of the vCPUs, in ns; None before boot() has returned, and on QEMU."""
+        """The configuration of the vCPUs, in ns; None before it is done, and on QEMU."""
         return self._report.vcpu_setup_profile()
 
     # -- what can be done ------------------------------------------------------------------------------------------
@@ -299,7 +302,7 @@ class VM:
             "last_exit": evidence.last_exit,
             "rip": evidence.rip,
             "exits": self.exits,
-            "phases": self.timeline.durations(),
+            "phases": self.timeline.elapsed(),
             "serial_tail": self.console.tail,
             "state": self._state,
         }

@@ -25,7 +25,9 @@ class _Attempt:
         return self._phases[name].start_ns - zero_ns if name in self._phases else None
 
     def end(self, name: str, zero_ns: int = 0) -> int | None:
-        return self._phases[name].end_ns - zero_ns if name in self._phases else None
+        """When it was done: a phase that failed has taken its time, but nothing is done."""
+        phase = self._phases.get(name)
+        return None if phase is None or phase.failed else phase.end_ns - zero_ns
 
 
 def boot_profile(phases: Sequence[Phase], start_ns: int, guest: GuestBootProfile) -> BootProfile:

@@ -84,6 +84,13 @@ class Timeline:
             sums[phase.name] = sums.get(phase.name, 0) + phase.duration_ns
         return sums
 
+    def elapsed(self) -> dict[str, int]:
+        """As ``durations``, with the phases that are open, and what they have taken so far."""
+        sums, now = self.durations(), self.clock()
+        for phase in self._open:
+            sums[phase.name] = sums.get(phase.name, 0) + now - phase.start_ns
+        return sums
+
     def _settle(self) -> None:
         later, self._later = self._later, []
         for spans, outer in later:
@@ -103,7 +110,7 @@ class Timeline:
 
 
 class _OpenPhase:
-    __slots__ = ("_start_ns", "_timeline", "accounted", "name")
+    __slots__ = ("_timeline", "accounted", "name", "start_ns")
 
     def __init__(self, timeline: Timeline, name: str) -> None:
         self._timeline = timeline
@@ -111,8 +118,8 @@ class _OpenPhase:
         self.accounted: int | None = None
 
     def __enter__(self) -> None:
+        self.start_ns = self._timeline.clock()
         self._timeline._open.append(self)
-        self._start_ns = self._timeline.clock()
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
@@ -122,7 +129,7 @@ class _OpenPhase:
         timeline._settle()
         timeline._open.pop()
         outer = timeline._open[-1] if timeline._open else None
-        timeline._add(self.ended(self._start_ns, end_ns, outer, kind is not None), outer)
+        timeline._add(self.ended(self.start_ns, end_ns, outer, kind is not None), outer)
 
     def ended(self, start_ns: int, end_ns: int, outer: _OpenPhase | None, failed: bool = False) -> Phase:
         residual = None if self.accounted is None else max(0, end_ns - start_ns - self.accounted)

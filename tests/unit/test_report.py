@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from itertools import count
 
 import pytest
@@ -102,6 +103,39 @@ def test_the_last_stage_is_logged_once_whenever_it_comes(told: Told, caplog: pyt
     assert caplog.messages[0] == "[boot-profile] total: 2ns"
     assert caplog.messages[-1] == "[boot-profile][guest] command_loop     +     1ms (total 3ms)"
     assert len([line for line in caplog.messages if "command_loop" in line]) == 1
+
+
+def test_a_boot_that_failed_or_goes_on_has_a_profile_of_what_there_is(told: Told) -> None:
+    told.attempt(0, "kvm_open", "vm_create", "boot_wait")
+    told.report.begin_attempt(1)
+    with suppress(TimeoutError), told.timeline.phase("boot"):
+        with told.timeline.phase("kvm_open"):
+            pass
+        under_way = told.report.boot_profile(EARLY)
+        with told.timeline.phase("cpuid_config"):
+            pass
+        with told.timeline.phase("boot_wait"):
+            raise TimeoutError
+    assert (under_way.t_total_start, under_way.t_vm_create) == (None, None)
+    profile, setup = told.report.boot_profile(EARLY), told.report.vcpu_setup_profile()
+    assert profile.t_total_start is not None
+    assert profile.t_kvm_open == under_way.t_kvm_open
+    assert profile.t_boot_start is not None
+    assert (profile.t_vm_create, profile.t_boot_ready, profile.total) == (None, None, None)
+    assert profile.guest == EARLY
+    assert told.report.create_vm_profile().boot_wait == 1
+    assert setup is not None
+    assert setup.cpuid_config == 1
+
+
+def test_the_profile_of_a_boot_that_succeeded_stays_as_it_was(told: Told) -> None:
+    told.attempt(0, "boot_wait")
+    told.report.tell_ready("qemu", WHOLE, None)
+    creation = told.report.create_vm_profile()
+    with told.timeline.phase("boot_wait"):
+        told.timeline.clock()
+    assert told.report.create_vm_profile() == creation
+    assert told.report.boot_profile(WHOLE).total == 2
 
 
 def test_an_event_that_is_told_does_not_change_afterwards(told: Told) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from itertools import count
 
 import attrs
@@ -108,3 +109,11 @@ def test_of_a_boot_that_never_began_there_is_nothing() -> None:
     assert create_vm_profile([]).to_dict() == {}
     assert boot_profile([], 0, GUEST).total is None
     assert vcpu_setup_profile([]) is None
+
+
+def test_a_step_that_failed_has_a_duration_and_no_mark() -> None:
+    timeline = Timeline(count().__next__)
+    with suppress(ZeroDivisionError), timeline.phase("boot"), timeline.phase("kernel_load"):
+        raise ZeroDivisionError
+    profile = boot_profile(timeline.phases, timeline.start_ns, GUEST)
+    assert (profile.t_total_start, profile.t_kernel_load, profile.kernel_load_duration) == (1, None, 1)

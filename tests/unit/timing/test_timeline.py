@@ -72,6 +72,15 @@ def test_durations_of_one_name_add_up(timeline: Timeline) -> None:
     assert timeline.durations() == {"again": 3}
 
 
+def test_what_has_elapsed_includes_the_phases_that_are_open(timeline: Timeline) -> None:
+    with timeline.phase("again"):
+        pass
+    with timeline.phase("outer"), timeline.phase("again"):
+        assert timeline.durations() == {"again": 1}
+        assert timeline.elapsed() == {"again": 1 + 1, "outer": 2}
+    assert timeline.elapsed() == timeline.durations()
+
+
 def test_what_the_children_do_not_account_for_is_the_residual(timeline: Timeline) -> None:
     with timeline.phase("outer"):
         for _ in range(2):
