@@ -28,6 +28,8 @@ MAX_STRANGERS = 32
 _NS = 1e-9
 _RUNNING = ("ready", "paused")
 _OUTCOMES = {"ready": "ready", "failed": "failed", "stopped": "cancelled"}
+_FINAL = ("stopped", "failed")
+_LAST_STAGE = "command_loop"
 _WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. -]{0,63}", re.ASCII)
 
 _ACCELS = ("kvm", "qemu", "unknown")
@@ -99,13 +101,22 @@ class VmFacts:
     def __init__(self, vocabulary: Vocabulary, accel: str = "unknown") -> None:
         self.accel = accel
         self._words = vocabulary
-        self._was_ready = False
+        self._was_ready = self._booted = False
         self._exits: dict[str, int] = {}
+        self._stages: dict[str, int] = {}
+        self._stages_counted: set[str] = set()
 
     def of(self, record: Record) -> list[Fact]:
         """The facts of a record, none for most. Raises NotARecord, with nothing changed, for one that is not right."""
         reader = _READERS.get(str(record.get("event")))
         return list(reader(self, record)) if reader else []
+
+    def stages(self) -> Iterator[Fact]:
+        """The guest's stages not yet counted, each as it was said last: none counts twice, however often it is said."""
+        told, self._stages = self._stages, {}
+        self._stages_counted |= told.keys()
+        for stage, ns in told.items():
+            yield Duration("guest_stage_seconds", (stage, self.accel), ns * _NS)
 
     def _probe(self, record: Record) -> Iterator[Fact]:
         self.accel = self._words.accel(text(record, "accel"))
@@ -114,10 +125,13 @@ class VmFacts:
     def _state(self, record: Record) -> Iterator[Fact]:
         state, exits = text(record, "state"), counts(record, "exits")
         previous = record.get("previous")
-        booted = previous in ("starting", "booting")
+        booted = previous in ("starting", "booting") and state in _OUTCOMES
         self._was_ready |= state in _RUNNING
-        if booted and state in _OUTCOMES:
+        self._booted |= booted
+        if booted:
             yield Count("boots", (self.accel, "ready" if self._was_ready else _OUTCOMES[state]))
+        if booted or state in _FINAL:
+            yield from self.stages()
         yield from self._more_exits(exits)
 
     def _ready(self, record: Record) -> Iterator[Fact]:
@@ -140,7 +154,10 @@ class VmFacts:
 
     def _stage(self, record: Record) -> Iterator[Fact]:
         ns, stage = number(record, "guest_ns", LARGEST_GUEST_NS), self._words.stage(text(record, "stage"))
-        yield Duration("guest_stage_seconds", (stage, self.accel), ns * _NS)
+        if stage not in self._stages_counted:
+            self._stages[stage] = ns
+        if self._booted and stage == _LAST_STAGE:
+            yield from self.stages()
 
     def _timing(self, record: Record) -> Iterator[Fact]:
         if "boot_retries" in record and (retries := number(record, "boot_retries")):
@@ -183,16 +200,22 @@ class Fold:
         self._vocabulary = vocabulary or Vocabulary()
         self._max_vms = max_vms
         self._vms: OrderedDict[str, VmFacts] = OrderedDict()
+        self._left: list[Fact] = []
 
     def of(self, record: Record) -> list[Fact]:
-        """The facts of a record, none for most. Raises NotARecord for one that is not right."""
+        """The facts of a record, none for most, and those that a forgotten VM left.
+
+        Raises NotARecord for one that is not right.
+        """
         name = text(record, "vm")
-        if record.get("event") == "vm.state" and record.get("state") == "starting":
-            self._vms.pop(name, None)  # a name may be used again
+        if record.get("event") == "vm.state" and record.get("state") == "starting" and name in self._vms:
+            self._left += self._vms.pop(name).stages()  # a name may be used again
         vm = self._vms.get(name)
         if vm is None:
             vm = self._vms[name] = VmFacts(self._vocabulary)
         self._vms.move_to_end(name)
         if len(self._vms) > self._max_vms:
-            self._vms.popitem(last=False)
-        return vm.of(record)
+            self._left += self._vms.popitem(last=False)[1].stages()
+        facts = vm.of(record)
+        left, self._left = self._left, []
+        return left + facts

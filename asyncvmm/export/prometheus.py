@@ -44,7 +44,7 @@ COUNTERS = {
 
 HISTOGRAMS = {
     "phase_duration_seconds": ("How long phases of host work took.", ("name", "accel")),
-    "guest_stage_seconds": ("The guest's monotonic clock when PID 1 reached a stage.", ("stage", "accel")),
+    "guest_stage_seconds": ("The guest's monotonic clock when PID 1 reached a stage, once a VM.", ("stage", "accel")),
 }
 """Histograms by name, without the ``asyncvmm_`` before it."""
 

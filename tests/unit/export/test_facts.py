@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import asyncvmm
 from asyncvmm.errors import BootError, GuestStopped, HostError
+from asyncvmm.events.markers import STAGES
 from asyncvmm.events.types import VmError
 from asyncvmm.export.facts import MAX_STRANGERS, Count, Duration, Fact, Fold, VmFacts, Vocabulary, Words
 from asyncvmm.export.records import NotARecord, Record, record_of
@@ -124,15 +125,59 @@ def test_a_phase_that_failed_is_counted_apart() -> None:
     assert facts == [Count("phase_failures", ("boot_wait", "unknown"))]
 
 
-def test_retries_lost_lines_and_stages_count() -> None:
+def test_retries_and_lost_lines_count() -> None:
     facts = all_of(
         line("a", "vm.timing", boot_retries=2),
         line("a", "vm.timing", boot_retries=0),
         line("a", "log.lost", lines=7),
-        line("a", "guest.boot_time", stage="ready", guest_ns=5_000_000),
     )
-    assert facts[:2] == [Count("boot_retries", ("unknown",), 2), Count("events_lost", (), 7)]
-    assert facts[2] == Duration("guest_stage_seconds", ("ready", "unknown"), 5_000_000 * 1e-9)
+    assert facts == [Count("boot_retries", ("unknown",), 2), Count("events_lost", (), 7)]
+
+
+def reached(name: str, seconds: int, vm: str = "a") -> Record:
+    return line(vm, "guest.boot_time", stage=name, guest_ns=seconds * 1_000_000_000)
+
+
+def stages(facts: list[Fact]) -> list[tuple[str, float]]:
+    return [(fact.labels[0], round(fact.seconds, 9)) for fact in facts if isinstance(fact, Duration)]
+
+
+@pytest.mark.parametrize("end", ["ready", "failed", "stopped"])
+def test_a_stage_counts_once_with_its_last_value_when_the_boot_is_over(end: str) -> None:
+    facts = all_of(*(reached("ready", n) for n in range(1, 1001)), reached("init_ok", 3), state("a", "booting", end))
+    assert stages(facts) == [("ready", 1000.0), ("init_ok", 3.0)]
+
+
+def test_the_stage_after_ready_counts_when_it_comes_and_others_at_the_vms_end() -> None:
+    facts = all_of(state("a", "booting", "ready"), reached("command_loop", 1), reached("command_loop", 2))
+    assert stages(facts) == [("command_loop", 1.0)]
+    late = [state("a", "booting", "ready"), reached("init_ok", 1), reached("init_ok", 2)]
+    assert stages(all_of(*late)) == []
+    assert stages(all_of(*late, state("a", "ready", "stopped"), reached("init_ok", 3))) == [("init_ok", 2.0)]
+
+
+def test_a_stage_that_is_said_again_after_the_boot_does_not_count_again() -> None:
+    again = [reached("ready", 2), reached("command_loop", 3), reached("ready", 4), state("a", "ready", "stopped")]
+    facts = all_of(reached("ready", 1), state("a", "booting", "ready"), *again)
+    assert stages(facts) == [("ready", 1.0), ("command_loop", 3.0)]
+
+
+def test_stages_of_a_vm_that_is_forgotten_or_whose_name_is_used_again_count() -> None:
+    fold = Fold(max_vms=1)
+    assert fold.of(reached("ready", 1)) == []
+    with pytest.raises(NotARecord):
+        fold.of(state("a", "new", "starting", exits=7))
+    assert stages(fold.of(state("a", "new", "starting"))) == [("ready", 1.0)]
+    assert fold.of(reached("ready", 2)) == []
+    assert stages(fold.of(reached("init_ok", 3, "b"))) == [("ready", 2.0)]
+
+
+@given(st.lists(st.text(max_size=40) | st.sampled_from(["ready", "command_loop"]), max_size=60))
+def test_a_vm_holds_few_stages_however_many_are_told(names: list[str]) -> None:
+    facts = all_of(*(reached(name, 1) for name in names), state("a", "booting", "stopped"))
+    counts = counted([fact for fact in facts if isinstance(fact, Duration)])
+    assert set(counts.values()) <= {1}
+    assert {key[1] for key in counts} <= {*STAGES, "other"}
 
 
 def test_exits_told_twice_count_once() -> None:
