@@ -13,7 +13,7 @@ from asyncvmm.errors import ConfigError
 from asyncvmm.events.lines import Line, LineScanner
 from asyncvmm.export.exposition import check_target, serving, write_metrics
 from asyncvmm.export.prometheus import RecordCollector
-from asyncvmm.export.records import MAX_LINE, NotARecord, read_record
+from asyncvmm.export.records import BYTE_ORDER_MARK, MAX_LINE, NotARecord, read_record
 from asyncvmm.export.sources import Source
 
 WRITE_EVERY_S = 1.0
@@ -107,6 +107,8 @@ class Reader:
 
     def _take(self, line: Line) -> None:
         self._number += 1
+        if self._number == 1:
+            line = line._replace(text=line.text.removeprefix(BYTE_ORDER_MARK))
         if not line.text.strip() and not line.truncated:
             return
         try:

@@ -15,6 +15,9 @@ from asyncvmm.events.types import Event
 MAX_LINE = 1 << 20
 """Bytes of a line beyond which it is none of ours."""
 
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+"""What other programs put before a file's first line to say that it is UTF-8."""
+
 MAX_NAME = 1024
 """Characters of a VM's name beyond which it is none of ours."""
 

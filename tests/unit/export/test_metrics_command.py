@@ -83,6 +83,14 @@ def served(url: str) -> dict[tuple[str, ...], float]:
 # -- what it reads -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("rest", [b"", b"\n"])
+def test_a_byte_order_mark_before_the_first_line_is_nothing(start: Start, rest: bytes) -> None:
+    code, output, errors = run_to_end(start("-"), b"\xef\xbb\xbf" + rest + lines_of("a"))
+    assert (code, errors) == (0, "")
+    assert values_of(output)[READY] == 1
+    assert values_of(output)[UNREADABLE] == 0
+
+
 def test_files_of_several_vms_are_counted_together(start: Start, tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(lines_of("a") + lines_of("b"))
     (tmp_path / "c").write_bytes(lines_of("c"))
