@@ -63,7 +63,7 @@ def test_the_python_program_runs_and_prints_milliseconds_and_machine(directory: 
 def test_readme_shows_the_commands_that_are_run_here() -> None:
     assert [command.split()[1] for command in commands()] == [
         *("doctor", "image", "boot", "run"),
-        *("boot", "timeline", "metrics"),
+        *("boot", "boot", "timeline", "metrics"),
     ]
 
 
@@ -75,6 +75,7 @@ def test_the_shell_commands_do_what_is_said_of_them(directory: Path) -> None:
     assert Path(outputs["image"].strip()).is_dir()
     assert [orjson.loads(line)["v"] for line in outputs["boot"].splitlines()]
     assert outputs["run"].startswith("Linux ")
+    assert "against [1]" in outputs["timeline"]
     assert "boot_wait" in outputs["timeline"]
     assert "</html>" in (directory / "t.html").read_text()
     assert orjson.loads((directory / "t.json").read_bytes())["traceEvents"]
