@@ -2,7 +2,8 @@
 
 The axis is the boot: its ``total`` phase, in older files everything between the first phase's start and the last one's
 end. What happened later keeps its time and is drawn at the edge, so that a long workload does not crush a short boot.
-A guest stage cannot have come after its line: the host's clock bounds what the guest says of itself.
+A guest stage cannot have come after its line: the host's clock bounds what the guest says of itself. A stage that says
+more than the VM's age is off the axis: it is told with its value, and takes no room.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ MAX_ROWS = 1000
 """Rows of a VM that are drawn."""
 
 _EXITS = 5
+_OFF_AXIS = 5
 
 RESIDUAL = "residual"
 GUEST = "guest"
@@ -32,6 +34,7 @@ class Row:
     """One line of a drawing. ``duration_ns`` is None for an instant; ``label`` is harmless to show.
 
     ``path`` names it across boots; ``leaf`` says whether nothing lies in it. ``gaps`` are a residual's stretches.
+    ``off_axis_ns`` is what a guest stage says that cannot be; it has no duration, and starts where its line came.
     """
 
     label: str
@@ -44,6 +47,7 @@ class Row:
     failed: bool = False
     leaf: bool = True
     gaps: tuple[tuple[int, int], ...] = ()
+    off_axis_ns: int | None = None
 
     @property
     def end_ns(self) -> int:
@@ -94,7 +98,8 @@ class Chart:
         ready = recording.ready_ns
         if ready is not None:
             return f"total {duration_text(self.total_ns)}{accel}, READY at {duration_text(ready)}"
-        return f"{'failed after' if recording.failed else 'no READY in'} {duration_text(self.total_ns)}{accel}"
+        outcome = "failed after" if recording.failed else "cancelled after" if recording.cancelled else "no READY in"
+        return f"{outcome} {duration_text(self.total_ns)}{accel}"
 
 
 def lay_out(recording: Recording) -> Chart:
@@ -102,14 +107,14 @@ def lay_out(recording: Recording) -> Chart:
     tops, missing = nest(recording.phases)
     start_ns, end_ns, total_ns = _axis(recording)
     host = list(_host_rows(tops, recording.attempts > 1))
-    guest = _guest_rows(recording, end_ns)
+    guest = tuple(_guest_rows(recording, end_ns))
     instants = [_instant(instant) for instant in recording.instants]
-    notes = [*_notes(recording, missing)]
+    notes = [*_notes(recording, missing), *_off_axis_notes(recording, end_ns)]
     if (more := len(host) - MAX_ROWS) > 0:
         notes.append(f"{more} more phases are not drawn")
     if (more := len(instants) - MAX_ROWS) > 0:
         notes.append(f"{more} more instants are not drawn")
-    drawn = tuple(host[:MAX_ROWS]), tuple(guest), tuple(instants[:MAX_ROWS])
+    drawn = tuple(host[:MAX_ROWS]), guest, tuple(instants[:MAX_ROWS])
     return Chart(recording, start_ns, end_ns, total_ns, *drawn, tuple(notes))
 
 
@@ -161,21 +166,26 @@ def _residual(node: Node) -> Iterator[Row]:
         yield Row(label, "residual", start_ns, residual_ns, node.depth + 1, path, phase.attempt, gaps=gaps[:MAX_ROWS])
 
 
-def _guest_rows(recording: Recording, end_ns: int) -> list[Row]:
-    rows, before_ns = [], 0
+def _guest_rows(recording: Recording, end_ns: int) -> Iterator[Row]:
+    before_ns = 0
     for stage in recording.stages:
-        reached = _reached(recording, stage, end_ns)
+        if recording.clock is None and stage.arrived_ns is None:
+            continue
+        label, path, latest = printable(stage.name), (GUEST, stage.name), _latest(stage, end_ns)
+        if stage.guest_ns > latest:
+            yield Row(label, "stage", latest, path=path, off_axis_ns=stage.guest_ns)
+            continue
         took_ns, before_ns = stage.guest_ns - before_ns, stage.guest_ns
-        if reached is not None:
-            start_ns = max(0, reached - took_ns)
-            rows.append(Row(printable(stage.name), "stage", start_ns, took_ns, 0, (GUEST, stage.name)))
-    return rows
+        yield Row(label, "stage", max(0, _reached(recording, stage, latest) - took_ns), took_ns, path=path)
 
 
-def _reached(recording: Recording, stage: RecordedStage, end_ns: int) -> int | None:
+def _latest(stage: RecordedStage, end_ns: int) -> int:
+    return end_ns if stage.arrived_ns is None else stage.arrived_ns
+
+
+def _reached(recording: Recording, stage: RecordedStage, latest: int) -> int:
     if recording.clock is None:
-        return stage.arrived_ns
-    latest = end_ns if stage.arrived_ns is None else stage.arrived_ns
+        return latest
     return min(latest, max(0, stage.guest_ns + recording.clock.offset_ns))
 
 
@@ -206,3 +216,14 @@ def _clock_note(recording: Recording) -> str:
         return "guest stages stand where their lines arrived: the file has no guest clock"
     source = "by its TSC" if clock.source == "tsc" else f"({printable(clock.source, 20)})"
     return f"guest clock tied to the host's {source}, off by at most {duration_text(clock.error_ns)}"
+
+
+def _off_axis_notes(recording: Recording, end_ns: int) -> Iterator[str]:
+    stages = {stage.name: stage for stage in recording.stages}
+    rows = [row for row in _guest_rows(recording, end_ns) if row.off_axis_ns is not None]
+    for row in rows[:_OFF_AXIS]:
+        known = "the boot ended" if stages[row.path[1]].arrived_ns is None else "its line came"
+        said, came = duration_text(row.off_axis_ns or 0), duration_text(row.start_ns)
+        yield f"off the axis, {row.label} says {said}: {known} after {came}"
+    if (more := len(rows) - _OFF_AXIS) > 0:
+        yield f"off the axis are {more} more guest stages"

@@ -165,7 +165,8 @@ def _paths(chart: Chart) -> Iterator[tuple[Path, Row]]:
             path = (f"{path[0]} (attempt {row.attempt})", *path[1:])
         yield (TOTAL, *path), row
     for row in chart.guest:
-        yield row.path, row
+        if row.off_axis_ns is None:
+            yield row.path, row
 
 
 def _line(path: Path, samples: Sequence[Mapping[Path, list[int]]], leaf: bool) -> Line:

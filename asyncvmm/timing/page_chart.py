@@ -61,6 +61,8 @@ def _badge(chart: Chart) -> Markup:
     recording = chart.recording
     if recording.failed:
         return element("span", "failed", class_="badge bad")
+    if recording.cancelled:
+        return element("span", "cancelled", class_="badge")
     ready = recording.ready_ns is not None
     return element("span", "ready" if ready else "not ready", class_="badge good" if ready else "badge")
 
@@ -171,7 +173,7 @@ def _row(chart: Chart, row: Row, span_ns: int, colours: Colours) -> Markup:
     return element(
         "li",
         label,
-        element("span", took or f"+{us(duration_text(max(0, start_ns)))}", class_="took"),
+        element("span", took or _since_start(row, start_ns), class_="took"),
         element("span", share, class_="share"),
         element("span", bar, class_="bar", aria_hidden="true"),
         class_=f"row {row.kind}{' failed' if row.failed else ''}",
@@ -187,7 +189,13 @@ def _row(chart: Chart, row: Row, span_ns: int, colours: Colours) -> Markup:
     )
 
 
+def _since_start(row: Row, start_ns: int) -> str:
+    return "" if row.off_axis_ns is not None else f"+{us(duration_text(max(0, start_ns)))}"
+
+
 def _more(chart: Chart, row: Row) -> str | None:
+    if row.off_axis_ns is not None:
+        return f"off the axis: says {us(duration_text(row.off_axis_ns))}"
     if row.start_ns > chart.end_ns:
         return "after the boot"
     if row.kind == "residual":
@@ -201,8 +209,9 @@ def _more(chart: Chart, row: Row) -> str | None:
 def _marks(chart: Chart, row: Row, span_ns: int, colours: Colours) -> list[Markup]:
     scale = span_ns
     if row.duration_ns is None:
-        place = min(1.0, max(0.0, (min(row.start_ns, chart.end_ns) - chart.start_ns) / scale))
-        beyond = row.start_ns > chart.end_ns
+        beyond = row.off_axis_ns is not None or row.start_ns > chart.end_ns
+        t_ns = chart.end_ns if beyond else row.start_ns
+        place = min(1.0, max(0.0, (t_ns - chart.start_ns) / scale))
         shape = element("path", d="M-5 -5 L4 0 L-5 5 Z" if beyond else "M0 -6 L5 0 L0 6 L-5 0 Z")
         return [element("svg", shape, x=_percent(place), y="50%", class_=f"mark {row.kind}", overflow="visible")]
     colour = "bad" if row.failed else _colour(row, colours)
@@ -233,8 +242,8 @@ def _figures(chart: Chart, alone: bool) -> Markup:
         element(
             "tr",
             element("th", row.label, " (failed)" if row.failed else None, scope="row", class_=f"d{min(row.depth, 8)}"),
-            element("td", us(duration_text(row.start_ns))),
-            element("td", "" if row.duration_ns is None else us(duration_text(row.duration_ns))),
+            element("td", "" if row.off_axis_ns is not None else us(duration_text(row.start_ns))),
+            element("td", _took_text(row)),
             element("td", "" if row.duration_ns is None else share_text(row.duration_ns, chart.total_ns)),
         )
         for row in chart.rows
@@ -242,3 +251,9 @@ def _figures(chart: Chart, alone: bool) -> Markup:
     caption = element("caption", f"VM {chart.name}: every row, times since the VM's start")
     table = element("table", caption, element("thead", head), element("tbody", *body))
     return element("details", element("summary", "Figures as a table"), table, class_="figures", open=alone)
+
+
+def _took_text(row: Row) -> str:
+    if row.off_axis_ns is not None:
+        return f"{us(duration_text(row.off_axis_ns))}, off the axis"
+    return "" if row.duration_ns is None else us(duration_text(row.duration_ns))

@@ -57,14 +57,18 @@ def _slices(pid: int, chart: Chart) -> Iterator[TraceEvent]:
         if row.path in residuals:
             args["residual_ns"] = residuals[row.path]
         yield {**_event(pid, tid, row), "ph": "X", "dur": _us(row.duration_ns or 0), "args": args}
+    stages = [row for row in chart.guest if row.off_axis_ns is None]
     if chart.recording.clock is not None:
-        for tid, row in _nesting(chart.guest, GUEST, GUEST_MORE):
+        for tid, row in _nesting(stages, GUEST, GUEST_MORE):
             event = {**_event(pid, tid, row), "ph": "X", "dur": _us(row.duration_ns or 0)}
             yield {**event, "args": {"duration_ns": row.duration_ns}}
     else:  # only when their lines came is known
-        for row in chart.guest:
+        for row in stages:
             event = {**_event(pid, GUEST, row), "ph": "i", "s": "t", "ts": _us(row.end_ns)}
             yield {**event, "args": {"duration_ns": row.duration_ns}}
+    for row in chart.guest:
+        if row.off_axis_ns is not None:
+            yield {**_event(pid, GUEST, row), "ph": "i", "s": "t", "args": {"off_axis_ns": row.off_axis_ns}}
 
 
 def _nesting(rows: Iterable[Row], thread: int, more: int) -> Iterator[tuple[int, Row]]:

@@ -100,11 +100,22 @@ class Recording:
     def complete(self) -> bool:
         """Whether it records a boot from its start to a good end: READY, or a ``total`` that did not fail."""
         whole = any(phase.name == TOTAL and not phase.failed for phase in self.phases)
-        return not self.failed and (whole or self.ready_ns is not None)
+        return not self.failed and not self.cancelled and (whole or self.ready_ns is not None)
 
     @property
     def failed(self) -> bool:
-        """Whether it records a boot that did not succeed: an error or a failed phase, and no READY."""
+        """Whether it records a boot that did not succeed: an error or a failed phase, and no READY; none cancelled."""
+        return self._broken and not self.cancelled
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether it records a boot that its caller ended: it broke off as a whole, and there was no error."""
+        if not self._broken or self.state == "failed" or any(instant.kind == "error" for instant in self.instants):
+            return False
+        return self.state == "stopped" or any(phase.name == TOTAL and phase.failed for phase in self.phases)
+
+    @property
+    def _broken(self) -> bool:
         if self.ready_ns is not None:
             return False
         return any(instant.kind == "error" for instant in self.instants) or any(phase.failed for phase in self.phases)

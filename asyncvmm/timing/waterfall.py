@@ -111,13 +111,15 @@ def _cells(chart: Chart, row: Row, width: int, glyphs: Glyphs) -> Iterator[Text]
     style = "red" if row.failed else _STYLES[row.kind]
     dim = style if row.kind == "residual" else ""
     yield Text(_label(row), style="red" if row.failed or row.kind == "error" else dim)
-    yield Text(duration_text(row.start_ns), style=dim)
+    yield Text("" if row.off_axis_ns is not None else duration_text(row.start_ns), style=dim)
     yield Text("" if row.duration_ns is None else duration_text(row.duration_ns), style=dim)
     yield Text("" if row.duration_ns is None else share_text(row.duration_ns, chart.total_ns), style=dim)
     yield Text(_bar(chart, row, width, glyphs), style=style)
 
 
 def _bar(chart: Chart, row: Row, width: int, glyphs: Glyphs) -> str:
+    if row.off_axis_ns is not None:
+        return f"{glyphs.beyond} off the axis: {duration_text(row.off_axis_ns)}"
     if row.duration_ns is None:
         beyond = row.start_ns > chart.end_ns
         return " " * _cell(chart, row.start_ns, width) + (glyphs.beyond if beyond else glyphs.instant)

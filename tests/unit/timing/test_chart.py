@@ -47,13 +47,41 @@ def test_without_a_guest_clock_stages_stand_where_their_lines_came_and_that_is_s
     assert drawn.notes == ("guest stages stand where their lines arrived: the file has no guest clock",)
 
 
-def test_a_guest_cannot_put_a_stage_after_its_line_nor_stretch_the_axis() -> None:
-    clock = RecordedClock(0, 0, "paired")
-    stages = (RecordedStage("a", 5), RecordedStage("ready", (1 << 64) - 1, 9))
+CLOCKS = [RecordedClock(0, 0, "paired"), RecordedClock(1 - (1 << 64), 0, "tsc"), None]
+
+
+@pytest.mark.parametrize("clock", CLOCKS, ids=["paired", "forged", "none"])
+def test_a_stage_that_says_a_time_before_the_vm_was_is_off_the_axis(clock: RecordedClock | None) -> None:
+    most = (1 << 64) - 1
+    stages = (RecordedStage("a", 5, 8), RecordedStage("b\n", 10, 9), RecordedStage("c", most, 9))
     drawn = lay_out(Recording("f", "v", (RecordedPhase("total", 0, 10),), stages, clock=clock))
-    assert [row.end_ns for row in drawn.guest] == [5, (1 << 64) - 6]
-    assert drawn.guest[1].start_ns == 0
-    assert drawn.end_ns == 10
+    assert [(row.label, row.duration_ns, row.off_axis_ns) for row in drawn.guest] == [
+        ("a", 5, None),
+        ("b\\x0a", None, 10),
+        ("c", None, most),
+    ]
+    assert (drawn.start_ns, drawn.end_ns) == (0, 10)
+    assert "off the axis, b\\x0a says 10 ns: its line came after 9 ns" in drawn.notes
+    assert "off the axis, c says 18446744073709 ms: its line came after 9 ns" in drawn.notes
+
+
+def test_a_stage_of_which_no_line_is_there_is_held_against_the_boots_end() -> None:
+    stages = (RecordedStage("a", 10), RecordedStage("b", 11))
+    drawn = lay_out(Recording("f", "v", (RecordedPhase("total", 0, 10),), stages, clock=RecordedClock(0, 0, "tsc")))
+    assert [row.off_axis_ns for row in drawn.guest] == [None, 11]
+    assert "off the axis, b says 11 ns: the boot ended after 10 ns" in drawn.notes
+
+
+def test_a_cancelled_boot_is_not_called_failed() -> None:
+    cancelled = [phase("total", 0, 3 * MS, failed=True), line("vm.state", 3 * MS, state="stopped")]
+    assert chart(cancelled).headline == "cancelled after 3.00 ms"
+    assert chart(cancelled[:1]).headline == "cancelled after 3.00 ms"
+    assert not chart(cancelled).recording.complete
+
+
+def test_a_failure_whose_error_is_lost_is_one_by_its_state() -> None:
+    lines = [phase("total", 0, 3 * MS, failed=True), line("vm.state", 3 * MS, state="failed")]
+    assert chart(lines).headline == "failed after 3.00 ms"
 
 
 def test_the_axis_is_the_total_and_what_comes_later_is_at_its_edge() -> None:

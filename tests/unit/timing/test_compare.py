@@ -178,3 +178,9 @@ def test_whatever_the_boots_medians_lie_in_their_ranges_and_verdicts_follow(file
             assert spread.least <= spread.median <= spread.most
             if delta is not None and delta.spread_ns is not None:
                 assert (delta.verdict == "moved") == (abs(delta.ns) > delta.spread_ns)
+
+
+def test_an_absurd_stage_is_not_compared() -> None:
+    absurd = [*boots(80), line("guest.boot_time", MS, "v0", stage="liar", guest_ns=(1 << 64) - 1)]
+    comparison = compared(boots(80), absurd)
+    assert not [one for one in comparison.lines if one.label == "liar"]

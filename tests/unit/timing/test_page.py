@@ -124,6 +124,21 @@ def test_ticks_are_round_few_and_in_the_axis(span_ns: int) -> None:
     assert str(marks[1]).rstrip("0") in ("1", "2", "5")
 
 
+def test_an_absurd_stage_is_off_the_axis_with_its_value() -> None:
+    text = paint([*boot(), line("guest.boot_time", 90 * MS, stage="liar", guest_ns=(1 << 64) - 1)])
+    cells = Seen(text).cells
+    at = cells.index("liar")
+    assert cells[at + 1 : at + 4] == ["", "18446744073709 ms, off the axis", ""]
+    assert 'data-more="off the axis: says 18446744073709 ms"' in text
+    shares = [float(cell[:-1]) for cell in cells if cell.endswith("%")]
+    assert max(shares) == 100.0
+
+
+def test_a_cancelled_boot_says_so() -> None:
+    text = paint([phase("total", 0, 3 * MS, failed=True), line("vm.state", 3 * MS, state="stopped")])
+    assert 'class="badge">cancelled<' in text
+
+
 @pytest.mark.parametrize("attempts", [2])
 def test_a_failed_boot_says_so(attempts: int) -> None:
     tries = [phase("boot", n * MS, MS, "total", failed=True, attempt=n) for n in range(attempts)]

@@ -85,6 +85,15 @@ def test_without_a_guest_clock_stages_are_instants_where_their_lines_came() -> N
     assert (stage["ph"], stage["ts"], stage["args"]) == ("i", 96_000, {"duration_ns": 2 * MS})
 
 
+@pytest.mark.parametrize("clock", [True, False])
+def test_an_absurd_stage_is_an_instant_where_its_line_came(clock: bool) -> None:
+    most = (1 << 64) - 1
+    events = trace([*boot(clock=clock), line("guest.boot_time", 90 * MS, stage="liar", guest_ns=most)])
+    liar = find(events, "liar")
+    assert (liar["ph"], liar["ts"], liar["args"]) == ("i", 90_000, {"off_axis_ns": most})
+    assert max(event["ts"] + event.get("dur", 0) for event in events) == 100_000
+
+
 def test_phases_that_overlap_are_on_threads_of_their_own() -> None:
     events = trace([phase("a", 0, 10), phase("b", 5, 10), phase("c", 7, 1)])
     assert find(events, "a")["tid"] != find(events, "b")["tid"]

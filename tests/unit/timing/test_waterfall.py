@@ -97,6 +97,15 @@ def test_what_came_after_the_boot_is_at_the_edge() -> None:
     assert row(lines, "workload exits with 0").index("▸") == row(lines, "total").rindex("━")
 
 
+def test_an_absurd_stage_is_named_with_its_value_and_takes_no_room() -> None:
+    absurd = [*boot(), line("guest.boot_time", 90 * MS, stage="liar", guest_ns=(1 << 64) - 1)]
+    lines = drawn(absurd)
+    assert row(lines, "liar").split() == ["liar", "▸", "off", "the", "axis:", "18446744073709", "ms"]
+    assert row(lines, "total") == row(drawn(boot()), "total")
+    assert "%" not in row(lines, "liar")
+    assert [text for text in drawn(absurd, 60, terminal=True) if "off the axis, liar says 18446744073709 ms" in text]
+
+
 def test_failed_phases_and_errors_say_so() -> None:
     text = "\n".join(drawn([phase("boot", 0, MS, failed=True), line("vm.error", MS, what="no")]))
     assert "boot (failed)" in text
