@@ -27,7 +27,7 @@ def write_whole(path: Path, data: bytes) -> None:
         place = Path(os.path.realpath(path))
         mode = _mode(place)
         if mode is None or stat.S_ISREG(mode):
-            _replace(place, data, mode)
+            replace_file(place, data)
         else:
             place.write_bytes(data)
     except (OSError, ValueError) as error:
@@ -42,7 +42,9 @@ def _mode(path: Path) -> int | None:
         return None
 
 
-def _replace(path: Path, data: bytes, mode: int | None) -> None:
+def replace_file(path: Path, data: bytes) -> None:
+    """Put a file that holds ``data`` in the place of ``path``, a file or nothing; its mode stays. Raises OSError."""
+    mode = _mode(path)
     beside = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}")
     fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:

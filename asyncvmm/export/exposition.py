@@ -7,7 +7,6 @@ import os
 import socket
 import stat
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from asyncvmm.errors import ConfigError
+from asyncvmm.whole_file import replace_file
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -81,22 +81,9 @@ def write_metrics(registry: CollectorRegistry, target: str) -> None:
         return
     check_target(target)
     try:
-        _replace(Path(target).resolve(), text)
+        replace_file(Path(target).resolve(), text)
     except OSError as error:
         raise _unwritable(target, error) from None
-
-
-def _replace(path: Path, text: bytes) -> None:
-    fd, aside = tempfile.mkstemp(prefix=f".{path.name[:64]}.", suffix=".tmp", dir=path.parent)
-    try:
-        with open(fd, "wb") as file:
-            file.write(text)
-        os.chmod(aside, 0o644)  # whoever collects metrics is seldom who made them
-        os.replace(aside, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(aside)
-        raise
 
 
 def _unwritable(target: str, error: Exception) -> ConfigError:
