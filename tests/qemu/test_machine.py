@@ -35,6 +35,7 @@ from asyncvmm.machine.qemu.binary import find_qemu
 from asyncvmm.machine.qemu.command import QemuBinary
 from asyncvmm.machine.qemu.machine import QemuMachine
 from asyncvmm.timing.timeline import Timeline
+from tests.support.holdings import children
 from tests.support.requirements import require
 
 pytestmark = pytest.mark.anyio
@@ -89,11 +90,6 @@ class Witness:
         await self.until(lambda: text in self.output(port))
 
 
-def children() -> set[int]:
-    tasks = Path("/proc/self/task")
-    return {int(pid) for task in tasks.iterdir() for pid in (task / "children").read_text().split()}
-
-
 def descriptors() -> dict[str, str]:
     found = {}
     for entry in Path("/proc/self/fd").iterdir():
@@ -109,7 +105,7 @@ def threads() -> set[str]:
 def holdings() -> set[object]:
     """What this process holds. Idle worker threads are anyio's and end by themselves."""
     tasks = {("task", number) for number in range(len(asyncio.all_tasks()))}
-    return {*children(), *descriptors().items(), *threads(), *tasks}
+    return {*children(os.getpid()), *descriptors().items(), *threads(), *tasks}
 
 
 @asynccontextmanager
@@ -232,9 +228,9 @@ async def test_the_phases_of_a_start_are_recorded(toy_plan: BootPlan, qemu: Qemu
 
 
 async def test_a_qemu_killed_from_outside_is_reported_with_how_it_ended(toy_plan: BootPlan, qemu: QemuBinary) -> None:
-    before = children()
+    before = children(os.getpid())
     async with running(toy_plan, qemu) as (machine, witness):
-        (pid,) = children() - before
+        (pid,) = children(os.getpid()) - before
         os.kill(pid, signal.SIGKILL)
         stopped = await witness.until_stopped()
         assert stopped.reason == "machine"

@@ -35,7 +35,7 @@ class Holdings:
             len(asyncio.all_tasks()),
             _descriptors(),
             _mappings(ram),
-            frozenset(_children(os.getpid())),
+            frozenset(children(os.getpid())),
             tuple(sorted(os.listdir(tempfile.gettempdir()))),
         )
 
@@ -61,20 +61,21 @@ def _mappings(ram: int) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def _children(pid: int) -> set[int]:
+def children(pid: int) -> set[int]:
+    """The children of a process, of whichever thread; a thread may end while it is asked."""
     found = set()
     for task in Path(f"/proc/{pid}/task").iterdir():
         try:
             found |= {int(child) for child in (task / "children").read_text().split()}
-        except FileNotFoundError:
+        except (FileNotFoundError, ProcessLookupError):
             continue
     return found
 
 
 def descendants(pid: int) -> set[int]:
     """The children of another process, and theirs."""
-    children = _children(pid)
-    return children.union(*(descendants(child) for child in children))
+    own = children(pid)
+    return own.union(*(descendants(child) for child in own))
 
 
 def is_running(pid: int) -> bool:
