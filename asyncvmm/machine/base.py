@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 
 import attrs
 
+from asyncvmm.device_config import DeviceConfig, DriveConfig
 from asyncvmm.effects import Effect, ExitStatistics, Port
 
 AccelName = Literal["kvm", "qemu"]
@@ -20,13 +21,36 @@ EffectSink = Callable[[Sequence[Effect]], None]
 """Takes one batch of effects, on the loop. Must not block and must not raise."""
 
 
+@attrs.frozen
+class DriveResource:
+    """A drive as it is there: ``path`` is what the guest's reads and writes go to, the image or its overlay."""
+
+    config: DriveConfig
+    path: Path
+    format: Literal["raw", "qcow2"] = "raw"
+
+
+@attrs.frozen(kw_only=True)
+class Resources:
+    """What was made ready on the host for the plan's devices. The one who made it frees it, not the machine.
+
+    ``drives`` are in the order of the configuration. ``net_fd`` is a helper's connected stream socket (each frame
+    behind its length, 4 bytes, big-endian) or an open TAP, as ``net.mode`` says; ``mac`` is the card's address.
+    """
+
+    drives: tuple[DriveResource, ...] = ()
+    net_fd: int | None = None
+    mac: str | None = None
+
+
 @attrs.frozen(kw_only=True)
 class BootPlan:
     """What to boot, decided: files, bytes and numbers, nothing left to choose.
 
     ``name`` names threads and children. ``appended`` is a second cpio archive to stand behind ``initrd`` (empty for
     none; it starts on a 4-byte boundary). ``cmdline`` is the caller's text; a machine adds what its own devices need.
-    ``tsc_khz`` is the host's TSC frequency, None where it is not known.
+    ``tsc_khz`` is the host's TSC frequency, None where it is not known. ``devices`` are the virtio devices, and
+    ``resources`` what they stand on.
     """
 
     name: str
@@ -37,6 +61,8 @@ class BootPlan:
     appended: bytes = b""
     cmdline: str = ""
     tsc_khz: int | None = None
+    devices: DeviceConfig = attrs.field(factory=DeviceConfig)
+    resources: Resources = attrs.field(factory=Resources)
 
 
 @attrs.frozen
