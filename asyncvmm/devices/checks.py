@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import attrs
 
@@ -49,3 +50,31 @@ def exactly_bytes(size: int) -> Callable[[object, attrs.Attribute[bytes], bytes]
             raise ConfigError(f"saved {attribute.name}", expected=f"{size} bytes", found=repr(value)[:40])
 
     return check
+
+
+def integer(state: Mapping[str, Any], name: str, most: int) -> int:
+    """The integer of that name in a saved record, from 0 to ``most``. Raises ConfigError."""
+    value = state.get(name)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
+        raise ConfigError(f"saved {name}", expected=f"0 to {most:#x}", found=repr(value)[:40])
+    return value
+
+
+def boolean(state: Mapping[str, Any], name: str) -> bool:
+    """The truth value of that name in a saved record. Raises ConfigError."""
+    value = state.get(name)
+    if not isinstance(value, bool):
+        raise ConfigError(f"saved {name}", expected="True or False", found=repr(value)[:40])
+    return value
+
+
+def hex_bytes(state: Mapping[str, Any], name: str, most: int) -> bytes:
+    """The bytes of that name in a saved record, hex digits there, ``most`` bytes at the most. Raises ConfigError."""
+    value = state.get(name)
+    try:
+        data = bytes.fromhex(value) if isinstance(value, str) else None
+    except ValueError:
+        data = None
+    if data is None or len(data) > most:
+        raise ConfigError(f"saved {name}", expected=f"at most {most} bytes in hex", found=repr(value)[:40])
+    return data

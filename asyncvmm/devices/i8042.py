@@ -46,12 +46,27 @@ class I8042State:
 
 
 class I8042:
-    """Ports 0x60 to 0x64. ``reset`` is called when the guest pulls the CPU's reset line."""
+    """Ports 0x60 to 0x64. ``reset`` is called when the guest pulls the CPU's reset line.
 
-    __slots__ = ("_output_port_next", "_port_b", "_reset")
+    ``read_count`` and ``write_count`` count accesses, ``missed_read_count`` and ``missed_write_count`` those of ports
+    that do not exist, ``reset_count`` the pulls, since this object was made.
+    """
+
+    __slots__ = (
+        "_output_port_next",
+        "_port_b",
+        "_reset",
+        "missed_read_count",
+        "missed_write_count",
+        "read_count",
+        "reset_count",
+        "write_count",
+    )
 
     def __init__(self, reset: Callable[[], None]) -> None:
         self._reset = reset
+        self.read_count = self.write_count = self.reset_count = 0
+        self.missed_read_count = self.missed_write_count = 0
         self._port_b = 0
         self._output_port_next = False
 
@@ -69,6 +84,7 @@ class I8042:
 
     def read(self, offset: int) -> int:
         """The guest reads port 0x60 + ``offset``."""
+        self.read_count += 1
         if offset == STATUS:
             return STATUS_OBF
         if offset == DATA:
@@ -76,6 +92,8 @@ class I8042:
         if offset == PORT_B:
             self._port_b ^= _PORT_B_REFRESH  # some delay loops count its changes
             return self._port_b | _PORT_B_TIMER2_OUT
+        self.read_count -= 1
+        self.missed_read_count += 1
         return 0xFF
 
     def write(self, offset: int, value: int) -> None:

@@ -1,0 +1,444 @@
+"""The virtio-mmio transport, version 2 (virtio 1.2, section 4.2): one page of registers in front of a device.
+
+The registers live in ``page``. A read gives what stands there, whether it is answered here or, with the page shown to
+the guest as read-only memory, by the processor alone; a write comes here in either case. So everything the guest may
+read is kept in the page at every moment.
+
+With QueueNotify and InterruptACK taken by ioeventfds, a request costs no exit at all. InterruptStatus then keeps its
+first bit once it is set: nobody hears of its acknowledgement, and a driver that finds it set too often only looks at
+its rings. The second bit, configuration change, is acknowledged here, for a change must not be missed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Final
+
+from asyncvmm.devices.checks import hex_bytes, integer
+from asyncvmm.devices.virtio.device import VirtioDevice
+from asyncvmm.devices.virtio.ids import (
+    STATUS_DEVICE_NEEDS_RESET,
+    STATUS_DRIVER_OK,
+    STATUS_FAILED,
+    STATUS_FEATURES_OK,
+    TRANSPORT_FEATURES,
+    VIRTIO_F_EVENT_IDX,
+    VIRTIO_F_INDIRECT_DESC,
+    VIRTIO_F_VERSION_1,
+)
+from asyncvmm.devices.virtio.memory import GuestFault, GuestView
+from asyncvmm.devices.virtio.queue import Queue
+from asyncvmm.errors import ConfigError
+
+MAGIC: Final = 0x74726976
+VERSION: Final = 2
+VENDOR_ID: Final = 0x6D6D7661
+PAGE_BYTES: Final = 0x1000
+
+MAGIC_VALUE: Final = 0x000
+VERSION_REGISTER: Final = 0x004
+DEVICE_ID: Final = 0x008
+VENDOR_ID_REGISTER: Final = 0x00C
+DEVICE_FEATURES: Final = 0x010
+DEVICE_FEATURES_SEL: Final = 0x014
+DRIVER_FEATURES: Final = 0x020
+DRIVER_FEATURES_SEL: Final = 0x024
+QUEUE_SEL: Final = 0x030
+QUEUE_NUM_MAX: Final = 0x034
+QUEUE_NUM: Final = 0x038
+QUEUE_READY: Final = 0x044
+QUEUE_NOTIFY: Final = 0x050
+INTERRUPT_STATUS: Final = 0x060
+INTERRUPT_ACK: Final = 0x064
+STATUS: Final = 0x070
+QUEUE_DESC_LOW: Final = 0x080
+QUEUE_DESC_HIGH: Final = 0x084
+QUEUE_DRIVER_LOW: Final = 0x090
+QUEUE_DRIVER_HIGH: Final = 0x094
+QUEUE_DEVICE_LOW: Final = 0x0A0
+QUEUE_DEVICE_HIGH: Final = 0x0A4
+SHM_LEN_LOW: Final = 0x0B0
+SHM_BASE_HIGH: Final = 0x0BC
+CONFIG_GENERATION: Final = 0x0FC
+CONFIG: Final = 0x100
+
+INTERRUPT_USED_BUFFER: Final = 1
+INTERRUPT_CONFIG_CHANGE: Final = 2
+
+_LOW: Final = (1 << 32) - 1
+_KNOWN_STATUS: Final = 0xCF
+_ADDRESSES: Final = {
+    QUEUE_DESC_LOW: ("descriptors", 0),
+    QUEUE_DESC_HIGH: ("descriptors", 32),
+    QUEUE_DRIVER_LOW: ("driver_area", 0),
+    QUEUE_DRIVER_HIGH: ("driver_area", 32),
+    QUEUE_DEVICE_LOW: ("device_area", 0),
+    QUEUE_DEVICE_HIGH: ("device_area", 32),
+}
+
+
+class VirtioMmio:
+    """One device behind its registers.
+
+    page: where the registers are kept, PAGE_BYTES long. lock: the device's; it must be one that its holder can take
+    again. interrupt: raises the line, an edge. notify: a kick that came by a register write (an ioeventfd takes them
+    elsewhere). changed: the driver has come (True) or gone. The three are called with the lock held, from any thread.
+    """
+
+    def __init__(
+        self,
+        device: VirtioDevice,
+        memory: GuestView,
+        lock: AbstractContextManager[object],
+        *,
+        interrupt: Callable[[], None],
+        notify: Callable[[int], None] = lambda index: None,
+        changed: Callable[[bool], None] = lambda active: None,
+        page: memoryview | None = None,
+    ) -> None:
+        self.device = device
+        self.bad_writes = 0
+        self.faults = 0
+        self.last_fault = ""
+        self._memory = memory
+        self._lock = lock
+        self._interrupt, self._notify, self._changed = interrupt, notify, changed
+        self._page = memoryview(bytearray(PAGE_BYTES)) if page is None else page
+        self._words = self._page.cast("I")
+        self._offered = device.features | TRANSPORT_FEATURES
+        self._wanted = self._features_sel = self._driver_features_sel = self._queue_sel = 0
+        self._writers = {
+            DEVICE_FEATURES_SEL: self._select_device_features,
+            DRIVER_FEATURES: self._write_driver_features,
+            DRIVER_FEATURES_SEL: self._select_driver_features,
+            QUEUE_SEL: self._select_queue,
+            QUEUE_NUM: self._write_queue_size,
+            QUEUE_READY: self._write_queue_ready,
+            QUEUE_NOTIFY: self._write_notify,
+            INTERRUPT_ACK: self._acknowledge,
+            STATUS: self._write_status,
+        }
+        self._fill()
+        self._clear()
+        device.transport = self
+
+    # -- registers, on a vCPU thread with the lock held --------------------------------------------------------------
+
+    def read(self, offset: int, size: int) -> int:
+        """A read of ``size`` bytes (1 to 8) at ``offset``."""
+        return int.from_bytes(self._page[offset : offset + size], "little")
+
+    def write(self, offset: int, value: int, size: int) -> None:
+        """A write. Anything but an aligned word to a register that can be written is counted and ignored (4.2.2.2)."""
+        if offset >= CONFIG:
+            self._write_config(offset - CONFIG, value.to_bytes(size, "little"))
+        elif size != 4:
+            self.bad_writes += 1
+        elif offset in self._writers:
+            self._writers[offset](value)
+        elif offset in _ADDRESSES:
+            self._write_address(*_ADDRESSES[offset], value)
+        else:
+            self.bad_writes += 1
+
+    @property
+    def status(self) -> int:
+        """The device status field."""
+        return self._words[STATUS // 4]
+
+    @property
+    def running(self) -> bool:
+        """Whether the driver is there, and neither side has given up."""
+        return self.status & (STATUS_DRIVER_OK | STATUS_DEVICE_NEEDS_RESET | STATUS_FAILED) == STATUS_DRIVER_OK
+
+    @property
+    def needs_reset(self) -> bool:
+        """Whether the driver asked for something impossible and was told so."""
+        return bool(self.status & STATUS_DEVICE_NEEDS_RESET)
+
+    def _select_device_features(self, value: int) -> None:
+        self._features_sel = value
+        self._words[DEVICE_FEATURES // 4] = self._offered >> 32 * value & _LOW if value < 2 else 0
+
+    def _select_driver_features(self, value: int) -> None:
+        self._driver_features_sel = value
+
+    def _write_driver_features(self, value: int) -> None:
+        if self.status & STATUS_FEATURES_OK or self._driver_features_sel > 1:
+            self.bad_writes += 1
+            return
+        shift = 32 * self._driver_features_sel
+        self._wanted = self._wanted & ~(_LOW << shift) | value << shift
+
+    def _select_queue(self, value: int) -> None:
+        self._queue_sel = value
+        queue = self._queue()
+        self._words[QUEUE_NUM_MAX // 4] = queue.max_size if queue else 0
+        self._words[QUEUE_READY // 4] = queue.ready if queue else 0
+
+    def _queue(self) -> Queue | None:
+        queues = self.device.queues
+        return queues[self._queue_sel] if self._queue_sel < len(queues) else None
+
+    def _open_queue(self) -> Queue | None:
+        """The selected queue, if it can be set up now: features are settled, and it is not in use."""
+        queue = self._queue()
+        settled = self.status & (STATUS_FEATURES_OK | STATUS_FAILED) == STATUS_FEATURES_OK
+        if queue is None or queue.ready or not settled:
+            self.bad_writes += 1
+            return None
+        return queue
+
+    def _write_queue_size(self, value: int) -> None:
+        if queue := self._open_queue():
+            queue.size = value
+
+    def _write_address(self, name: str, shift: int, value: int) -> None:
+        if queue := self._open_queue():
+            setattr(queue, name, getattr(queue, name) & ~(_LOW << shift) | value << shift)
+
+    def _write_queue_ready(self, value: int) -> None:
+        if value == 0:
+            self._stop_queue()
+        elif value == 1 and (queue := self._open_queue()):
+            try:
+                self._enable(queue)
+            except GuestFault as fault:
+                self._fail("cfg_fails", fault)
+            self._words[QUEUE_READY // 4] = queue.ready
+
+    def _enable(self, queue: Queue) -> None:
+        queue.enable(
+            self._memory,
+            event_idx=self.device.has(VIRTIO_F_EVENT_IDX),
+            indirect=self.device.has(VIRTIO_F_INDIRECT_DESC),
+        )
+
+    def _stop_queue(self) -> None:
+        """QueueReady = 0: at the return of this write the guest has its memory back."""
+        if queue := self._queue():
+            queue.reset()
+            self._words[QUEUE_READY // 4] = 0
+
+    def _write_notify(self, value: int) -> None:
+        if value >= len(self.device.queues) or not self.running:
+            self.bad_writes += 1
+        else:
+            self._notify(value)
+
+    def _acknowledge(self, value: int) -> None:
+        self._words[INTERRUPT_STATUS // 4] &= ~value
+
+    def _write_config(self, offset: int, data: bytes) -> None:
+        if offset + len(data) > len(self.device.config):
+            self.bad_writes += 1
+            return
+        try:
+            self.device.write_config(offset, data)
+        except GuestFault as fault:
+            self._fail("cfg_fails", fault)
+
+    # -- status (2.1, 3.1.1) ---------------------------------------------------------------------------------------
+
+    def _write_status(self, value: int) -> None:
+        before = self.status
+        value &= _LOW
+        if value == 0:
+            self.reset()
+        elif before & ~STATUS_DEVICE_NEEDS_RESET & ~value or value & ~_KNOWN_STATUS:
+            self.bad_writes += 1  # a bit was taken back, or is none: the driver must not
+        else:
+            self._add_status(before, value & ~before & ~STATUS_DEVICE_NEEDS_RESET)
+
+    def _add_status(self, before: int, added: int) -> None:
+        if added & STATUS_FEATURES_OK and not self._accept_features():
+            added &= ~STATUS_FEATURES_OK
+        if added & STATUS_DRIVER_OK and not (before | added) & STATUS_FEATURES_OK:
+            self.bad_writes += 1
+            added &= ~STATUS_DRIVER_OK
+        was_running = self.running
+        self._words[STATUS // 4] = before | added
+        if added & STATUS_DRIVER_OK:
+            self._activate()
+        if self.running != was_running:
+            self._changed(self.running)
+
+    def _accept_features(self) -> bool:
+        wanted = self._wanted
+        if wanted & ~self._offered or not wanted >> VIRTIO_F_VERSION_1 & 1:
+            return False
+        self.device.acked = wanted
+        return True
+
+    def _activate(self) -> None:
+        try:
+            self.device.activate()
+        except GuestFault as fault:
+            self._fail("activate_fails", fault)
+
+    def reset(self) -> None:
+        """As after power-on. When it returns, no guest memory of former queues is written any more."""
+        was_running = self.running
+        for queue in self.device.queues:
+            queue.reset()
+        self.device.acked = 0
+        self.device.reset()
+        self._clear()
+        if was_running:
+            self._changed(False)
+
+    # -- from the loop ---------------------------------------------------------------------------------------------
+
+    def kick(self, index: int) -> bool:
+        """Let the device work on queue ``index``; True if there is more to do. Takes the lock."""
+        with self.session() as running:
+            if not running:
+                return False
+            queue = self.device.queues[index]
+            queue.disable_notification()
+            if self.device.process(index):
+                return True
+            emptied = queue.available() == 0
+            queue.enable_notification()
+            return emptied and queue.available() > 0
+        return False
+
+    @contextmanager
+    def session(self) -> Iterator[bool]:
+        """See device.Transport."""
+        with self._lock:
+            if not self.running:
+                yield False
+                return
+            try:
+                yield True
+            except GuestFault as fault:
+                self._fail("event_fails", fault)
+            finally:
+                self._interrupt_for_used()
+
+    def _interrupt_for_used(self) -> None:
+        wanted = False
+        for queue in self.device.queues:
+            wanted |= queue.take_interrupt()
+        if wanted and self.running:
+            self._words[INTERRUPT_STATUS // 4] |= INTERRUPT_USED_BUFFER
+            self._interrupt()
+
+    def config_changed(self) -> None:
+        """See device.Transport."""
+        with self._lock:
+            self._show_config()
+            if self.status & STATUS_DRIVER_OK:
+                self._words[INTERRUPT_STATUS // 4] |= INTERRUPT_CONFIG_CHANGE
+                self._interrupt()
+
+    def _show_config(self) -> None:
+        """The generation moves before and after: a reader in between sees two different ones, and reads again."""
+        config = self.device.config
+        self._move_generation()
+        self._page[CONFIG : CONFIG + len(config)] = config
+        self._move_generation()
+
+    def _move_generation(self) -> None:
+        self._words[CONFIG_GENERATION // 4] = (self._words[CONFIG_GENERATION // 4] + 1) & _LOW
+
+    def _fail(self, counter: str, fault: GuestFault) -> None:
+        """The driver asked for something impossible: the device stops and says so (2.1.1)."""
+        self.faults += 1
+        self.last_fault = str(fault)
+        self.device.count_failure(counter)
+        was_running = self.running
+        self._words[STATUS // 4] |= STATUS_DEVICE_NEEDS_RESET
+        if was_running:
+            self._changed(False)
+        if self.status & STATUS_DRIVER_OK:
+            self._words[INTERRUPT_STATUS // 4] |= INTERRUPT_CONFIG_CHANGE
+            self._interrupt()
+
+    # -- the page --------------------------------------------------------------------------------------------------
+
+    def _fill(self) -> None:
+        """What never changes, and the configuration space."""
+        words = self._words
+        words[MAGIC_VALUE // 4], words[VERSION_REGISTER // 4] = MAGIC, VERSION
+        words[DEVICE_ID // 4], words[VENDOR_ID_REGISTER // 4] = self.device.device_id, VENDOR_ID
+        for register in range(SHM_LEN_LOW, SHM_BASE_HIGH + 4, 4):
+            words[register // 4] = _LOW  # no shared memory region
+        self._show_config()
+
+    def _clear(self) -> None:
+        self._wanted = 0
+        self._driver_features_sel = 0
+        self._words[STATUS // 4] = self._words[INTERRUPT_STATUS // 4] = 0
+        self._select_device_features(0)
+        self._select_queue(0)
+
+    def close(self) -> None:
+        """Touch neither page nor guest memory any more. The lock must be held, or every thread have ended."""
+        for queue in self.device.queues:
+            queue.reset()
+        self._words.release()
+        self._page.release()
+        self._page = memoryview(bytearray(PAGE_BYTES))
+        self._words = self._page.cast("I")
+
+    # -- snapshots -------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Transport, queues and device, as plain values. The lock must be held, and the device drained."""
+        return {
+            "device_id": self.device.device_id,
+            "status": self.status,
+            "wanted": self._wanted,
+            "acked": self.device.acked,
+            "features_sel": self._features_sel,
+            "driver_features_sel": self._driver_features_sel,
+            "queue_sel": self._queue_sel,
+            "interrupt_status": self._words[INTERRUPT_STATUS // 4],
+            "config_generation": self._words[CONFIG_GENERATION // 4],
+            "config": self.device.config.hex(),
+            "queues": [queue.state() for queue in self.device.queues],
+            "device": self.device.state(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Become what ``state`` says. Raises ConfigError for what no such device can have been."""
+        self.reset()
+        self._restore_registers(state)
+        device = self.device
+        device.config[:] = self._saved_config(state)
+        saved = state.get("queues")
+        if not isinstance(saved, list) or len(saved) != len(device.queues):
+            raise ConfigError("saved queues", expected=len(device.queues), found=repr(saved)[:40])
+        rings = {"event_idx": device.has(VIRTIO_F_EVENT_IDX), "indirect": device.has(VIRTIO_F_INDIRECT_DESC)}
+        try:
+            for queue, record in zip(device.queues, saved, strict=True):
+                queue.restore(record, self._memory, **rings)
+        except GuestFault as fault:
+            raise ConfigError("saved queue", expected="one in guest RAM", found=str(fault)) from None
+        device.restore(state.get("device") or {})
+        self._select_queue(self._queue_sel)
+        self._show_config()
+        self._words[CONFIG_GENERATION // 4] = integer(state, "config_generation", _LOW)
+
+    def _restore_registers(self, state: Mapping[str, Any]) -> None:
+        if (found := state.get("device_id")) != self.device.device_id:
+            raise ConfigError("saved device id", expected=self.device.device_id, found=found)
+        acked = integer(state, "acked", (1 << 64) - 1)
+        if acked & ~self._offered:
+            raise ConfigError("saved features", expected=f"some of {self._offered:#x}", found=f"{acked:#x}")
+        self.device.acked = acked
+        self._wanted = integer(state, "wanted", (1 << 64) - 1)
+        self._select_device_features(integer(state, "features_sel", _LOW))
+        self._driver_features_sel = integer(state, "driver_features_sel", _LOW)
+        self._queue_sel = integer(state, "queue_sel", _LOW)
+        self._words[STATUS // 4] = integer(state, "status", 0xFF) & _KNOWN_STATUS
+        self._words[INTERRUPT_STATUS // 4] = integer(state, "interrupt_status", 3)
+
+    def _saved_config(self, state: Mapping[str, Any]) -> bytes:
+        config = hex_bytes(state, "config", CONFIG)
+        if len(config) != len(self.device.config):
+            raise ConfigError("saved config", expected=f"{len(self.device.config)} bytes", found=len(config))
+        return config
