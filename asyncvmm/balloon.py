@@ -39,6 +39,12 @@ class BalloonBackend(Protocol):
     async def stats(self) -> BalloonStats:
         """Fresh statistics. Raises GuestError (reason ``timeout``) from a guest that does not answer."""
 
+    async def hint_free_pages(self) -> int:
+        """Have the guest name its free pages, and give those to the host; returns how many bytes they were.
+
+        Raises StateError also where that was not asked for, or the machine has no such thing, GuestError as above.
+        """
+
 
 class Balloon:
     """The balloon of one VM. ``latest`` is the newest BalloonStats seen by ``stats`` or ``poll``, None before."""
@@ -79,6 +85,14 @@ class Balloon:
         """
         self.latest = await self._backend().stats()
         return self.latest
+
+    async def hint_free_pages(self) -> int:
+        """Take the pages that are free in the guest just now; it gets them back by using them. Returns their bytes.
+
+        Raises StateError without balloon, driver, running guest or ``free_page_hinting``, GuestError from a guest that
+        does not answer.
+        """
+        return await self._backend().hint_free_pages()
 
     async def poll(self, interval_s: float) -> None:
         """Keep ``latest`` new, every ``interval_s`` seconds until cancelled; a guest that cannot answer is let be."""
