@@ -8,17 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import attrs
 
-from asyncvmm.device_config import DeviceConfig, DriveConfig
 from asyncvmm.effects import Effect, ExitStatistics, Port
+
+if TYPE_CHECKING:
+    from asyncvmm.device_config import DeviceConfig, DriveConfig
 
 AccelName = Literal["kvm", "qemu"]
 
 EffectSink = Callable[[Sequence[Effect]], None]
 """Takes one batch of effects, on the loop. Must not block and must not raise."""
+
+
+def _no_devices() -> DeviceConfig:
+    from asyncvmm.device_config import DeviceConfig
+
+    return DeviceConfig()
 
 
 @attrs.frozen
@@ -61,7 +69,7 @@ class BootPlan:
     appended: bytes = b""
     cmdline: str = ""
     tsc_khz: int | None = None
-    devices: DeviceConfig = attrs.field(factory=DeviceConfig)
+    devices: DeviceConfig = attrs.field(factory=_no_devices)
     resources: Resources = attrs.field(factory=Resources)
 
 
