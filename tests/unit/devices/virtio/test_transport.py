@@ -346,8 +346,6 @@ def test_a_state_that_no_device_can_have_is_refused(change: dict[str, object]) -
 @pytest.mark.parametrize(
     ("field", "value"), [("size", 3), ("descriptors", 1 << 40), ("next_avail", 65536), ("size", 0)]
 )
-    ("field", "value"), [("size", 3), ("descriptors", 1 << 40), ("next_avail", 65536), ("size", 0)]
-)
 def test_a_saved_queue_that_cannot_be_is_refused(field: str, value: int) -> None:
     driver = Driver(Echo())
     state = driver.transport.state()
