@@ -32,6 +32,7 @@ COMMAND_WRITE_OUTPUT_PORT: Final = 0xD1
 COMMAND_PULSE: Final = 0xF0
 OUTPUT_PORT_RUN: Final = 0x01
 
+_PORTS: Final = (DATA, PORT_B, COMMAND)
 _PORT_B_CONTROLS: Final = 0x0F
 _PORT_B_REFRESH: Final = 0x10
 _PORT_B_TIMER2_OUT: Final = 0x20
@@ -84,33 +85,40 @@ class I8042:
 
     def read(self, offset: int) -> int:
         """The guest reads port 0x60 + ``offset``."""
+        if offset not in _PORTS:
+            self.missed_read_count += 1
+            return 0xFF
         self.read_count += 1
         if offset == STATUS:
             return STATUS_OBF
         if offset == DATA:
             return 0
-        if offset == PORT_B:
-            self._port_b ^= _PORT_B_REFRESH  # some delay loops count its changes
-            return self._port_b | _PORT_B_TIMER2_OUT
-        self.read_count -= 1
-        self.missed_read_count += 1
-        return 0xFF
+        self._port_b ^= _PORT_B_REFRESH  # some delay loops count its changes
+        return self._port_b | _PORT_B_TIMER2_OUT
 
     def write(self, offset: int, value: int) -> None:
         """The guest writes ``value`` to port 0x60 + ``offset``."""
+        if offset not in _PORTS:
+            self.missed_write_count += 1
+            return
+        self.write_count += 1
         if offset == COMMAND:
             self._command(value)
         elif offset == DATA:
             self._data(value)
-        elif offset == PORT_B:
+        else:
             self._port_b = self._port_b & _PORT_B_REFRESH | value & _PORT_B_CONTROLS
 
     def _command(self, value: int) -> None:
         self._output_port_next = value == COMMAND_WRITE_OUTPUT_PORT
         if value >= COMMAND_PULSE and not value & OUTPUT_PORT_RUN:
-            self._reset()
+            self._pull_reset()
 
     def _data(self, value: int) -> None:
         if self._output_port_next and not value & OUTPUT_PORT_RUN:
-            self._reset()
+            self._pull_reset()
         self._output_port_next = False
+
+    def _pull_reset(self) -> None:
+        self.reset_count += 1
+        self._reset()

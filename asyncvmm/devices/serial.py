@@ -83,7 +83,9 @@ class Serial:
 
     ``urgent`` is true while pending output holds a newline or is 256 bytes or more: the loop should take it now
     rather than wait for more. ``taken`` counts the bytes taken from the output, dropped ones included, ``received``
-    those accepted from the host, since this object was made.
+    those accepted from the host, since this object was made. For metrics, since then: ``read_count`` bytes the guest
+    read, ``missed_read_count`` reads of an empty RBR, ``missed_write_count`` bytes written and dropped,
+    ``error_count`` overruns, ``flush_count`` takings of output; see ``write_count``, too.
     """
 
     __slots__ = (
@@ -113,6 +115,11 @@ class Serial:
         "_scr",
         "_thre_pending",
         "_writers",
+        "error_count",
+        "flush_count",
+        "missed_read_count",
+        "missed_write_count",
+        "read_count",
         "received",
         "taken",
         "urgent",
@@ -129,8 +136,8 @@ class Serial:
         self._output_pending = output_pending
         self._room = room
         self._clock = clock
-        self.received = 0
-        self.taken = 0
+        self.received = self.taken = self.flush_count = self.error_count = 0
+        self.read_count = self.missed_read_count = 0
         self._level = False
         self._load(SerialState())
 
@@ -165,6 +172,7 @@ class Serial:
         self._fifo, self._backlog = deque(state.fifo), deque(state.backlog)
         self._feed_cut = state.feed_cut
         self._output, self._lost = bytearray(state.output), state.lost
+        self.missed_write_count = state.lost
         newlines = min(state.output.count(b"\n"), NEWLINE_CAP)
         self._newlines = [self._clock() for _ in range(newlines)]
         self.urgent = bool(self._newlines) or len(self._output) >= URGENT_BYTES
@@ -221,7 +229,9 @@ class Serial:
 
     def _read_rbr(self) -> int:
         if not self._fifo:
+            self.missed_read_count += 1
             return 0
+        self.read_count += 1
         value = self._fifo.popleft()
         self._refill()
         self._update_line()
@@ -346,6 +356,7 @@ class Serial:
         output = self._output
         if len(output) >= OUTPUT_CAP:
             self._lost += 1
+            self.missed_write_count += 1
             return
         output.append(value)
         newline = value == _NEWLINE
@@ -375,6 +386,7 @@ class Serial:
         if len(self._fifo) >= self._depth():
             self._lsr |= LSR_OE
             self._lsr_plain = False
+            self.error_count += 1
             if self._fcr & FCR_ENABLE:
                 return  # a full FIFO keeps what it has; RBR alone is overwritten
             self._fifo.clear()
@@ -423,7 +435,9 @@ class Serial:
         """THR writes that were kept aside, with the time of each newline. ``output_pending`` is not called."""
         room = max(0, OUTPUT_CAP - len(self._output))
         self._output += data[:room]
-        self._lost += len(data) - min(room, len(data))
+        dropped = len(data) - min(room, len(data))
+        self._lost += dropped
+        self.missed_write_count += dropped
         times = min(data.count(b"\n", 0, room), NEWLINE_CAP - len(self._newlines))
         self._newlines += newline_ns[:times]
         self.urgent = self.urgent or times > 0 or len(self._output) >= URGENT_BYTES
@@ -436,10 +450,16 @@ class Serial:
         """Bytes the guest has written, dropped ones included, since this object was made."""
         return self.taken + len(self._output) + self._lost
 
+    @property
+    def write_count(self) -> int:
+        """Bytes the guest has written that were not dropped, since this object was made."""
+        return self.transmitted - self.missed_write_count
+
     def take_output(self) -> tuple[bytes, tuple[int, ...], int]:
         """Pending output, the time of each newline in it (ns, the first 16,384), and the bytes dropped after it."""
         output, newlines, lost = self._output, self._newlines, self._lost
         self.taken += len(output) + lost
+        self.flush_count += bool(output)
         self._output, self._newlines, self._lost = bytearray(), [], 0
         self.urgent = False
         self._plain_below = 0

@@ -96,3 +96,22 @@ def test_a_restored_controller_answers_alike(accesses: list[tuple[int, int | Non
 def test_a_state_no_controller_can_have_is_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
         I8042State(**wrong)  # type: ignore[arg-type]
+
+
+# -- metrics ----------------------------------------------------------------------------------------------------------
+
+
+def test_accesses_are_counted_and_those_of_no_port_apart(controller: I8042) -> None:
+    for offset in range(5):
+        controller.read(offset)
+        controller.write(offset, 0x20)
+    assert (controller.read_count, controller.missed_read_count) == (3, 2)
+    assert (controller.write_count, controller.missed_write_count) == (3, 2)
+    assert controller.reset_count == 0
+
+
+def test_resets_are_counted_however_they_are_asked_for(controller: I8042, resets: list[None]) -> None:
+    controller.write(COMMAND, 0xFE)
+    controller.write(COMMAND, 0xD1)
+    controller.write(DATA, 0x00)
+    assert controller.reset_count == len(resets) == 2

@@ -372,6 +372,49 @@ def test_lsr_and_msr_ignore_writes(wires: Wires) -> None:
     assert (wires.port.read(LSR), wires.port.read(MSR)) == (EMPTY, 0xB0)
 
 
+# -- metrics ----------------------------------------------------------------------------------------------------------
+
+
+def test_bytes_are_counted_both_ways(wires: Wires) -> None:
+    wires.send(b"hello\n")
+    wires.port.post(b"world\n", [1])
+    wires.port.feed(b"input")
+    assert wires.receive() == b"input"
+    assert (wires.port.write_count, wires.port.read_count) == (12, 5)
+    wires.port.take_output()
+    wires.port.take_output()
+    assert (wires.port.write_count, wires.port.flush_count) == (12, 1)
+    assert (wires.port.missed_read_count, wires.port.missed_write_count, wires.port.error_count) == (0, 0, 0)
+
+
+def test_dropped_bytes_are_missed_writes_and_stay_so(wires: Wires) -> None:
+    wires.port.post(b"x" * (OUTPUT_CAP + 3), [])
+    wires.send(b"yz")
+    for _ in range(2):
+        assert (wires.port.write_count, wires.port.missed_write_count) == (OUTPUT_CAP, 5)
+        wires.port.take_output()
+    assert wires.port.transmitted == OUTPUT_CAP + 5
+
+
+def test_a_read_of_an_empty_receiver_is_a_missed_one(wires: Wires) -> None:
+    wires.port.read(RBR)
+    wires.port.read(SCR)
+    assert (wires.port.read_count, wires.port.missed_read_count) == (0, 1)
+
+
+def test_an_overrun_is_an_error(wires: Wires) -> None:
+    wires.port.write(MCR, 0x10)
+    wires.send(b"ab")
+    assert wires.port.error_count == 1
+    assert wires.port.write_count == 0
+
+
+def test_what_was_dropped_before_a_snapshot_is_no_write_after_it(wires: Wires) -> None:
+    wires.port.post(b"x" * (OUTPUT_CAP + 3), [])
+    restored = Wires(wires.port.state())
+    assert (restored.port.write_count, restored.port.missed_write_count) == (OUTPUT_CAP, 3)
+
+
 # -- snapshots --------------------------------------------------------------------------------------------------------
 
 
