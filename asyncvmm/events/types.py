@@ -299,6 +299,25 @@ class RuntimeRestoreProfileEvent(ProfileEvent):
 
 
 @_event
+class Metrics(Event):
+    """The VM's metrics: ``groups`` by name, each a table of counters (what came since the flush before), stores (what
+    is) and aggregates (``min_us``, ``max_us`` of all, ``sum_us`` of what came since).
+
+    ``utc_timestamp_ms``: milliseconds since 1970. In the line, the groups stand beside it.
+    """
+
+    event: ClassVar[str] = "metrics"
+
+    utc_timestamp_ms: int
+    groups: Mapping[str, Mapping[str, int | dict[str, int]]]
+
+    def tell(self, record: dict[str, object]) -> None:
+        """Add the time, and each group by its name."""
+        record["utc_timestamp_ms"] = self.utc_timestamp_ms
+        record.update(self.groups)
+
+
+@_event
 class VmError(Event):
     """An error, with its facts. ``kind`` is the error's class name, ``exits`` counts exits by reason."""
 
@@ -364,6 +383,7 @@ EVENTS: Mapping[str, type[Event]] = {
         VcpuSetupProfileEvent,
         RestoreProfileEvent,
         RuntimeRestoreProfileEvent,
+        Metrics,
         VmError,
         LogLost,
     )

@@ -46,9 +46,12 @@ class LatencyAggregate:
 
     def flush(self) -> dict[str, int]:
         """``min_us``, ``max_us``, and what ``sum_us`` grew by since the last flush."""
-        total = self.sum_us
-        since, self._flushed_us = grown(total, self._flushed_us), total
-        return {"min_us": self.min_us, "max_us": self.max_us, "sum_us": since}
+        before, self._flushed_us = self._flushed_us, max(self.sum_us, self._flushed_us)
+        return {"min_us": self.min_us, "max_us": self.max_us, "sum_us": self._flushed_us - before}
+
+    def begin_anew(self) -> None:
+        """``sum_us`` is about to count from 0 again."""
+        self._flushed_us = 0
 
 
 def counter(meaning: str) -> int:
@@ -64,11 +67,6 @@ def store(meaning: str) -> int:
 def times(meaning: str) -> dict[str, str]:
     """The metadata of a field that is a LatencyAggregate: its factory stands in the field's own definition."""
     return {_KIND: _AGGREGATE, _MEANING: meaning}
-
-
-def grown(total: int, before: int) -> int:
-    """What a counter grew by. One that is smaller than before began anew, from 0: all of it is new."""
-    return total - before if total >= before else total
 
 
 @attrs.define(eq=False)
@@ -88,9 +86,21 @@ class MetricGroup:
             elif kind == _STORE:
                 flushed[name] = value
             else:
-                flushed[name] = grown(value, self._flushed.get(name, 0))
-                self._flushed[name] = value
+                flushed[name] = self._growth(name, value)
         return flushed
+
+    def begin_anew(self) -> None:
+        """Counters are about to count from 0 again: what they are then came since this flush."""
+        self._flushed.clear()
+        for name, kind in kinds(type(self)).items():
+            if kind == _AGGREGATE:
+                getattr(self, name).begin_anew()
+
+    def _growth(self, name: str, total: int) -> int:
+        """A total that is a sum may be looked at while its parts are on the move: a step back is none."""
+        before = self._flushed.get(name, 0)
+        self._flushed[name] = max(total, before)
+        return self._flushed[name] - before
 
 
 _KINDS: dict[type[MetricGroup], dict[str, str]] = {}

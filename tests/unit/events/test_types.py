@@ -16,6 +16,8 @@ from asyncvmm.events import types
 from asyncvmm.events.lines import Line
 from asyncvmm.events.schema import schema, schema_text
 from asyncvmm.events.types import EVENTS, Event, to_line
+from asyncvmm.metrics.counters import kinds
+from asyncvmm.metrics.groups import GROUPS
 from asyncvmm.timing.boot_profile import BootProfile
 from asyncvmm.timing.guest_clock import GuestClock
 from asyncvmm.timing.profiles import (
@@ -46,6 +48,12 @@ BOOT_ERROR = BootError(
 
 BOOT = BootProfile(t_total_start=1, t_total_end=9, guest=GuestBootProfile(init_entry_ns=7))
 
+METRICS: dict[str, dict[str, int | dict[str, int]]] = {
+    "block": {"read_count": 3, "read_agg": {"min_us": 1, "max_us": 7, "sum_us": 12}},
+    "block_root": {"read_count": 3, "read_agg": {"min_us": 1, "max_us": 7, "sum_us": 12}},
+    "uart": {"write_count": 80},
+}
+
 SAMPLES: list[Event] = [
     types.VmState(1, "booting", "new"),
     types.VmState(0, "new"),
@@ -68,6 +76,7 @@ SAMPLES: list[Event] = [
     types.VcpuSetupProfileEvent(10, VcpuSetupProfile(cpuid_config=3, register_config=9)),
     types.RestoreProfileEvent(10, RestoreProfile(kvm_fd_open=3, resume_kvm_run=1)),
     types.RuntimeRestoreProfileEvent(10, RuntimeRestoreProfile(vcpu_state_restore=3)),
+    types.Metrics(11, 1_763_692_533_123, METRICS),
     types.VmError.of(11, BOOT_ERROR),
     types.VmError.of(12, KernelError("the kernel", expected=4096, found=12)),
     types.VmError.of(13, KvmIoctlError("KVM_RUN", 14, "Bad address")),
@@ -102,7 +111,7 @@ def test_events_that_say_the_same_are_the_same() -> None:
 def test_the_line_says_the_details_in_their_order(event: Event) -> None:
     record = parsed(event)
     assert list(record)[5:] == list(event.details())
-    if not isinstance(event, types.ProfileEvent):
+    if not isinstance(event, types.ProfileEvent | types.Metrics):
         names = [field.name for field in attrs.fields(type(event)) if getattr(event, field.name) is not None]
         assert list(record)[5:] == [name for name in names if name != "t_ns"]
 
@@ -116,7 +125,7 @@ def test_the_schema_is_one_and_names_the_fields_of_every_class() -> None:
     definitions = schema()["$defs"]
     assert set(definitions) == set(EVENTS) == set(schema()["properties"]["event"]["enum"])
     for name, kind in EVENTS.items():
-        if issubclass(kind, types.ProfileEvent):
+        if issubclass(kind, types.ProfileEvent | types.Metrics):
             continue
         fields = {field.name for field in attrs.fields(kind)} - {"t_ns"}
         assert set(definitions[name]["properties"]) == fields, name
@@ -131,6 +140,32 @@ def test_the_schema_names_the_fields_and_totals_of_every_profile(kind: type[type
     beside = {field.name for field in attrs.fields(kind)} - {"t_ns", "profile"}
     names = {field.name for field in attrs.fields(record)} | set(record().totals()) | beside | {"unit"}
     assert set(schema()["$defs"][kind.event]["properties"]) == names
+
+
+def test_the_schema_names_the_groups_of_metrics_and_their_fields() -> None:
+    described = dict(schema()["$defs"]["metrics"]["properties"])
+    assert described.pop("utc_timestamp_ms")["type"] == "integer"
+    assert {name: set(group["properties"]) for name, group in described.items()} == {
+        name: set(kinds(group)) for name, group in GROUPS.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"utc_timestamp_ms": "now"},
+        {"uart": 3},
+        {"uart": {"write_count": -1}},
+        {"uart": {"write_count": 0.5}},
+        {"net_eth0": {"tx_count": "many"}},
+        {"block_root": {"read_agg": {"min_us": 1}}},
+    ],
+)
+def test_the_schema_refuses_metrics_that_are_none(wrong: dict[str, object]) -> None:
+    record = parsed(types.Metrics(3, 5, METRICS))
+    VALIDATOR.validate({**record, "a_group_of_a_later_release": {"seen": True}})
+    with pytest.raises(ValidationError):
+        VALIDATOR.validate({**record, **wrong})
 
 
 def test_the_schema_allows_more_fields_and_refuses_wrong_ones() -> None:

@@ -64,11 +64,22 @@ def test_a_misspelt_field_is_an_error(kitchen: Kitchen) -> None:
         kitchen.egs = 1  # type: ignore[attr-defined]
 
 
-def test_a_counter_that_began_anew_counts_from_0(kitchen: Kitchen) -> None:
-    kitchen.eggs = 10
+def test_a_counter_that_begins_anew_counts_from_0(kitchen: Kitchen) -> None:
+    kitchen.eggs = kitchen.boiling.sum_us = 10
     kitchen.flush()
-    kitchen.eggs = 4
-    assert kitchen.flush()["eggs"] == 4
+    kitchen.begin_anew()
+    kitchen.eggs = kitchen.boiling.sum_us = 4
+    assert kitchen.flush() == {"eggs": 4, "degrees": 0, "boiling": {"min_us": 0, "max_us": 0, "sum_us": 4}}
+
+
+def test_a_total_that_steps_back_tells_nothing_twice(kitchen: Kitchen) -> None:
+    told = []
+    for total in (10, 9, 12):
+        kitchen.eggs = kitchen.boiling.sum_us = total
+        flushed = kitchen.flush()
+        told.append((flushed["eggs"], flushed["boiling"]))
+    times_us = [{"min_us": 0, "max_us": 0, "sum_us": us} for us in (10, 0, 2)]
+    assert told == list(zip((10, 0, 2), times_us, strict=True))
 
 
 @given(st.lists(st.tuples(st.integers(0, 1 << 40), st.booleans())))
