@@ -1,7 +1,8 @@
 """The bus: which device answers at which I/O port or physical address, and behind which lock.
 
-Devices are byte-wide, as the ISA's are; a wider access is its bytes, lowest address first, each answered by whatever
-is attached there. Where nothing is attached, reads give all ones, as an undriven bus does, and the access is counted.
+Devices at ports are byte-wide, as the ISA's are; a wider access is its bytes, lowest address first, each answered by
+whatever is attached there. Devices in memory take an access whole, as wide as it is. Where nothing is attached, reads
+give all ones, as an undriven bus does, and the access is counted.
 
 The bus takes the device's lock around every access. A vCPU's hot path may instead keep what ``lookup`` returns and do
 the same itself. Devices are attached before the first vCPU runs and never change after that, so looking up needs no
@@ -11,9 +12,9 @@ lock. Writes to the counter may race; it is a statistic.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Final, Protocol
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 import attrs
 
@@ -34,14 +35,27 @@ class ByteDevice(Protocol):
         """Take ``value``, 0 to 255."""
 
 
+class WordDevice(Protocol):
+    """What can be attached in memory. Nothing a guest writes may make it raise."""
+
+    def read(self, offset: int, size: int) -> int:
+        """``size`` bytes (1 to 8) from ``offset`` on, little-endian."""
+
+    def write(self, offset: int, value: int, size: int) -> None:
+        """Take ``size`` bytes (1 to 8) at ``offset``; ``value`` has no more."""
+
+
+D = TypeVar("D")
+
+
 @attrs.frozen
-class Attachment:
+class Attachment(Generic[D]):
     """A device at ``first`` .. ``first + size - 1``; its offset for an address is ``address - first``."""
 
     name: str
     first: int
     size: int
-    device: ByteDevice
+    device: D
     lock: AbstractContextManager[object]
 
     @property
@@ -50,19 +64,19 @@ class Attachment:
         return self.first + self.size
 
 
-class AddressSpace:
+class AddressSpace(Generic[D]):
     """Attachments of one space (ports or physical addresses), sorted, none overlapping."""
 
     def __init__(self, size: int) -> None:
         self._size = size
         self._firsts: list[int] = []
-        self._attachments: list[Attachment] = []
+        self._attachments: list[Attachment[D]] = []
         self.unmapped = 0
 
-    def __iter__(self) -> Iterator[Attachment]:
+    def __iter__(self) -> Iterator[Attachment[D]]:
         return iter(self._attachments)
 
-    def attach(self, attachment: Attachment) -> None:
+    def attach(self, attachment: Attachment[D]) -> None:
         """Raises ConfigError for a range outside the space or one that overlaps another."""
         if not 0 <= attachment.first < attachment.end <= self._size:
             raise ConfigError("bus range", expected=f"within 0 to {self._size - 1:#x}", found=_span(attachment))
@@ -73,13 +87,17 @@ class AddressSpace:
         self._firsts.insert(index, attachment.first)
         self._attachments.insert(index, attachment)
 
-    def lookup(self, address: int) -> Attachment | None:
+    def lookup(self, address: int) -> Attachment[D] | None:
         """What is attached at ``address``."""
         index = bisect_right(self._firsts, address) - 1
         if index < 0:
             return None
         attachment = self._attachments[index]
         return attachment if address < attachment.end else None
+
+
+class PortSpace(AddressSpace[ByteDevice]):
+    """I/O ports."""
 
     def read(self, address: int, size: int) -> int:
         """``size`` bytes from ``address`` on, little-endian. Unmapped ones are 0xff; an access counts once."""
@@ -109,7 +127,29 @@ class AddressSpace:
         self.unmapped += unmapped
 
 
-def _span(attachment: Attachment) -> str:
+class DeviceMemory(AddressSpace[WordDevice]):
+    """Physical addresses that are not RAM. An access belongs to the device it begins at, if all of it does."""
+
+    def read(self, address: int, size: int) -> int:
+        """``size`` bytes from ``address`` on, little-endian; all ones where no one device has them all."""
+        attachment = self.lookup(address)
+        if attachment is None or address + size > attachment.end:
+            self.unmapped += 1
+            return (1 << 8 * size) - 1
+        with attachment.lock:
+            return attachment.device.read(address - attachment.first, size)
+
+    def write(self, address: int, value: int, size: int) -> None:
+        """Write ``size`` bytes of ``value``."""
+        attachment = self.lookup(address)
+        if attachment is None or address + size > attachment.end:
+            self.unmapped += 1
+            return
+        with attachment.lock:
+            attachment.device.write(address - attachment.first, value, size)
+
+
+def _span(attachment: Attachment[D]) -> str:
     return f"{attachment.name} at {attachment.first:#x} to {attachment.end - 1:#x}"
 
 
@@ -117,8 +157,8 @@ class Bus:
     """I/O ports and device memory of one VM."""
 
     def __init__(self) -> None:
-        self._ports = AddressSpace(PORT_SPACE)
-        self._mmio = AddressSpace(MMIO_SPACE)
+        self._ports = PortSpace(PORT_SPACE)
+        self._mmio = DeviceMemory(MMIO_SPACE)
         self._names: set[str] = set()
 
     @property
@@ -128,37 +168,40 @@ class Bus:
 
     def attach(
         self, name: str, first: int, size: int, device: ByteDevice, lock: AbstractContextManager[object]
-    ) -> Attachment:
+    ) -> Attachment[ByteDevice]:
         """Answer I/O ports ``first`` .. ``first + size - 1`` by ``device``, with ``lock`` held around each access.
 
         ``name`` is the device's in snapshots. Raises ConfigError if a port is taken or does not exist, or if the name
         is taken.
         """
-        return self._attach(self._ports, Attachment(name, first, size, device, lock))
-
-    def attach_mmio(
-        self, name: str, first: int, size: int, device: ByteDevice, lock: AbstractContextManager[object]
-    ) -> Attachment:
-        """As ``attach``, for physical addresses."""
-        return self._attach(self._mmio, Attachment(name, first, size, device, lock))
-
-    def _attach(self, space: AddressSpace, attachment: Attachment) -> Attachment:
-        if attachment.name in self._names:
-            raise ConfigError("bus attachment", expected="a name not yet taken", found=attachment.name)
-        space.attach(attachment)
-        self._names.add(attachment.name)
+        attachment = Attachment(name, first, size, device, lock)
+        self._take(name, lambda: self._ports.attach(attachment))
         return attachment
 
-    def attachments(self) -> Iterator[Attachment]:
+    def attach_mmio(
+        self, name: str, first: int, size: int, device: WordDevice, lock: AbstractContextManager[object]
+    ) -> Attachment[WordDevice]:
+        """As ``attach``, for physical addresses."""
+        attachment = Attachment(name, first, size, device, lock)
+        self._take(name, lambda: self._mmio.attach(attachment))
+        return attachment
+
+    def _take(self, name: str, attach: Callable[[], None]) -> None:
+        if name in self._names:
+            raise ConfigError("bus attachment", expected="a name not yet taken", found=name)
+        attach()
+        self._names.add(name)
+
+    def attachments(self) -> Iterator[Attachment[Any]]:
         """Everything attached: ports, then memory, each by address. Names are unique."""
         yield from self._ports
         yield from self._mmio
 
-    def lookup(self, port: int) -> Attachment | None:
+    def lookup(self, port: int) -> Attachment[ByteDevice] | None:
         """The device at an I/O port, for a caller that keeps the answer."""
         return self._ports.lookup(port)
 
-    def lookup_mmio(self, address: int) -> Attachment | None:
+    def lookup_mmio(self, address: int) -> Attachment[WordDevice] | None:
         """The device at a physical address, for a caller that keeps the answer."""
         return self._mmio.lookup(address)
 

@@ -176,7 +176,7 @@ class NetConfig:
     """
 
     mode: NetMode = attrs.field(default="user", validator=_one_of("network mode", ("user", "tap")))
-    tap: str | None = None
+    tap: str | None = attrs.field(default=None)
     mac: str | None = attrs.field(default=None, converter=_lower)
     address: Ipv4 = attrs.field(default="dhcp", converter=_ipv4)
     gateway: IPv4Address | None = attrs.field(default=None, converter=_address)

@@ -79,12 +79,42 @@ def test_a_wide_access_at_the_last_port_does_not_wrap_to_the_first() -> None:
     assert bus.read(0xFFFF, 2) == 0xFFBB
 
 
+class Words:
+    """A device in memory that says what it was asked."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, ...]] = []
+
+    def read(self, offset: int, size: int) -> int:
+        self.seen.append((offset, size))
+        return 0x1122334455667788 & (1 << 8 * size) - 1
+
+    def write(self, offset: int, value: int, size: int) -> None:
+        self.seen.append((offset, value, size))
+
+
+def test_an_access_to_device_memory_arrives_whole() -> None:
+    bus, device = Bus(), Words()
+    bus.attach_mmio("device", 0xC0001000, 0x1000, device, free())
+    assert bus.read_mmio(0xC0001070, 4) == 0x55667788
+    bus.write_mmio(0xC0001FF8, 1 << 63, 8)
+    assert device.seen == [(0x70, 4), (0xFF8, 1 << 63, 8)]
+
+
+def test_an_access_across_the_end_of_device_memory_meets_nobody() -> None:
+    bus, device = Bus(), Words()
+    bus.attach_mmio("device", 0xC0001000, 0x1000, device, free())
+    assert bus.read_mmio(0xC0001FFE, 4) == 0xFFFFFFFF
+    bus.write_mmio(0xC0001FFE, 0, 4)
+    assert (device.seen, bus.unmapped) == ([], 2)
+
+
 def test_ports_and_memory_are_spaces_apart() -> None:
-    bus, port, memory = Bus(), Memory(1), Memory(1)
+    bus, port, memory = Bus(), Memory(1), Words()
     bus.attach("port", 0x100, 1, port, free())
     bus.attach_mmio("memory", 0x100, 1, memory, free())
     bus.write_mmio(0x100, 7, 1)
-    assert (port.cells[0], memory.cells[0], bus.read_mmio(0x100, 1)) == (0, 7, 7)
+    assert (port.cells[0], memory.seen, bus.read_mmio(0x100, 1)) == (0, [(0, 7, 1), (0, 1)], 0x88)
 
 
 @pytest.mark.parametrize(("first", "size"), [(0x3F0, 9), (0x3FF, 1), (0x3F8, 8), (0x3FA, 2), (0x300, 0x200)])
@@ -107,12 +137,12 @@ def test_a_name_is_given_once() -> None:
     bus = Bus()
     bus.attach("rtc", 0x10, 1, Memory(1), free())
     with pytest.raises(ConfigError):
-        bus.attach_mmio("rtc", 0x20, 1, Memory(1), free())
+        bus.attach_mmio("rtc", 0x20, 1, Words(), free())
 
 
 def test_attachments_come_in_order_and_by_name() -> None:
     bus = Bus()
-    bus.attach_mmio("blk", 0xC0001000, 4096, Memory(4096), free())
+    bus.attach_mmio("blk", 0xC0001000, 4096, Words(), free())
     bus.attach("device", 0x3F8, 8, Memory(8), free())
     bus.attach("rtc", 0x70, 2, Memory(2), free())
     assert [attachment.name for attachment in bus.attachments()] == ["rtc", "device", "blk"]

@@ -5,7 +5,7 @@ Source: Documentation/virt/kvm/api.rst and the uapi headers of Linux, x86-64. No
 
 from __future__ import annotations
 
-from ctypes import Structure, c_uint8, c_uint16, c_uint32, c_uint64, sizeof
+from ctypes import Structure, c_int32, c_uint8, c_uint16, c_uint32, c_uint64, sizeof
 from enum import IntEnum
 
 KVM_API_VERSION = 12
@@ -160,6 +160,31 @@ class KvmMpState(Structure):
     _fields_ = [("mp_state", c_uint32)]
 
 
+class KvmIoeventfd(Structure):
+    """struct kvm_ioeventfd."""
+
+    _fields_ = [
+        ("datamatch", c_uint64),
+        ("addr", c_uint64),
+        ("len", c_uint32),
+        ("fd", c_int32),
+        ("flags", c_uint32),
+        ("pad", c_uint8 * 36),
+    ]
+
+
+class KvmIrqfd(Structure):
+    """struct kvm_irqfd."""
+
+    _fields_ = [
+        ("fd", c_uint32),
+        ("gsi", c_uint32),
+        ("flags", c_uint32),
+        ("resamplefd", c_uint32),
+        ("pad", c_uint8 * 16),
+    ]
+
+
 class Request(IntEnum):
     """ioctl requests this VMM makes. KVM_GET/SET_CPUID2 and MSR calls encode the header's size alone."""
 
@@ -174,7 +199,9 @@ class Request(IntEnum):
     KVM_SET_IDENTITY_MAP_ADDR = _iow(0x48, 8)
     KVM_CREATE_IRQCHIP = _io(0x60)
     KVM_IRQ_LINE = _iow(0x61, sizeof(KvmIrqLevel))
+    KVM_IRQFD = _iow(0x76, sizeof(KvmIrqfd))
     KVM_CREATE_PIT2 = _iow(0x77, sizeof(KvmPitConfig))
+    KVM_IOEVENTFD = _iow(0x79, sizeof(KvmIoeventfd))
     KVM_RUN = _io(0x80)
     KVM_GET_REGS = _ior(0x81, sizeof(KvmRegs))
     KVM_SET_REGS = _iow(0x82, sizeof(KvmRegs))
@@ -200,9 +227,12 @@ class Capability(IntEnum):
     KVM_CAP_NR_VCPUS = 9
     KVM_CAP_PIT2 = 33
     KVM_CAP_MAX_VCPUS = 66
+    KVM_CAP_READONLY_MEM = 81
     KVM_CAP_IMMEDIATE_EXIT = 136
 
 
+KVM_MEM_READONLY = 2
+KVM_IOEVENTFD_FLAG_DATAMATCH = 1
 KVM_PIT_SPEAKER_DUMMY = 1
 KVM_MP_STATE_RUNNABLE = 0
 KVM_VCPU_TSC_CTRL = 0

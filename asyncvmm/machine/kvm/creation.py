@@ -13,14 +13,20 @@ from functools import lru_cache
 
 import attrs
 
-from asyncvmm.machine.kvm.abi import KVM_PIT_SPEAKER_DUMMY, KvmPitConfig, Request
+from asyncvmm.machine.kvm.abi import (
+    KVM_MEM_READONLY,
+    KVM_PIT_SPEAKER_DUMMY,
+    KvmPitConfig,
+    KvmUserspaceMemoryRegion,
+    Request,
+)
 from asyncvmm.machine.kvm.contents import Contents, Loader, Shape
-from asyncvmm.machine.kvm.fastpath.chain import At, Chain, Program
+from asyncvmm.machine.kvm.fastpath.chain import At, Chain, Program, SystemCall
 from asyncvmm.machine.kvm.mapped import Pinned
 from asyncvmm.machine.kvm.memory import map_memory, register_memory
 from asyncvmm.machine.kvm.registers import set_boot_msrs, set_boot_state, set_lint_pins
 from asyncvmm.machine.kvm.system import HostCpuid, SystemSteps, guest_cpuid, host_cpuid, open_system
-from asyncvmm.x86.layout import IDENTITY_MAP_ADDRESS, TSS_ADDRESS, Region, ram_regions
+from asyncvmm.x86.layout import IDENTITY_MAP_ADDRESS, MMIO_BASE, MMIO_SIZE, TSS_ADDRESS, Region, ram_regions
 
 MOST_KEPT = 16
 """Chains kept for coming VMs of the same shape, some KiB each."""
@@ -58,6 +64,9 @@ class Creation:
     tsc_khz: At
     initrd_read: At | None
     msrs_set: tuple[At, ...]
+    registers: At | None = None
+    """The pages of the devices' registers, ``devices`` of them; None without devices."""
+    devices: int = 0
 
 
 @attrs.frozen(eq=False)
@@ -77,16 +86,17 @@ _seen_tsc_khz: int | None = None
 """The TSC's frequency as the newest VM had it: a VM's CPUID is written down before the VM can be asked."""
 
 
-def blueprint(memory_bytes: int, vcpus: int, contents: Contents | None = None) -> Blueprint:
-    """Prepare the creation of a VM; without contents, of one that is given nothing to run.
+def blueprint(memory_bytes: int, vcpus: int, contents: Contents | None = None, *, devices: int = 0) -> Blueprint:
+    """Prepare the creation of a VM; without contents, of one that is given nothing to run. ``devices``: how many
+    virtio-mmio devices it has.
 
     Raises MemorySizeError, ConfigError for contents outside of memory, and for the first VM of a process, which asks
     what CPUID it can have, KvmUnavailable.
     """
     if contents is None:
-        return Blueprint(_creation(memory_bytes, vcpus, None, None), None, None, (), ())
+        return Blueprint(_creation(memory_bytes, vcpus, devices, None, None), None, None, (), ())
     cpuid, sources = GuestCpuid(host_cpuid(), _seen_tsc_khz), contents.sources()
-    steps = _creation(memory_bytes, vcpus, contents.shape(), cpuid)
+    steps = _creation(memory_bytes, vcpus, devices, contents.shape(), cpuid)
     given = (contents.initrd_fd, *[source.address for source in sources])
     return Blueprint(steps, contents, cpuid, given, tuple(sources))
 
@@ -98,7 +108,7 @@ def expect_tsc_khz(tsc_khz: int) -> None:
 
 
 @lru_cache(MOST_KEPT)
-def _creation(memory_bytes: int, vcpus: int, shape: Shape | None, cpuid: GuestCpuid | None) -> Creation:
+def _creation(memory_bytes: int, vcpus: int, devices: int, shape: Shape | None, cpuid: GuestCpuid | None) -> Creation:
     """The chain for VMs like that; without ``shape`` nothing is loaded and no vCPU is given a state.
 
     Raises MemorySizeError, and ConfigError for contents outside of memory.
@@ -115,6 +125,7 @@ def _creation(memory_bytes: int, vcpus: int, shape: Shape | None, cpuid: GuestCp
             memory = map_memory(chain, regions)
         with chain.phase("memory_register"):
             register_memory(chain, vm, memory, regions)
+            registers = show_registers(chain, vm, len(regions), devices) if devices else None
     with chain.phase("irqchip_create"):
         chain.ioctl(Request.KVM_CREATE_IRQCHIP, vm)
         chain.ioctl(Request.KVM_CREATE_PIT2, vm, chain.data(KvmPitConfig(KVM_PIT_SPEAKER_DUMMY)))
@@ -127,7 +138,7 @@ def _creation(memory_bytes: int, vcpus: int, shape: Shape | None, cpuid: GuestCp
         sources = [chain.given(1 + index) for index in range(shape.sources)]
         read = Loader(chain, memory, regions, chain.given(0), sources).load(shape)
         msrs_set = _configure(chain, [vcpu.fd for vcpu in made], shape, cpuid)
-    return Creation(chain.program(), regions, system, vm, memory, made, tsc_khz, read, msrs_set)
+    return Creation(chain.program(), regions, system, vm, memory, made, tsc_khz, read, msrs_set, registers, devices)
 
 
 def create_vm(chain: Chain, system: SystemSteps) -> At:
@@ -138,6 +149,20 @@ def create_vm(chain: Chain, system: SystemSteps) -> At:
         chain.ioctl(Request.KVM_SET_IDENTITY_MAP_ADDR, vm, chain.data(ctypes.c_uint64(IDENTITY_MAP_ADDRESS)))
         chain.ioctl(Request.KVM_SET_TSS_ADDR, vm, TSS_ADDRESS)
     return vm
+
+
+def show_registers(chain: Chain, vm: At, slot: int, devices: int) -> At:
+    """Append the steps that show each device's page of registers to the guest, as memory it can only read.
+
+    Its writes come out as exits, or as events where an ioeventfd takes them (KVM API, KVM_MEM_READONLY).
+    """
+    size = devices * MMIO_SIZE
+    pages = chain.map("mmap of device registers", size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    chain.call("madvise", SystemCall.MADVISE, pages, size, mmap.MADV_DONTFORK)
+    record = chain.data(KvmUserspaceMemoryRegion(slot, KVM_MEM_READONLY, MMIO_BASE, size))
+    chain.store(record + KvmUserspaceMemoryRegion.userspace_addr.offset, pages)
+    chain.ioctl(Request.KVM_SET_USER_MEMORY_REGION, vm, record)
+    return pages
 
 
 def create_vcpu(chain: Chain, vm: At, index: int, system: SystemSteps) -> VcpuSteps:

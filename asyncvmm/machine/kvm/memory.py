@@ -88,6 +88,14 @@ class GuestMemory:
         start = offset_of(self.regions, address, size)
         return bytes(self._map[start : start + size])
 
+    def views(self) -> list[tuple[int, memoryview]]:
+        """Each region's first guest address and its bytes, in place. Not to be used after ``close``."""
+        found, offset = [], 0
+        for region in self.regions:
+            found.append((region.start, self._map[offset : offset + region.size]))
+            offset += region.size
+        return found
+
     def close(self) -> None:
         """Touch it no more."""
         self._map.release()

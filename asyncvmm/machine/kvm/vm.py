@@ -15,11 +15,13 @@ from asyncvmm.machine.kvm.contents import READ_INITRD, Contents
 from asyncvmm.machine.kvm.creation import Blueprint, GuestCpuid, expect_tsc_khz, set_cpuid
 from asyncvmm.machine.kvm.fastpath.chain import Chain, Failure, Made
 from asyncvmm.machine.kvm.fds import raw_ioctl_short
+from asyncvmm.machine.kvm.mapped import mapped_view
 from asyncvmm.machine.kvm.memory import MAP_MEMORY, GuestMemory
 from asyncvmm.machine.kvm.registers import set_msrs_behind
 from asyncvmm.machine.kvm.system import refusal
 from asyncvmm.machine.kvm.vcpu import Vcpu
 from asyncvmm.timing.timeline import Span, Timeline
+from asyncvmm.x86.layout import MMIO_SIZE
 from asyncvmm.x86.msrs import boot_msrs
 
 _IRQ_LINE = int(Request.KVM_IRQ_LINE)
@@ -54,6 +56,8 @@ class KvmVm:
         self.fd = made[steps.vm]
         self.tsc_khz = made[steps.tsc_khz]
         self.memory = GuestMemory(steps.regions, made[steps.memory])
+        registers = made[steps.registers] if steps.registers is not None else 0
+        self.registers = mapped_view(registers, steps.devices * MMIO_SIZE) if registers else memoryview(b"")
         run_size = made[steps.system.run_size]
         self.vcpus = [Vcpu(index, made[at.fd], made[at.page], run_size) for index, at in enumerate(steps.vcpus)]
         if plan.contents is not None:
@@ -69,6 +73,7 @@ class KvmVm:
         for vcpu in self.vcpus:
             vcpu.close()
         self.memory.close()
+        self.registers.release()
         self._made.undo()
 
     def _finish(self, plan: Blueprint, contents: Contents) -> None:

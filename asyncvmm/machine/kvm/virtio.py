@@ -1,0 +1,131 @@
+"""One virtio-mmio device of a KVM VM: its registers on the bus, its events on the loop.
+
+A kick is an ioeventfd that the loop reads, an interrupt is an irqfd that the device's side writes, and the page of
+registers is memory that the guest reads by itself: once the driver is up, a request takes no exit to userspace.
+
+A device has one lock. A vCPU thread holds it while it answers a register access, the loop while the device works, so
+that a reset, when its register write returns, has taken effect.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Callable
+
+from asyncvmm.devices.virtio.device import VirtioDevice
+from asyncvmm.devices.virtio.memory import GuestView
+from asyncvmm.devices.virtio.mmio import INTERRUPT_ACK, INTERRUPT_USED_BUFFER, QUEUE_NOTIFY, VirtioMmio
+from asyncvmm.machine.kvm.abi import KVM_IOEVENTFD_FLAG_DATAMATCH, KvmIoeventfd, KvmIrqfd, Request
+from asyncvmm.machine.kvm.fds import ioctl
+from asyncvmm.x86.layout import MMIO_SIZE, mmio_device
+
+Announce = Callable[["VirtioSlot", bool], None]
+"""Hears, on any thread, that a device's driver has come or gone."""
+
+
+def fence_of(lock: threading.Lock) -> Callable[[], None]:
+    """What orders a store before a later load on every CPU: taking a lock and letting it go."""
+
+    def fence() -> None:
+        with lock:
+            pass
+
+    return fence
+
+
+class VirtioSlot:
+    """A device at place ``index`` among a VM's virtio-mmio devices.
+
+    page: its registers. announce: hears of its driver. Made on any thread; ``watch`` and ``close`` are for the loop.
+    """
+
+    def __init__(
+        self, index: int, device: VirtioDevice, memory: GuestView, page: memoryview, announce: Announce, name: str
+    ) -> None:
+        self.name = name
+        self.place = mmio_device(index)
+        self.device = device
+        self.lock = threading.RLock()
+        self.kicks_seen = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._fail: Callable[[Exception], None] = lambda error: None
+        self._interrupt_fd = _eventfd()
+        self._acknowledged_fd = _eventfd()
+        self._kick_fds = [_eventfd() for _ in device.queues]
+        self.transport = VirtioMmio(
+            device,
+            memory,
+            self.lock,
+            interrupt=self._interrupt,
+            notify=self._kick_by_hand,
+            changed=lambda active: announce(self, active),
+            page=page,
+        )
+
+    def attach(self, vm_fd: int) -> None:
+        """Give KVM the line and the kicks. Raises KvmIoctlError."""
+        ioctl(vm_fd, Request.KVM_IRQFD, KvmIrqfd(fd=self._interrupt_fd, gsi=self.place.gsi))
+        for index, fd in enumerate(self._kick_fds):
+            self._take_writes(vm_fd, QUEUE_NOTIFY, index, fd)
+        # Nobody waits for this one: it is there so that acknowledging a used buffer is no exit.
+        self._take_writes(vm_fd, INTERRUPT_ACK, INTERRUPT_USED_BUFFER, self._acknowledged_fd)
+
+    def _take_writes(self, vm_fd: int, register: int, value: int, fd: int) -> None:
+        event = KvmIoeventfd(value, self.place.address + register, 4, fd, KVM_IOEVENTFD_FLAG_DATAMATCH)
+        ioctl(vm_fd, Request.KVM_IOEVENTFD, event)
+
+    # -- on the loop -----------------------------------------------------------------------------------------------
+
+    def watch(self, loop: asyncio.AbstractEventLoop, fail: Callable[[Exception], None]) -> None:
+        """Serve kicks from now on. ``fail`` hears of an error of ours, which is none of the guest's."""
+        self._loop, self._fail = loop, fail
+        for index, fd in enumerate(self._kick_fds):
+            loop.add_reader(fd, self._kicked, index, fd)
+
+    def _kicked(self, index: int, fd: int) -> None:
+        os.eventfd_read(fd)
+        self.kicks_seen += 1
+        self._work(index)
+
+    def _work(self, index: int) -> None:
+        """One turn of a queue; the rest waits for the loop's next turn, behind everybody else's."""
+        if self._loop is None:
+            return
+        try:
+            more = self.transport.kick(index)
+        except Exception as error:  # a device of ours that is wrong must not fail in silence
+            self._fail(error)
+            return
+        if more:
+            self._loop.call_soon(self._work, index)
+
+    def close(self) -> None:
+        """Serve no more, let go of guest memory. No vCPU thread may run any more."""
+        if self._loop is not None:
+            for fd in self._kick_fds:
+                self._loop.remove_reader(fd)
+            self._loop = None
+        with self.lock:
+            self.transport.close()
+        for fd in (self._interrupt_fd, self._acknowledged_fd, *self._kick_fds):
+            os.close(fd)
+
+    # -- on any thread, with the lock held ---------------------------------------------------------------------------
+
+    def _interrupt(self) -> None:
+        os.eventfd_write(self._interrupt_fd, 1)
+
+    def _kick_by_hand(self, index: int) -> None:
+        """A kick that no ioeventfd took."""
+        os.eventfd_write(self._kick_fds[index], 1)
+
+
+def registers_of(page: memoryview, index: int) -> memoryview:
+    """The page of device number ``index`` among all devices' pages."""
+    return page[index * MMIO_SIZE : (index + 1) * MMIO_SIZE]
+
+
+def _eventfd() -> int:
+    return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
