@@ -14,6 +14,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from asyncvmm.config import VMConfig as VMConfig
     from asyncvmm.console import Console as Console
+    from asyncvmm.device_config import BalloonConfig as BalloonConfig
+    from asyncvmm.device_config import ConsoleConfig as ConsoleConfig
+    from asyncvmm.device_config import DriveConfig as DriveConfig
+    from asyncvmm.device_config import NetConfig as NetConfig
+    from asyncvmm.device_config import Publish as Publish
+    from asyncvmm.device_config import RngConfig as RngConfig
+    from asyncvmm.device_config import VsockConfig as VsockConfig
     from asyncvmm.effects import ExitCount as ExitCount
     from asyncvmm.effects import ExitStatistics as ExitStatistics
     from asyncvmm.errors import AsyncVMMError as AsyncVMMError
@@ -33,6 +40,18 @@ __version__ = "0.1.0"
 _HOMES = {
     "VM": "asyncvmm.vm",
     "VMConfig": "asyncvmm.config",
+    **dict.fromkeys(
+        (
+            "BalloonConfig",
+            "ConsoleConfig",
+            "DriveConfig",
+            "NetConfig",
+            "Publish",
+            "RngConfig",
+            "VsockConfig",
+        ),
+        "asyncvmm.device_config",
+    ),
     "VmTiming": "asyncvmm.timing.vm_timing",
     "Console": "asyncvmm.console",
     "EventHub": "asyncvmm.events.hub",

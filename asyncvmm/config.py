@@ -7,11 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal, TypeGuard, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard, get_args
 
 import attrs
 
 from asyncvmm.errors import CmdlineError, ConfigError, MemorySizeError, VcpuCountError
+
+if TYPE_CHECKING:
+    from asyncvmm.device_config import (
+        BalloonConfig,
+        ConsoleConfig,
+        DeviceConfig,
+        DriveConfig,
+        NetConfig,
+        RngConfig,
+        VsockConfig,
+    )
 
 Accel = Literal["auto", "kvm", "qemu"]
 
@@ -124,6 +135,57 @@ def _path(value: str | Path | None) -> Path | None:
     return path
 
 
+# The records of devices are imported by who asks for a device: a VM without any does not pay for them.
+
+
+def _drives(value: Any) -> tuple[DriveConfig, ...]:
+    if value == ():
+        return ()
+    from asyncvmm.device_config import to_drives
+
+    return to_drives(value)
+
+
+def _net(value: Any) -> NetConfig | None:
+    if value == "none" or value is None:
+        return None
+    from asyncvmm.device_config import to_net
+
+    return to_net(value)
+
+
+def _balloon(value: Any) -> BalloonConfig | None:
+    if value is None or value is False:
+        return None
+    from asyncvmm.device_config import BalloonConfig, to_record
+
+    return to_record("balloon", BalloonConfig, value)
+
+
+def _vsock(value: Any) -> VsockConfig | None:
+    if value is None or value is False:
+        return None
+    from asyncvmm.device_config import VsockConfig, to_record
+
+    return to_record("vsock", VsockConfig, value)
+
+
+def _rng(value: Any) -> RngConfig | None:
+    if value is None or value is False:
+        return None
+    from asyncvmm.device_config import RngConfig, to_record
+
+    return to_record("rng", RngConfig, value)
+
+
+def _console(value: Any) -> ConsoleConfig | None:
+    if value is None or value is False:
+        return None
+    from asyncvmm.device_config import ConsoleConfig, to_record
+
+    return to_record("virtio_console", ConsoleConfig, value)
+
+
 @attrs.frozen(kw_only=True)
 class VMConfig:
     """One microVM, as asked for.
@@ -135,6 +197,11 @@ class VMConfig:
     boot_timeout_s: seconds until READY at the most. stall_timeout_s: seconds without a sign of life (serial bytes,
     exits) after which a guest that is not ready counts as dead. name: the ``vm`` field of events; None draws one.
     serial_lines: whether each line of the guest's serial ports becomes an event (``serial.line``).
+
+    Devices, see device_config for each record: drives, DriveConfigs or paths, in the order vda, vdb and so on; net,
+    ``none``, ``user`` or a NetConfig; balloon, vsock, rng, virtio_console: True for the default one, or a record.
+    acpi: False for a kernel built without ACPI, which then finds its devices on the command line (KVM alone).
+    metrics_interval_s: seconds between two ``metrics`` events.
 
     Raises ConfigError and its kinds at construction.
     """
@@ -152,3 +219,31 @@ class VMConfig:
     stall_timeout_s: float = attrs.field(default=60.0, validator=_check_seconds)
     name: str | None = attrs.field(default=None, validator=attrs.validators.optional(_check_text))
     serial_lines: bool = attrs.field(default=False, validator=_check_bool)
+    drives: tuple[DriveConfig, ...] = attrs.field(default=(), converter=_drives)
+    net: NetConfig | None = attrs.field(default=None, converter=_net)
+    balloon: BalloonConfig | None = attrs.field(default=None, converter=_balloon)
+    vsock: VsockConfig | None = attrs.field(default=None, converter=_vsock)
+    rng: RngConfig | None = attrs.field(default=None, converter=_rng)
+    virtio_console: ConsoleConfig | None = attrs.field(default=None, converter=_console)
+    acpi: bool = attrs.field(default=True, validator=_check_bool)
+    metrics_interval_s: float = attrs.field(default=60.0, validator=_check_seconds)
+
+    @property
+    def devices(self) -> DeviceConfig:
+        """The virtio devices asked for."""
+        from asyncvmm.device_config import DeviceConfig
+
+        return DeviceConfig(
+            drives=self.drives,
+            net=self.net,
+            balloon=self.balloon,
+            vsock=self.vsock,
+            rng=self.rng,
+            console=self.virtio_console,
+        )
+
+    @property
+    def has_devices(self) -> bool:
+        """Whether there is a virtio device at all."""
+        others = (self.net, self.balloon, self.vsock, self.rng, self.virtio_console)
+        return bool(self.drives) or any(record is not None for record in others)
