@@ -8,25 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol
 
 import attrs
 
+from asyncvmm.device_config import DeviceConfig, DriveConfig
 from asyncvmm.effects import Effect, ExitStatistics, Port
-
-if TYPE_CHECKING:
-    from asyncvmm.device_config import DeviceConfig, DriveConfig
 
 AccelName = Literal["kvm", "qemu"]
 
 EffectSink = Callable[[Sequence[Effect]], None]
 """Takes one batch of effects, on the loop. Must not block and must not raise."""
-
-
-def _no_devices() -> DeviceConfig:
-    from asyncvmm.device_config import DeviceConfig
-
-    return DeviceConfig()
 
 
 @attrs.frozen
@@ -69,7 +61,7 @@ class BootPlan:
     appended: bytes = b""
     cmdline: str = ""
     tsc_khz: int | None = None
-    devices: DeviceConfig = attrs.field(factory=_no_devices)
+    devices: DeviceConfig = attrs.field(factory=DeviceConfig)
     resources: Resources = attrs.field(factory=Resources)
 
 

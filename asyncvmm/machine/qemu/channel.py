@@ -36,6 +36,7 @@ class Channel:
         self.peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         self._turn = asyncio.Lock()
         self._writable: asyncio.Future[None] | None = None
+        self._readable: asyncio.Future[None] | None = None
         self.received = 0
         self.ended = False
         self.closed = False
@@ -44,12 +45,12 @@ class Channel:
         """Call ``on_readable`` on the loop whenever there is something to read."""
         self._loop.add_reader(self._socket, on_readable)
 
-    def read(self) -> bytes:
-        """What is there, at most READ_SIZE bytes; empty if nothing is, or nothing will ever be again (``ended``)."""
+    def read(self, size: int = READ_SIZE) -> bytes:
+        """What is there, at most ``size`` bytes; empty if nothing is, or nothing will ever be again (``ended``)."""
         if self.ended or self.closed:
             return b""
         try:
-            data = self._socket.recv(READ_SIZE)
+            data = self._socket.recv(size)
         except (BlockingIOError, InterruptedError):
             return b""
         except ConnectionError:
@@ -59,6 +60,19 @@ class Channel:
             self._loop.remove_reader(self._socket)
         self.received += len(data)
         return data
+
+    async def wait_readable(self) -> None:
+        """Until there is something to read, or nothing will ever be again; instead of ``watch``, and for one only."""
+        if self.ended or self.closed:
+            return
+        future = self._readable = self._loop.create_future()
+        self._loop.add_reader(self._socket, _resolve, future)
+        try:
+            await future
+        finally:
+            self._readable = None
+            if not self.closed:
+                self._loop.remove_reader(self._socket)
 
     def write_now(self, data: bytes) -> None:
         """Send a few bytes into the empty socket, before anybody reads it."""
@@ -97,7 +111,7 @@ class Channel:
                 self._loop.remove_writer(self._socket)
 
     def close(self) -> None:
-        """Close both ends and wake a waiting writer. May be called again."""
+        """Close both ends and wake whoever waits at ours. May be called again."""
         self.peer.close()
         if self.closed:
             return
@@ -105,8 +119,9 @@ class Channel:
         self._loop.remove_reader(self._socket)
         self._loop.remove_writer(self._socket)
         self._socket.close()
-        if self._writable is not None:
-            _resolve(self._writable)
+        for waiting in (self._writable, self._readable):
+            if waiting is not None:
+                _resolve(waiting)
 
 
 def _resolve(future: asyncio.Future[None]) -> None:

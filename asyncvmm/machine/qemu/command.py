@@ -18,6 +18,7 @@ import attrs
 
 from asyncvmm.config import check_cmdline
 from asyncvmm.machine.base import BootPlan
+from asyncvmm.machine.qemu.devices import DeviceEnds, Transport, device_words, needs_shared_memory, shared_memory
 
 QemuAccel = Literal["tcg", "kvm"]
 MachineType = Literal["microvm", "q35"]
@@ -46,11 +47,12 @@ class QemuBinary:
 
 @attrs.frozen(kw_only=True)
 class ChildDescriptors:
-    """Descriptor numbers that QEMU inherits: its ends of three stream sockets."""
+    """Descriptor numbers that QEMU inherits: its ends of three stream sockets, and what its devices stand on."""
 
     qmp: int
     console: int
     control: int
+    devices: DeviceEnds = attrs.field(factory=DeviceEnds)
 
 
 def choose_machine_type(plan: BootPlan) -> MachineType:
@@ -86,6 +88,7 @@ def build_command(
     command += _socket("qmp", descriptors.qmp)
     command += ["-mon", "chardev=qmp,mode=control", "-S"]
     command += ["-device", f"isa-debug-exit,iobase={DEBUG_EXIT_PORT:#x},iosize=4"]
+    command += device_words(plan, _transport(plan), qemu.version, descriptors.devices)
     command += ["-kernel", str(plan.kernel)]
     if initrd is not None:
         command += ["-initrd", initrd]
@@ -95,14 +98,20 @@ def build_command(
 
 def _machine(plan: BootPlan, accel: QemuAccel) -> list[str]:
     options = {"microvm": "microvm,acpi=on,isa-serial=off,auto-kernel-cmdline=off", "q35": "q35"}
+    shared = needs_shared_memory(plan)
     return [
         *("-name", f"guest={_escape(plan.name)},debug-threads=on"),
-        *("-machine", options[choose_machine_type(plan)]),
+        *("-machine", options[choose_machine_type(plan)] + (",memory-backend=ram" if shared else "")),
+        *(shared_memory(plan) if shared else ()),
         *("-accel", accel),
         *("-cpu", "host" if accel == "kvm" else "max"),
         *("-m", f"{plan.memory_mib}M"),
         *("-smp", f"{plan.vcpus}"),
     ]
+
+
+def _transport(plan: BootPlan) -> Transport:
+    return "device" if choose_machine_type(plan) == "microvm" else "pci"
 
 
 def _isolation(qemu: QemuBinary) -> list[str]:

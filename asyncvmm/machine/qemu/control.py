@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from asyncvmm.errors import MachineError, StateError
 from asyncvmm.machine.qemu.channel import Channel
-from asyncvmm.machine.qemu.qmp import OPENING, RUN_ID, QmpDecoder, QmpEvent, QmpReply, encode_command
+from asyncvmm.machine.qemu.qmp import RUN_ID, QmpDecoder, QmpEvent, QmpReply, encode_command, opening
 
 
 class QmpControl:
     """The conversation with one QEMU, from before it is started. ``started`` resolves when its vCPUs run.
 
     ``on_event`` takes QEMU's events, ``on_failure`` a breach of the protocol, ``on_running`` hears the reply to the
-    first ``cont``, which is sent once the vCPUs may run; all on the loop.
+    first ``cont``, which is sent once the vCPUs may run; all on the loop. ``before_running`` are commands, and their
+    arguments, to be carried out before that; one that QEMU refuses is a failure, too.
     """
 
     def __init__(
@@ -25,6 +26,7 @@ class QmpControl:
         on_event: Callable[[QmpEvent], None],
         on_failure: Callable[[MachineError], None],
         on_running: Callable[[], None] = lambda: None,
+        before_running: Sequence[tuple[str, Mapping[str, Any]]] = (),
     ) -> None:
         self._channel = channel
         self._on_event = on_event
@@ -35,7 +37,7 @@ class QmpControl:
         self._replies: dict[int | str | None, asyncio.Future[Any]] = {}
         self.has_started = False  # unlike ``started``, whose waiter may have cancelled it
         self.started = self._expect(RUN_ID)
-        channel.write_now(OPENING)
+        channel.write_now(opening(b"".join(self._encode_first(*command) for command in before_running)))
         channel.watch(self.read)
 
     async def execute(self, name: str, arguments: Mapping[str, Any] | None = None) -> Any:
@@ -90,6 +92,18 @@ class QmpControl:
                 reply.set_exception(error or MachineError("QMP", expected="a reply", found="QEMU has ended"))
                 reply.exception()  # counts as seen: there may be nobody left to await it
         self._replies.clear()
+
+    def _encode_first(self, name: str, arguments: Mapping[str, Any]) -> bytes:
+        id_ = next(self._ids)
+
+        def answered(reply: asyncio.Future[Any]) -> None:
+            error = reply.exception()
+            if self._replies.pop(id_, None) is not None and isinstance(error, MachineError):
+                self.close(error)
+                self._on_failure(error)
+
+        self._expect(id_).add_done_callback(answered)
+        return encode_command(name, id_, arguments)
 
     def _expect(self, id_: int | str) -> asyncio.Future[Any]:
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()

@@ -16,14 +16,24 @@ from asyncvmm.effects import Effect, Port, SerialOutput, Stopped, StopReason
 from asyncvmm.errors import MachineError, StateError
 from asyncvmm.machine.base import AccelName, BootPlan, EffectSink, Evidence
 from asyncvmm.machine.pacing import Pacer
+from asyncvmm.machine.qemu.attachments import Attachments
+from asyncvmm.machine.qemu.balloon import QmpBalloon, first_size
 from asyncvmm.machine.qemu.binary import find_qemu
 from asyncvmm.machine.qemu.channel import Channel
 from asyncvmm.machine.qemu.child import Child, start_error
-from asyncvmm.machine.qemu.command import ChildDescriptors, QemuAccel, QemuBinary, build_command, kernel_cmdline
+from asyncvmm.machine.qemu.command import (
+    ChildDescriptors,
+    QemuAccel,
+    QemuBinary,
+    build_command,
+    choose_machine_type,
+    kernel_cmdline,
+)
 from asyncvmm.machine.qemu.control import QmpControl
 from asyncvmm.machine.qemu.files import check_readable, join_initrd
 from asyncvmm.machine.qemu.guest_tsc import GuestTsc
 from asyncvmm.machine.qemu.ordering import split_before_exit
+from asyncvmm.machine.qemu.ports import ChannelStream
 from asyncvmm.machine.qemu.qmp import QmpEvent
 from asyncvmm.machine.qemu.reasons import debug_exit_code, is_contention, reason_of_halt, reason_of_shutdown
 from asyncvmm.machine.waiting import in_thread, wait_out
@@ -36,7 +46,10 @@ _State = Literal["new", "starting", "running", "ended"]
 
 
 class QemuMachine:
-    """A Machine (machine/base.py) on QEMU. ``qemu`` None finds one; ``accel`` is QEMU's own accelerator."""
+    """A Machine (machine/base.py) on QEMU. ``qemu`` None finds one; ``accel`` is QEMU's own accelerator.
+
+    ``balloon`` is its balloon once it is started, None without one.
+    """
 
     accel: AccelName = "qemu"
 
@@ -61,6 +74,8 @@ class QemuMachine:
         self._qmp: QmpControl | None = None
         self._guest_tsc: GuestTsc | None = None
         self._initrd: int | None = None
+        self._attachments = Attachments(plan)
+        self.balloon: QmpBalloon | None = None
         self._shutdown: StopReason | None = None
         self._reported = False
         self._pausing = False
@@ -150,6 +165,11 @@ class QemuMachine:
         """Serial bytes the guest has written so far."""
         return self._received + sum(port.received for port in self._ports.values())
 
+    @property
+    def ports(self) -> Mapping[str, ChannelStream]:
+        """The virtio console's ports by name, from the start on; their bytes outlive the machine."""
+        return self._attachments.ports
+
     # -- starting --------------------------------------------------------------------------------------------------
 
     async def _prepare(self) -> QemuBinary:
@@ -160,6 +180,7 @@ class QemuMachine:
 
     def _open_files(self) -> None:
         check_readable(self._plan)
+        self._attachments.open_drives()
         if self._plan.appended:
             self._initrd = join_initrd(self._plan)
 
@@ -167,17 +188,26 @@ class QemuMachine:
         loop = asyncio.get_running_loop()
         qmp = Channel(loop)
         self._guest_tsc = GuestTsc() if self._qemu_accel == "tcg" else None
-        self._qmp = QmpControl(qmp, self._on_event, self._fail, self._on_running)
+        first = first_size(self._plan)
+        self._qmp = QmpControl(qmp, self._on_event, self._fail, self._on_running, before_running=first)
+        if self._plan.devices.balloon is not None:
+            is_pci = choose_machine_type(self._plan) == "q35"
+            self.balloon = QmpBalloon(self._qmp.execute, self._plan, is_pci=is_pci, version=qemu.version)
         control = self._ports["control"] = Channel(loop)
         console = self._ports["console"] = Channel(loop)
-        ends = ChildDescriptors(qmp=qmp.peer.fileno(), console=console.peer.fileno(), control=control.peer.fileno())
+        devices = self._attachments.connect(loop)
+        ends = ChildDescriptors(
+            qmp=qmp.peer.fileno(), console=console.peer.fileno(), control=control.peer.fileno(), devices=devices
+        )
         command = build_command(self._plan, qemu, self._qemu_accel, ends, self._initrd_path())
-        inherited = [ends.qmp, ends.console, ends.control] + ([] if self._initrd is None else [self._initrd])
+        inherited = [ends.qmp, ends.console, ends.control, *devices.descriptors()]
+        inherited += [fd for fd in (self._initrd, self._plan.resources.net_fd) if fd is not None]
         self._child = Child(loop, command, inherited)
         self._child_gone = loop.create_future()
         self._child.watch(self._on_child_end)
         for channel in (qmp, control, console):
             channel.peer.close()
+        self._attachments.release_ends()
         self._close_initrd()
         console.watch(self._read_ports)
         control.watch(self._read_ports)
@@ -303,6 +333,7 @@ class QemuMachine:
         self._ports = {}
         if self._qmp is not None:
             self._qmp.close()
+        self._attachments.close()
         self._close_initrd()
         if self._child_gone is not None and not self._child_gone.done():
             self._child_gone.set_result(None)

@@ -1,7 +1,7 @@
 """QMP, QEMU's control protocol, as a sans-I/O client: bytes in, messages out. docs/interop/qmp-spec of QEMU.
 
 Why not the ``qemu.qmp`` package: it needs to own the conversation from the greeting on, a round trip at a time and in
-tasks of its own. Here negotiation and ``cont`` are written into the socket before QEMU is started (``OPENING``), so
+tasks of its own. Here negotiation and ``cont`` are written into the socket before QEMU is started (``opening``), so
 that events are on before the guest's first instruction, at no cost; and when QEMU has died, what it said last is read
 out of the socket at once, so that the reason of a stop is known when the stop is reported.
 """
@@ -61,8 +61,14 @@ def encode_command(name: str, id_: int | str, arguments: Mapping[str, Any] | Non
 
 NEGOTIATE_ID = "negotiate"
 RUN_ID = "run"
-OPENING = encode_command("qmp_capabilities", NEGOTIATE_ID) + encode_command("cont", RUN_ID)
-"""What is written before QEMU exists: turn events on, then let the vCPUs run (QEMU was started with ``-S``)."""
+
+
+def opening(before_running: bytes = b"") -> bytes:
+    """What is written before QEMU exists (it is started with ``-S``).
+
+    Turn events on, carry out the encoded commands ``before_running``, then let the vCPUs run.
+    """
+    return encode_command("qmp_capabilities", NEGOTIATE_ID) + before_running + encode_command("cont", RUN_ID)
 
 
 class QmpDecoder:

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from asyncvmm.errors import MachineError
 from asyncvmm.machine.qemu.qmp import (
     MAX_LINE,
-    OPENING,
     RUN_ID,
     QmpDecoder,
     QmpEvent,
@@ -21,6 +20,7 @@ from asyncvmm.machine.qemu.qmp import (
     QmpMessage,
     QmpReply,
     encode_command,
+    opening,
 )
 
 SESSION = (
@@ -101,7 +101,12 @@ def test_a_command_is_one_line_of_json(name: str, id_: int, arguments: dict[str,
 
 
 def test_the_opening_turns_events_on_before_it_lets_the_guest_run() -> None:
-    assert [orjson.loads(line)["execute"] for line in OPENING.splitlines()] == ["qmp_capabilities", "cont"]
+    assert [orjson.loads(line)["execute"] for line in opening().splitlines()] == ["qmp_capabilities", "cont"]
+
+
+def test_what_must_be_done_before_the_guest_runs_comes_in_between() -> None:
+    lines = opening(encode_command("balloon", 1, {"value": 4096})).splitlines()
+    assert [orjson.loads(line)["execute"] for line in lines] == ["qmp_capabilities", "balloon", "cont"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,73 @@
+"""What QEMU's devices stand on, on our side: drives opened, sockets paired, the other half of vhost-user."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import stat
+
+from asyncvmm.device_config import DriveConfig
+from asyncvmm.errors import ConfigError
+from asyncvmm.machine.base import BootPlan
+from asyncvmm.machine.qemu.channel import Channel
+from asyncvmm.machine.qemu.devices import CONSOLE, DeviceEnds, DriveEnd
+from asyncvmm.machine.qemu.ports import ChannelStream
+
+
+class Attachments:
+    """Everything that belongs to the devices of one QEMU but is ours. ``ports`` by name, ``console`` first."""
+
+    def __init__(self, plan: BootPlan) -> None:
+        self._plan = plan
+        self._drives: list[DriveEnd] = []
+        self._channels: dict[str, Channel] = {}
+        self.ports: dict[str, ChannelStream] = {}
+
+    def open_drives(self) -> None:
+        """Open every drive for QEMU. Blocking. Raises ConfigError for one that cannot be had; ``close`` frees it."""
+        for drive in self._plan.resources.drives:
+            self._drives.append(_open_drive(drive.config, os.fspath(drive.path)))
+
+    def connect(self, loop: asyncio.AbstractEventLoop) -> DeviceEnds:
+        """Pair the sockets; QEMU's ends of everything. Raises MachineError when there are no descriptors left."""
+        console = self._plan.devices.console
+        for name in () if console is None else (CONSOLE, *console.ports):
+            channel = self._channels[name] = Channel(loop)
+            self.ports[name] = ChannelStream(name, channel)
+        ports = {name: channel.peer.fileno() for name, channel in self._channels.items()}
+        return DeviceEnds(drives=tuple(self._drives), ports=ports)
+
+    def release_ends(self) -> None:
+        """QEMU has its ends: close ours of them. May be called again."""
+        while self._drives:
+            os.close(self._drives.pop().fd)
+        for channel in self._channels.values():
+            channel.peer.close()
+
+    def close(self) -> None:
+        """Free everything; whoever waits at a port is woken, and may read what it left. May be called again."""
+        self.release_ends()
+        for port in self.ports.values():
+            port.finish()
+
+
+def _open_drive(config: DriveConfig, path: str) -> DriveEnd:
+    """A regular file or a block device; a FIFO, say, could keep its opener waiting."""
+    access = os.O_RDONLY if config.read_only else os.O_RDWR
+    kind = "read" if config.read_only else "write"
+    expected = f"a file or block device to {kind}"
+    try:
+        fd = os.open(path, access | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        found = os.strerror(error.errno or 0)
+        raise ConfigError(f"drive {config.id} ({path})", expected=expected, found=found) from error
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+        os.close(fd)
+        raise ConfigError(f"drive {config.id} ({path})", expected=expected, found=_kind(mode))
+    return DriveEnd(fd, stat.S_ISBLK(mode))
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_IFDIR: "a directory", stat.S_IFCHR: "a character device", stat.S_IFIFO: "a FIFO"}
+    return kinds.get(stat.S_IFMT(mode), "something else")
