@@ -18,6 +18,8 @@ MOST_ENTRIES = 64
 
 _ENTRY = struct.Struct("<HQ")
 
+MOST_BYTES = MOST_ENTRIES * _ENTRY.size
+
 
 @attrs.frozen(kw_only=True)
 class BalloonStats:
