@@ -8,17 +8,23 @@ A machine offers a BalloonBackend; the waiting, the checks and the polling are h
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Protocol
 
 import anyio
 
 from asyncvmm.devices.virtio.balloon.stats import PAGES_PER_MIB, BalloonStats
 from asyncvmm.errors import ConfigError, GuestError, StateError
 
+if TYPE_CHECKING:
+    from asyncvmm.devices.virtio.balloon.device import VirtioBalloon
+
 STALL_S = 3.0
 """Seconds without a page moving after which ``set`` takes what there is. Linux pauses 0.2 s when it is out of pages."""
+
+ANSWER_S = 10.0
+"""Seconds that a guest has to answer a question."""
 
 _LOOK_S = 0.02
 """Between two looks at a balloon on its way."""
@@ -106,3 +112,78 @@ class Balloon:
         if backend is None:
             raise StateError("balloon", expected="a booted VM with VMConfig(balloon=...)", found="no balloon")
         return backend
+
+
+class DeviceBalloon:
+    """The BalloonBackend over a balloon device of ours, on the event loop that its queues belong to."""
+
+    def __init__(self, device: VirtioBalloon, *, answer_s: float = ANSWER_S) -> None:
+        """``answer_s``: seconds that the guest has to answer a question."""
+        self._device = device
+        self._answer_s = answer_s
+        self._stats = Waiters()
+        self._hinted = Waiters()
+        device.on_stats = self._stats.wake
+        device.on_hinted = self._hinted.wake
+
+    async def set_target_pages(self, pages: int) -> None:
+        """See BalloonBackend."""
+        with self._session():
+            self._device.set_target_pages(pages)
+
+    async def actual_pages(self) -> int:
+        """See BalloonBackend."""
+        with self._session():
+            return self._device.actual_pages
+
+    async def stats(self) -> BalloonStats:
+        """See BalloonBackend. A driver without a statistics queue leaves all but the balloon's size unsaid."""
+        with self._session():
+            if not self._device.has_stats:
+                return self._device.stats()
+            self._device.request_stats()
+            answered = self._stats.join()
+        await self._answer("statistics", answered)
+        return self._device.stats()
+
+    async def hint_free_pages(self) -> int:
+        """See BalloonBackend."""
+        with self._session():
+            if not self._device.has_hinting:
+                raise StateError("balloon", expected="free page hinting", found="not negotiated")
+            self._device.start_hinting()
+            answered = self._hinted.join()
+        await self._answer("free pages", answered)
+        return self._device.hinted_bytes
+
+    async def _answer(self, what: str, answered: anyio.Event) -> None:
+        with anyio.move_on_after(self._answer_s):
+            await answered.wait()
+            return
+        raise GuestError(what, reason="timeout", expected=f"an answer within {self._answer_s:g} s", found="none")
+
+    @contextmanager
+    def _session(self) -> Iterator[None]:
+        with self._device.session() as running:
+            if not running:
+                raise StateError("balloon", expected="a guest with a driver for it", found="no driver")
+            yield
+
+
+class Waiters:
+    """Tasks that wait for the next of something."""
+
+    def __init__(self) -> None:
+        self._events: list[anyio.Event] = []
+
+    def join(self) -> anyio.Event:
+        """An event that is set the next time."""
+        event = anyio.Event()
+        self._events.append(event)
+        return event
+
+    def wake(self) -> None:
+        """This is it."""
+        events, self._events = self._events, []
+        for event in events:
+            event.set()

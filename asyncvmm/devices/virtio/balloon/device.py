@@ -128,6 +128,16 @@ class VirtioBalloon(VirtioDevice):
         """The size that the guest says it is."""
         return self._word(ACTUAL)
 
+    @property
+    def has_stats(self) -> bool:
+        """Whether the driver gives statistics."""
+        return self._stats_queue is not None and self._stats_queue.ready
+
+    @property
+    def has_hinting(self) -> bool:
+        """Whether the driver can be asked for its free pages."""
+        return self.has(VIRTIO_BALLOON_F_FREE_PAGE_HINT)
+
     def set_target_pages(self, pages: int) -> None:
         """Ask for a balloon of that many pages of 4 KiB; the field ends 4 KiB short of 16 TiB."""
         self._set_word(NUM_PAGES, min(pages, _WORD))
