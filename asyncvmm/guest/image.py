@@ -32,7 +32,7 @@ from asyncvmm.guest.store import Image, find_image, home, list_images
 
 __all__ = ["Image", "build_image", "find_image", "home", "list_images"]
 
-BUILDER_VERSION = 1
+BUILDER_VERSION = 2
 """Raised when the same ingredients come to make another image."""
 
 
@@ -91,7 +91,7 @@ def _manifest(key: str, inputs: dict[str, Any], kernel_files: KernelFiles, initr
         "inputs": inputs,
         "kernel_release": kernel_release(kernel_files.kernel),
         "modules": [
-            {"file": module.file, "device": module.device, "sha256": store.sha256(module.data)}
+            {"file": module.file, "need": module.need, "sha256": store.sha256(module.data)}
             for module in kernel_files.modules
         ],
         "outputs": {

@@ -14,6 +14,14 @@ _ETC = {
     "etc/hosts": "127.0.0.1 localhost asyncvmm\n::1 localhost\n",
     "etc/hostname": "asyncvmm\n",
 }
+_DHCP = r"""#!/bin/sh
+# What udhcpc calls when it has a lease: writes the lease as a line that PID 1 reads (init/network.c).
+[ "$1" = bound ] || exit 0
+line="$interface $ip/${mask:-24}"
+[ -z "$router" ] || line="$line gateway=${router%% *}"
+for server in $dns; do line="$line dns=$server"; done
+printf '%s\n' "$line" > /run/asyncvmm-lease
+"""
 _NOT_FOR_A_WORKLOAD = frozenset({"busybox", "init", "linuxrc"})
 
 
@@ -36,6 +44,7 @@ def _entries(init: bytes, busybox: bytes, applets: Sequence[str], modules: Seque
     for path in sorted(set(applets)):
         if path.rpartition("/")[2] not in _NOT_FOR_A_WORKLOAD:
             yield cpio.symlink(path, "/bin/busybox")
+    yield cpio.file("asyncvmm/dhcp", _DHCP.encode(), 0o755)
     yield cpio.file("asyncvmm/modules.list", modules_list(list(modules)).encode())
     for module in {module.file: module for module in modules}.values():
         yield cpio.file(f"asyncvmm/modules/{module.file}", module.data)

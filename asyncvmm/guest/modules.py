@@ -1,6 +1,7 @@
 """Which kernel modules a guest image ships, and the order in which PID 1 loads them.
 
-Only drivers of virtio devices and the file systems that live on them: a boot without such a device loads none.
+Only drivers of virtio devices and the file systems that live on them: a boot without such a device loads none, and a
+file system only the root that is made of it.
 Dependencies are read from the modules themselves, for a distribution's package comes without modules.dep.
 """
 
@@ -10,7 +11,7 @@ import gzip
 import lzma
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import attrs
@@ -18,20 +19,25 @@ import attrs
 from asyncvmm.errors import ImageError
 from asyncvmm.guest.modinfo import parse_modinfo
 
-WANTED: tuple[tuple[str, int | None], ...] = (
-    ("virtio_mmio", None),
-    ("virtio_blk", 2),
-    ("overlay", 2),
-    ("squashfs", 2),
-    ("erofs", 2),
-    ("virtio_net", 1),
-    ("virtio_console", 3),
-    ("virtio_rng", 4),
-    ("virtio_balloon", 5),
-    ("vmw_vsock_virtio_transport", 19),
+WANTED: tuple[tuple[str, str], ...] = (
+    ("virtio_mmio", "mmio"),
+    ("virtio_pci", "pci"),
+    ("virtio_blk", "2"),
+    ("virtio_net", "1"),
+    ("virtio_console", "3"),
+    ("virtio_rng", "4"),
+    ("virtio_balloon", "5"),
+    ("vmw_vsock_virtio_transport", "19"),
+    ("ext4", "ext4"),
+    ("squashfs", "squashfs"),
+    ("erofs", "erofs"),
+    ("overlay", "overlay"),
 )
-"""Module and the virtio device id (virtio 1.2, section 5) for which it is loaded; None for the transport itself.
-What is built into a kernel, or not there at all, is left out."""
+"""Module and what it is loaded for: a transport, the id of a virtio device (virtio 1.2, section 5), or a file system
+that the root is made of. What is built into a kernel, or not there at all, is left out."""
+
+TRANSPORTS = ("mmio", "pci")
+"""They come first: without one there is no device."""
 
 MAX_MODULE = 64 * 1024 * 1024
 """Most bytes of one module, unpacked."""
@@ -39,15 +45,15 @@ MAX_MODULE = 64 * 1024 * 1024
 
 @attrs.frozen
 class Module:
-    """One module as shipped: ``file`` is its name in the image, ``device`` as in ``WANTED``."""
+    """One module as shipped: ``file`` is its name in the image, ``need`` what it is loaded for, as in ``WANTED``."""
 
     name: str
     file: str
-    device: int | None
+    need: str
     data: bytes = attrs.field(repr=lambda data: f"<{len(data)} bytes>")
 
 
-def collect_modules(directory: Path, wanted: Sequence[tuple[str, int | None]] = WANTED) -> list[Module]:
+def collect_modules(directory: Path, wanted: Sequence[tuple[str, str]] = WANTED) -> list[Module]:
     """The wanted modules found anywhere under ``directory``, each behind what it depends on.
 
     Raises ImageError if the directory or a module cannot be read.
@@ -56,21 +62,27 @@ def collect_modules(directory: Path, wanted: Sequence[tuple[str, int | None]] = 
         raise ImageError("kernel modules", expected="a directory", found=str(directory))
     paths = {_name(path): path for path in sorted(directory.rglob("*.ko*")) if path.is_file()}
     cache: dict[str, Module] = {}
-    modules: dict[tuple[str, int | None], Module] = {}
-    for name, device in wanted:
-        for module in _with_dependencies(name, device, paths, cache, ()):
-            if (module.name, None) not in modules:
-                modules.setdefault((module.name, device), module)
+    modules: dict[tuple[str, str], Module] = {}
+    for name, need in wanted:
+        for module in _with_dependencies(name, need, paths, cache, ()):
+            if not (need.isdigit() and _is_part_of_every_transport(module.name, modules)):
+                modules.setdefault((module.name, need), module)
     return list(modules.values())
 
 
+def _is_part_of_every_transport(name: str, modules: Mapping[tuple[str, str], Module]) -> bool:
+    """Then it is loaded already when there is a device to load a driver for."""
+    transports = {need for _, need in modules if need in TRANSPORTS}
+    return bool(transports) and all((name, transport) in modules for transport in transports)
+
+
 def modules_list(modules: list[Module]) -> str:
-    """The content of /asyncvmm/modules.list: ``file`` or ``file device`` per line."""
-    return "".join(f"{m.file}\n" if m.device is None else f"{m.file} {m.device}\n" for m in modules)
+    """The content of /asyncvmm/modules.list: ``file need`` per line."""
+    return "".join(f"{module.file} {module.need}\n" for module in modules)
 
 
 def _with_dependencies(
-    name: str, device: int | None, paths: dict[str, Path], cache: dict[str, Module], above: tuple[str, ...]
+    name: str, need: str, paths: dict[str, Path], cache: dict[str, Module], above: tuple[str, ...]
 ) -> Iterator[Module]:
     path = paths.get(name)
     if path is None:
@@ -78,12 +90,12 @@ def _with_dependencies(
     if name in above:
         raise ImageError("kernel modules", expected="no circle of dependencies", found=" → ".join((*above, name)))
     if name not in cache:
-        cache[name] = Module(name, f"{name}.ko", None, _read(path))
+        cache[name] = Module(name, f"{name}.ko", need, _read(path))
     module = cache[name]
     depends = parse_modinfo(module.data, str(path)).get("depends", "")
     for dependency in filter(None, depends.split(",")):
-        yield from _with_dependencies(dependency.replace("-", "_"), device, paths, cache, (*above, name))
-    yield attrs.evolve(module, device=device)
+        yield from _with_dependencies(dependency.replace("-", "_"), need, paths, cache, (*above, name))
+    yield attrs.evolve(module, need=need)
 
 
 def _name(path: Path) -> str:

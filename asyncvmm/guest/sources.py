@@ -110,7 +110,7 @@ def _host_kernel() -> KernelSource:
 
 
 def _modules_hash(modules: list[Module]) -> str:
-    return sha256("".join(f"{m.file} {m.device} {sha256(m.data)}\n" for m in modules).encode())
+    return sha256("".join(f"{m.file} {m.need} {sha256(m.data)}\n" for m in modules).encode())
 
 
 def find_busybox(apt: Apt | None) -> Busybox:

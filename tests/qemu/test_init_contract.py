@@ -3,41 +3,19 @@
 from __future__ import annotations
 
 import re
-import socket
-import struct
-import subprocess
-import threading
-import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
-import attrs
 import pytest
 
 from asyncvmm.guest import cpio
 from asyncvmm.guest.archive import workload_archive
-from asyncvmm.guest.image import Image, find_image
+from asyncvmm.guest.image import find_image
+from tests.support.hand_started import Guest, start_guest
+from tests.support.probes import probe_programs
 from tests.support.requirements import require
 
-TIMEOUT_S = 120
-CMDLINE = "console=ttyS0 quiet 8250.nr_uarts=1 panic=-1"
-MACHINE = [
-    *("qemu-system-x86_64", "-M", "q35", "-accel", "tcg", "-cpu", "max", "-m", "256"),
-    *("-nodefaults", "-nographic", "-no-reboot"),
-]
 REALTIME_S = 1_234_567_890
 
-PROBES = {
-    # ioperm(0x2f8, 8, 1); exit(errno)
-    "ioperm": "b8ad000000 bff8020000 be08000000 ba01000000 0f05 f7d8 89c7 b83c000000 0f05",
-    # outb('X', 0x2f8); exit(0)
-    "outb": "baf8020000 b058 ee 31ff b83c000000 0f05",
-    # ptrace(PTRACE_ATTACH, 1, 0, 0); exit(errno)
-    "attach": "b865000000 bf10000000 be01000000 31d2 4531d2 0f05 f7d8 89c7 b83c000000 0f05",
-    # ioctl(1, TIOCGSERIAL, &s); s.port = 0x2f8; ioctl(1, TIOCSSERIAL, &s); exit(errno)
-    "serial": "b810000000 bf01000000 be1e540000 488d942400ffffff 0f05 c74208f8020000 b810000000 be1f540000 0f05"
-    " f7d8 89c7 b83c000000 0f05",
-}
 END = "caf\u00e9\tend\n".encode()
 EPERM, KILLED_BY_SIGSEGV = 1, 139
 
@@ -55,68 +33,6 @@ exit 7
 """
 
 
-def _program(code: str) -> bytes:
-    """A static x86-64 program of this machine code: one segment, loaded at 4 MiB."""
-    body = bytes.fromhex(code)
-    size, base = 120 + len(body), 0x400000
-    header = b"\x7fELF\x02\x01\x01" + bytes(9)
-    header += struct.pack("<HHIQQQIHHHHHH", 2, 62, 1, base + 120, 64, 0, 0, 64, 56, 1, 0, 0, 0)
-    return header + struct.pack("<IIQQQQQQ", 1, 5, 0, base, base, size, size, 4096) + body
-
-
-@attrs.define
-class Guest:
-    """A running QEMU. ``lines`` is what came on the control line so far, ``console`` what came on COM1."""
-
-    process: subprocess.Popen[bytes]
-    control: socket.socket
-    lines: list[str] = attrs.Factory(list)
-    console: bytearray = attrs.Factory(bytearray)
-    console_before_go: bytes = b""
-    ended: bool = False
-    changed: threading.Condition = attrs.Factory(threading.Condition)
-
-    def read_control(self) -> None:
-        for line in self.control.makefile("rb"):
-            with self.changed:
-                self.lines.append(line.decode().rstrip("\n"))
-                self.changed.notify_all()
-        with self.changed:
-            self.ended = True
-            self.changed.notify_all()
-
-    def read_console(self) -> None:
-        assert self.process.stdout is not None
-        while chunk := self.process.stdout.read1(65536):  # type: ignore[attr-defined]
-            with self.changed:
-                self.console += chunk
-                self.changed.notify_all()
-
-    def wait_for(self, pattern: str) -> str:
-        """The first control line, past or to come, that matches."""
-
-        def found() -> str | None:
-            return next((line for line in self.lines if re.fullmatch(pattern, line)), None)
-
-        with self.changed:
-            assert self.changed.wait_for(lambda: found() or self.ended, TIMEOUT_S), self.lines
-            line = found()
-        assert line is not None, (pattern, self.lines, bytes(self.console[-2000:]))
-        return line
-
-    def wait_for_console(self, text: bytes) -> None:
-        """Until the console has shown this; it is in the pipe already if PID 1 said so on the control line."""
-        with self.changed:
-            assert self.changed.wait_for(lambda: text in self.console, TIMEOUT_S), bytes(self.console[-2000:])
-
-    def send(self, text: bytes) -> None:
-        self.control.sendall(text)
-
-    def power_off(self) -> int:
-        self.send(b"poweroff\n")
-        return self.process.wait(TIMEOUT_S)
-
-
 Boot = Callable[[bytes], Guest]
 
 
@@ -128,58 +44,18 @@ def boot(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Boot]:
     guests: list[Guest] = []
 
     def start(appended: bytes) -> Guest:
-        guests.append(_start(image, appended, tmp_path_factory.mktemp("guest")))
+        guests.append(start_guest(image, appended, tmp_path_factory.mktemp("guest")))
         return guests[-1]
 
     yield start
     for guest in guests:
-        _end(guest)
-
-
-def _start(image: Image, appended: bytes, directory: Path) -> Guest:
-    initrd, path = directory / "initrd", directory / "control"
-    initrd.write_bytes(image.initrd.read_bytes() + appended)
-    # COM2 before COM1: QEMU's DSDT lists them the other way round, and with one UART allowed Linux takes the first.
-    devices = [
-        *("-chardev", f"socket,id=control,path={path},server=on,wait=off"),
-        *("-chardev", "stdio,id=console,signal=off"),
-        *("-device", "isa-serial,chardev=control,index=1", "-device", "isa-serial,chardev=console,index=0"),
-    ]
-    process = subprocess.Popen(
-        [*MACHINE, *devices, "-kernel", str(image.kernel), "-initrd", str(initrd), "-append", CMDLINE],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    guest = Guest(process, _connect(path, process))
-    for reader in (guest.read_control, guest.read_console):
-        threading.Thread(target=reader, daemon=True).start()
-    return guest
-
-
-def _connect(path: Path, process: subprocess.Popen[bytes]) -> socket.socket:
-    control = socket.socket(socket.AF_UNIX)
-    while process.poll() is None:
-        try:
-            control.connect(str(path))
-            return control
-        except OSError:
-            time.sleep(0.01)
-    raise AssertionError(f"qemu ended with {process.returncode}")
-
-
-def _end(guest: Guest) -> None:
-    guest.process.kill()
-    guest.process.wait()
-    guest.control.close()
-    for stream in (guest.process.stdin, guest.process.stdout):
-        if stream is not None:
-            stream.close()
+        guest.end()
 
 
 @pytest.fixture(scope="session")
 def held(boot: Boot) -> Guest:
     """An armed workload that stands in the pre-exec window for two heartbeats, gets rubbish, then its go."""
-    probes = cpio.write(cpio.file(f"probe/{name}", _program(code), 0o755) for name, code in PROBES.items())
+    probes = cpio.write(cpio.file(f"probe/{name}", code, 0o755) for name, code in probe_programs().items())
     guest = boot(probes + workload_archive(["sh", "-c", HOSTILE], arm_pre_exec=True))
     guest.wait_for("workload-pre-exec")
     guest.send(b"rubbish\n" + b"x" * 2000 + b"\ngo\ngo zz 1\ngo 00 \ngo 00 99999999999999999999999\n")

@@ -2,8 +2,8 @@
  * PID 1 of an asyncvmm guest: what its files share.
  *
  * It keeps the guest contract on COM2 ("the control line"): one text line per fact, ended by "\n". It prints nothing
- * on the console. The files, in the order in which a boot runs through them: main.c, setup.c, uart.c, clock.c,
- * modules.c, control.c, workload.c, lockdown.c, listeners.c.
+ * on the console, but why there is no root. The files, in the order in which a boot runs through them: main.c,
+ * setup.c, uart.c, clock.c, modules.c, network.c, ports.c, root.c, control.c, workload.c, lockdown.c, listeners.c.
  */
 #ifndef ASYNCVMM_INIT_H
 #define ASYNCVMM_INIT_H
@@ -28,15 +28,30 @@ void say_clock(void); /* ties CLOCK_MONOTONIC to the time stamp counter, for a h
 
 /* setup.c */
 void mount_all(void);
-void bring_up_loopback(void);
 int open_console(void);
+void make_raw(int fd);
 void drain_console(void);
 extern int console_fd;
 
 /* modules.c: drivers for the virtio devices that are there, in the order of /asyncvmm/modules.list. */
 void load_modules(void);
+void load_filesystem(const char *type);
+void forget_modules(void); /* frees their files */
+
+/* network.c */
+void bring_up_network(void);
+void write_name_servers(void);
+
+/* ports.c */
+void find_ports(void);
+void ports_poll(void); /* for those that came since */
+
+/* root.c */
+void enter_root(void);
+void leave_root(void);
 
 /* workload.c */
+void workload_read(void);                      /* what to run: before the root is entered */
 void workload_start(void);
 void workload_go(void);                        /* opens the gate of an armed workload; else nothing */
 bool workload_waits(void);                     /* it stands in the pre-exec window */
@@ -55,6 +70,7 @@ void sleep_ms(unsigned milliseconds);
 void say(const char *format, ...) __attribute__((format(printf, 1, 2)));  /* one whole line, with its "\n" */
 ssize_t read_file(const char *path, char *buffer, size_t size);           /* NUL-terminated; -1 if unreadable */
 bool write_file(const char *path, const char *text);
+void each_entry(const char *directory, void (*visit)(const char *name));  /* but those that begin with a dot */
 _Noreturn void power_off(void);
 _Noreturn void restart(void);
 

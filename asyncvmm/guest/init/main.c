@@ -11,6 +11,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/reboot.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -71,8 +72,28 @@ bool write_file(const char *path, const char *text)
 	return written;
 }
 
+/* opendir(3) would bring malloc along, a fifth of the program. */
+void each_entry(const char *directory, void (*visit)(const char *name))
+{
+	struct linux_dirent64 { uint64_t ino, offset; uint16_t length; uint8_t type; char name[]; };
+	_Alignas(8) char entries[1024];
+	long size;
+	int fd = open(directory, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	while (fd >= 0 && (size = syscall(SYS_getdents64, fd, entries, sizeof entries)) > 0) {
+		const struct linux_dirent64 *entry;
+		for (long at = 0; at < size; at += entry->length) {
+			entry = (const void *)(entries + at);
+			if (entry->name[0] != '.')
+				visit(entry->name);
+		}
+	}
+	if (fd >= 0)
+		close(fd);
+}
+
 static _Noreturn void end(int how)
 {
+	leave_root();
 	sync();
 	reboot(how);
 	for (;;)
@@ -121,6 +142,7 @@ static void heartbeat(void)
 		return;
 	next = next + SECOND_NS > now ? next + SECOND_NS : now + SECOND_NS;
 	say("heartbeat counter=%llu", (unsigned long long)++counter);
+	ports_poll();
 }
 
 static long tick_ms(bool busy)
@@ -178,7 +200,11 @@ int main(void)
 	say_first_stages(init_entry, mounts_done);
 	block_signals();
 	load_modules();
-	bring_up_loopback();
+	bring_up_network();
+	find_ports();
+	workload_read();
+	enter_root();
+	write_name_servers();
 	sethostname("asyncvmm", 8);
 	open_console();
 	say_stage("init_ok", monotonic_ns());

@@ -1,13 +1,11 @@
-/* Mounts, the loopback interface and the console: what a workload may expect to find. */
+/* Mounts and the console: what a workload may expect to find. */
 #include "init.h"
 
 #include <fcntl.h>
-#include <net/if.h>
 #include <signal.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mount.h>
-#include <sys/socket.h>
 #include <sys/stat.h>
 #include <termios.h>
 #include <unistd.h>
@@ -36,21 +34,8 @@ void mount_all(void)
 	symlink("/proc/self/fd/2", "/dev/stderr");
 }
 
-void bring_up_loopback(void)
-{
-	struct ifreq request = { .ifr_name = "lo" };
-	int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-	if (fd < 0)
-		return;
-	if (ioctl(fd, SIOCGIFFLAGS, &request) == 0) {
-		request.ifr_flags |= IFF_UP;
-		ioctl(fd, SIOCSIFFLAGS, &request);
-	}
-	close(fd);
-}
-
 /* Bytes pass as they are, both ways: no echo, no line editing, no "\r" put in. */
-static void make_raw(int fd)
+void make_raw(int fd)
 {
 	struct termios settings;
 	if (tcgetattr(fd, &settings) != 0)

@@ -20,6 +20,7 @@ enum { TEXT_SIZE = 128 * 1024, WORDS_MAX = 4096 };
 enum { EXIT_SETUP = 125, EXIT_NOT_RUNNABLE = 126, EXIT_NOT_FOUND = 127 };
 
 static pid_t pid = -1;
+static bool wanted, armed;
 static int gate = -1; /* write end; the child execs when a byte comes through */
 
 static char *argv[WORDS_MAX + 1], *env[WORDS_MAX + 8];
@@ -44,7 +45,7 @@ static void add_default(char *variable, size_t *n)
 	env[*n] = NULL;
 }
 
-static bool read_what_to_run(void)
+void workload_read(void)
 {
 	static char argv_text[TEXT_SIZE], env_text[TEXT_SIZE];
 	static char path[] = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -53,7 +54,8 @@ static bool read_what_to_run(void)
 	add_default(path, &n);
 	add_default(home, &n);
 	add_default(term, &n);
-	return read_words("/asyncvmm/run/argv", argv_text, sizeof argv_text, argv) > 0;
+	wanted = read_words("/asyncvmm/run/argv", argv_text, sizeof argv_text, argv) > 0;
+	armed = access("/asyncvmm/run/arm-pre-exec", F_OK) == 0;
 }
 
 static void become_foreground(void)
@@ -114,7 +116,7 @@ static void fork_to_the_gate(void)
 
 void workload_start(void)
 {
-	if (!read_what_to_run())
+	if (!wanted)
 		return;
 	lock_kernel();
 	fork_to_the_gate();
@@ -124,7 +126,7 @@ void workload_start(void)
 	}
 	drain_console();
 	say("workload-pre-exec");
-	if (access("/asyncvmm/run/arm-pre-exec", F_OK) != 0)
+	if (!armed)
 		workload_go();
 }
 

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from ipaddress import IPv4Address, IPv4Interface
+
 import pytest
 
 from asyncvmm.errors import ConfigError
 from asyncvmm.guest import cpio
-from asyncvmm.guest.archive import MAX_BYTES, MAX_WORDS, workload_archive
+from asyncvmm.guest.archive import MAX_BYTES, MAX_WORDS, GuestNet, RootMount, workload_archive
 
 
 def _files(archive: bytes) -> dict[str, bytes]:
@@ -57,3 +60,45 @@ def test_what_pid_1_could_not_take_is_refused(argv: list[str], env: list[str]) -
 def test_arming_without_a_workload_is_refused() -> None:
     with pytest.raises(ConfigError, match="pre-exec window"):
         workload_archive([], arm_pre_exec=True)
+
+
+def test_a_root_is_one_line_of_device_type_and_mode() -> None:
+    archive = _files(workload_archive(["true"], root=RootMount("vdb", "erofs", read_only=True)))
+    assert archive["asyncvmm/run/root"] == b"vdb erofs ro\n"
+    assert _files(workload_archive(["true"], root=RootMount("vda")))["asyncvmm/run/root"] == b"vda auto rw\n"
+
+
+def test_a_network_is_one_line_of_interface_and_what_it_gets() -> None:
+    assert _files(workload_archive(["true"], net=GuestNet()))["asyncvmm/run/net"] == b"eth0 dhcp\n"
+    address, gateway, dns = IPv4Interface("192.0.2.2/24"), IPv4Address("192.0.2.1"), "192.0.2.3"
+    static = GuestNet("eth1", address, gateway, dns)
+    line = _files(workload_archive([], net=static))["asyncvmm/run/net"]
+    assert line == b"eth1 192.0.2.2/24 gateway=192.0.2.1 dns=192.0.2.3\n"
+
+
+def test_ports_are_names_one_a_line() -> None:
+    assert _files(workload_archive([], ports=["a", "b.c"]))["asyncvmm/run/ports"] == b"a\nb.c\n"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: RootMount("../vda"),
+        lambda: RootMount("vda rw"),
+        lambda: RootMount(""),
+        lambda: RootMount("vda", "xfs"),
+        lambda: GuestNet("eth0 x"),
+        lambda: GuestNet("e" * 16),
+        lambda: GuestNet(address="10.0.0.1"),
+        lambda: GuestNet(address="none"),
+        lambda: GuestNet(address="10.0.0.1/33"),
+        lambda: GuestNet(address="::1/64"),
+        lambda: GuestNet(address="10.0.0.1/8", gateway="10.0.0.1\n"),
+        lambda: GuestNet(address="10.0.0.1/8", dns="::1"),
+        lambda: GuestNet(gateway="10.0.0.1"),
+        lambda: workload_archive([], ports=["a/b"]),
+    ],
+)
+def test_a_root_network_or_port_that_pid_1_would_misread_is_refused(make: Callable[[], object]) -> None:
+    with pytest.raises(ConfigError):
+        make()

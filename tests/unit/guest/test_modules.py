@@ -38,7 +38,7 @@ def test_a_module_comes_behind_what_it_depends_on(tmp_path: Path) -> None:
     (tmp_path / "virtio_mmio.ko").write_bytes(module(depends="virtio,virtio_ring"))
     (tmp_path / "virtio.ko").write_bytes(module(depends="virtio_ring"))
     (tmp_path / "virtio_ring.ko").write_bytes(module(depends=""))
-    assert _order(tmp_path) == ["virtio_ring.ko", "virtio.ko", "virtio_mmio.ko"]
+    assert _order(tmp_path) == ["virtio_ring.ko mmio", "virtio.ko mmio", "virtio_mmio.ko mmio"]
 
 
 def test_a_dependency_is_loaded_for_the_devices_that_need_it(tmp_path: Path) -> None:
@@ -46,6 +46,20 @@ def test_a_dependency_is_loaded_for_the_devices_that_need_it(tmp_path: Path) -> 
     (tmp_path / "virtio_blk.ko").write_bytes(module(depends="common"))
     (tmp_path / "common.ko").write_bytes(module())
     assert _order(tmp_path) == ["common.ko 2", "virtio_blk.ko 2", "common.ko 1", "virtio_net.ko 1"]
+
+
+def test_each_transport_comes_with_all_it_needs(tmp_path: Path) -> None:
+    (tmp_path / "virtio_mmio.ko").write_bytes(module(depends="virtio"))
+    (tmp_path / "virtio_pci.ko").write_bytes(module(depends="virtio"))
+    (tmp_path / "virtio.ko").write_bytes(module())
+    assert _order(tmp_path) == ["virtio.ko mmio", "virtio_mmio.ko mmio", "virtio.ko pci", "virtio_pci.ko pci"]
+
+
+def test_a_file_system_is_loaded_for_the_root_that_is_made_of_it(tmp_path: Path) -> None:
+    (tmp_path / "erofs.ko").write_bytes(module(depends="libcrc32c"))
+    (tmp_path / "libcrc32c.ko").write_bytes(module())
+    (tmp_path / "overlay.ko").write_bytes(module())
+    assert _order(tmp_path) == ["libcrc32c.ko erofs", "erofs.ko erofs", "overlay.ko overlay"]
 
 
 def test_what_is_not_there_counts_as_built_in(tmp_path: Path) -> None:
