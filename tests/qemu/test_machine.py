@@ -8,10 +8,9 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import anyio.lowlevel
 import attrs
 import pytest
 
-from asyncvmm.effects import Effect, Port, SerialOutput, Stopped
+from asyncvmm.effects import SerialOutput
 from asyncvmm.errors import (
     CmdlineError,
     InitrdError,
@@ -29,18 +28,17 @@ from asyncvmm.errors import (
     StateError,
 )
 from asyncvmm.guest.archive import workload_archive
-from asyncvmm.guest.image import Image, find_image
 from asyncvmm.machine.base import BootPlan
 from asyncvmm.machine.qemu.binary import find_qemu
 from asyncvmm.machine.qemu.command import QemuBinary
 from asyncvmm.machine.qemu.machine import QemuMachine
 from asyncvmm.timing.timeline import Timeline
 from tests.support.holdings import children
+from tests.support.qemu_machine import PATIENCE_S, Witness, default_image, holdings, running, tsc_khz
 from tests.support.requirements import require
 
 pytestmark = pytest.mark.anyio
 
-PATIENCE_S = 60
 DEBUG_EXIT, FLOOD, BOTH, RESET, TRIPLE_FAULT = b"\x04", b"\x06", b"\x0f", b"\x12", b"\x14"
 SOME_TSC_KHZ = 2_000_000
 
@@ -56,67 +54,6 @@ def qemu() -> QemuBinary:
 @pytest.fixture
 def toy_plan(toy_guest: Path) -> BootPlan:
     return BootPlan(name="toy", memory_mib=32, vcpus=1, kernel=toy_guest, initrd=None, tsc_khz=SOME_TSC_KHZ)
-
-
-@attrs.define
-class Witness:
-    """Takes a machine's effects and lets a test wait for them."""
-
-    effects: list[Effect] = attrs.field(factory=list)
-    news: asyncio.Event = attrs.field(factory=asyncio.Event)
-
-    def take(self, effects: Sequence[Effect]) -> None:
-        self.effects += effects
-        self.news.set()
-
-    def output(self, port: Port) -> bytes:
-        return b"".join(e.data for e in self.effects if isinstance(e, SerialOutput) and e.port == port)
-
-    @property
-    def stops(self) -> list[Stopped]:
-        return [effect for effect in self.effects if isinstance(effect, Stopped)]
-
-    async def until(self, condition: Callable[[], object]) -> None:
-        with anyio.fail_after(PATIENCE_S):
-            while not condition():
-                self.news.clear()
-                await self.news.wait()
-
-    async def until_stopped(self) -> Stopped:
-        await self.until(lambda: self.stops)
-        return self.stops[0]
-
-    async def until_said(self, port: Port, text: bytes) -> None:
-        await self.until(lambda: text in self.output(port))
-
-
-def descriptors() -> dict[str, str]:
-    found = {}
-    for entry in Path("/proc/self/fd").iterdir():
-        with suppress(FileNotFoundError):
-            found[entry.name] = os.readlink(entry)
-    return found
-
-
-def threads() -> set[str]:
-    return {thread.name for thread in threading.enumerate() if "worker thread" not in thread.name}
-
-
-def holdings() -> set[object]:
-    """What this process holds. Idle worker threads are anyio's and end by themselves."""
-    tasks = {("task", number) for number in range(len(asyncio.all_tasks()))}
-    return {*children(os.getpid()), *descriptors().items(), *threads(), *tasks}
-
-
-@asynccontextmanager
-async def running(plan: BootPlan, qemu: QemuBinary, **options: Any) -> AsyncIterator[tuple[QemuMachine, Witness]]:
-    witness = Witness()
-    machine = QemuMachine(plan, Timeline(), witness.take, qemu=qemu, **options)
-    await machine.start()
-    try:
-        yield machine, witness
-    finally:
-        await machine.stop()
 
 
 async def test_both_serial_lines_are_heard_and_com1_listens(toy_plan: BootPlan, qemu: QemuBinary) -> None:
@@ -463,17 +400,6 @@ async def test_a_parent_that_is_killed_takes_qemu_with_it(parent: subprocess.Pop
             await anyio.wait_readable(pidfd)
     finally:
         os.close(pidfd)
-
-
-def default_image() -> Image:
-    require("image")
-    return find_image("default")
-
-
-def tsc_khz() -> int | None:
-    """The host's TSC frequency as its kernel prints it, which is near enough for a test."""
-    match = re.search(r"^cpu MHz\s*: ([\d.]+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    return int(float(match[1]) * 1000) if match else None
 
 
 @pytest.mark.parametrize("machine_type", ["microvm", "q35"])
