@@ -122,7 +122,7 @@ async def test_a_loop_that_was_away_makes_up_for_nothing(vm: Vm) -> None:
     flusher.start()
     await vm.hears(1)
     before = len(vm.heard)
-    _stand_still(0.03)
+    _stand_still(0.02)
     for _ in range(2):
         await checkpoint()
     flusher.stop()
