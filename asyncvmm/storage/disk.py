@@ -1,0 +1,178 @@
+"""A disk at work: one thread carries its requests out, in their order, and gives them back to the loop in batches.
+
+The loop never waits for the disk, however long that hangs. A thread that hangs in a system call cannot be ended: it is
+left to itself, and ends nothing else (it is a daemon).
+"""
+
+from __future__ import annotations
+
+import threading
+from asyncio import AbstractEventLoop, Event
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from queue import SimpleQueue
+from typing import Final
+
+import anyio
+import anyio.to_thread
+
+from asyncvmm.device_config import CacheMode, DriveConfig
+from asyncvmm.devices.virtio.block_io import BlockRequest
+from asyncvmm.mailbox import Mailbox
+from asyncvmm.storage.errors import DriveError
+from asyncvmm.storage.image import Image
+from asyncvmm.storage.opening import open_image
+from asyncvmm.storage.overlay import Overlay
+from asyncvmm.storage.work import merged, work_on
+
+_DELIVERY: Final = 64
+"""Requests given back in one turn of the loop."""
+
+CLOSE_TIMEOUT_S: Final = 10.0
+
+Deliver = Callable[[Sequence[BlockRequest]], None]
+
+
+class Disk:
+    """An image and the thread that works on it. ``start`` comes first, ``aclose`` or ``close`` last.
+
+    cache: ``unsafe`` carries no flush out. Methods are called on the loop, but for ``abandon``.
+    """
+
+    def __init__(self, image: Image, *, name: str = "drive", cache: CacheMode = "writeback", read_only: bool = False):
+        self.size = image.size
+        self.name = name
+        self.read_only = read_only
+        self._image = image
+        self._unsafe = cache == "unsafe"
+        self._batches: SimpleQueue[tuple[int, Sequence[BlockRequest]] | None] = SimpleQueue()
+        self._epoch = 0
+        self._thread: threading.Thread | None = None
+        self._closing = False
+        self._holds_memory = False
+        self._ended = Event()
+        self._problem: str | None = None
+
+    def start(self, loop: AbstractEventLoop, deliver: Deliver) -> None:
+        """Be ready for requests; ``deliver`` is given them back, on ``loop``, each exactly once."""
+
+        def turn() -> None:
+            if batch := self._done.drain(_DELIVERY):
+                deliver(batch)
+
+        self._loop, self._turn = loop, turn
+        self._done: Mailbox[BlockRequest] = Mailbox(lambda: loop.call_soon_threadsafe(turn))
+        self._holds_memory = True
+        self._thread = threading.Thread(target=self._work, name=f"disk-{self.name}", daemon=True)
+        self._thread.start()
+
+    # -- on the loop -----------------------------------------------------------------------------------------------
+
+    def submit(self, requests: Sequence[BlockRequest]) -> None:
+        """See BlockBackend. After ``close`` they come back as failed."""
+        if self._closing:
+            for request in requests:
+                self._give_back(request, "the disk is closed")
+        else:
+            self._batches.put((self._epoch, requests))
+
+    def read_now(self, offset: int, views: Sequence[memoryview]) -> bool:
+        """See BlockBackend."""
+        return not self._closing and self._image.read_now(offset, views)
+
+    def abandon(self) -> None:
+        """See BlockBackend."""
+        self._epoch += 1
+
+    def close(self) -> None:
+        """Begin to end: nothing more is taken, and what has not begun is given back as failed. Does not wait."""
+        self.abandon()
+        self._end()
+
+    def _end(self) -> None:
+        if not self._closing:
+            self._closing = True
+            self._batches.put(None)
+
+    async def aclose(self, timeout_s: float = CLOSE_TIMEOUT_S) -> bool:
+        """Carry out what was submitted, then close the image; after ``timeout_s`` that is left to itself.
+
+        Returns whether guest memory is free: while a request hangs, it must not be unmapped. Raises DriveError if the
+        image could not be closed as it should, with everything written that was to be kept.
+        """
+        self._end()
+        if self._thread is None:
+            await anyio.to_thread.run_sync(self._close_image)
+        else:
+            with anyio.move_on_after(timeout_s):
+                await self._ended.wait()
+            self.abandon()
+            while len(self._done):
+                self._turn()
+        if self._problem is not None:
+            raise DriveError("drive", expected="an image written whole", found=f"{self.name} ({self._problem})")
+        return not self._holds_memory
+
+    # -- on the disk's thread --------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        while self._work_on_batch():
+            pass
+        self._holds_memory = False
+        self._close_image()
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._ended.set)
+
+    def _work_on_batch(self) -> bool:
+        """A call of its own, for its variables hold views of guest RAM."""
+        item = self._batches.get()
+        if item is None:
+            return False
+        epoch, batch = item
+        for group in merged(batch):
+            self._carry_out(epoch, group)
+        return True
+
+    def _close_image(self) -> None:
+        try:
+            self._image.close()
+        except OSError as error:
+            self._problem = error.strerror
+
+    def _carry_out(self, epoch: int, group: Sequence[BlockRequest]) -> None:
+        if epoch != self._epoch:
+            for request in group:
+                self._give_back(request, "abandoned")
+            return
+        work_on(self._image, group, unsafe=self._unsafe)
+        for request in group:
+            self._give_back(request, request.failed)
+
+    def _give_back(self, request: BlockRequest, failed: str | None) -> None:
+        request.failed = failed
+        request.views = ()
+        self._done.post(request)
+
+
+async def open_disk(drive: DriveConfig, overlay: Overlay | None = None) -> Disk:
+    """The disk of a drive, opened and locked; it writes to ``overlay`` if there is one.
+
+    Raises DriveError, DriveBusy, ImageError, each with the path.
+    """
+    opened: list[Image] = []
+    wanted = True
+
+    def work() -> Image:
+        opened.append(open_image(drive, overlay))
+        if not wanted:
+            opened[0].close()
+        return opened[0]
+
+    try:
+        image = await anyio.to_thread.run_sync(work)
+    except BaseException:  # a cancelled task does not get what its thread opens
+        wanted = False
+        for image in opened:
+            image.close()
+        raise
+    return Disk(image, name=drive.id or "drive", cache=drive.cache, read_only=drive.read_only)

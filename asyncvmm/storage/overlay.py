@@ -1,0 +1,208 @@
+"""Copy-on-write overlays: what one VM writes to while its base stays as it is, for clones by the hundred.
+
+Which kind it becomes, in this order:
+
+reflink  a copy that shares the base's blocks in the file system (Btrfs, XFS): a raw image like any other.
+mapped   for the KVM machine: a sparse file and a map of the blocks in it (mapped.py), made in the same short time
+         whatever the size of the base.
+qcow2    for the QEMU machine, which reads no format of ours.
+
+An overlay without a path of its own dies with its VM: for the KVM machine it never has a name, so nothing is left
+behind however this process ends; QEMU must open it by a name, which ``remove`` takes away.
+
+An image's format is never guessed: what a guest wrote into a raw image must not decide which files the host opens.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import stat
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal
+
+import attrs
+
+from asyncvmm.errors import ImageError
+from asyncvmm.storage.errors import DriveError
+from asyncvmm.storage.lock import lock_image
+from asyncvmm.storage.overlay_file import MAGIC, MAP_AT, check_header, header_for, parse_header
+from asyncvmm.storage.qcow2 import MAGIC as QCOW2_MAGIC
+from asyncvmm.storage.qcow2 import base_of, empty_overlay
+from asyncvmm.storage.ranges import clone_file, size_of
+
+How = Literal["reflink", "mapped", "qcow2", "kept"]
+Format = Literal["raw", "mapped", "qcow2"]
+
+
+@attrs.define(kw_only=True, eq=False)
+class Overlay:
+    """One overlay. how: how it came to be, ``kept`` if it was there before. format: what the file is. path: its name,
+    None if it has none; then ``fd`` is the only way to it, and belongs to this record until ``take_fd``."""
+
+    base: Path
+    how: How
+    format: Format
+    path: Path | None = None
+    temporary: bool = False
+    fd: int = -1
+
+    def take_fd(self) -> int:
+        """The file, opened for reading and writing, the caller's from now on. Raises OSError."""
+        if self.path is not None:
+            return os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+        fd, self.fd = self.fd, -1
+        return fd
+
+    def remove(self) -> None:
+        """Let go of it; one that is temporary is gone then. May be called again."""
+        if self.fd >= 0:
+            os.close(self.take_fd())
+        if self.temporary and self.path is not None:
+            with suppress(FileNotFoundError):
+                self.path.unlink()
+
+
+def make_overlay(base: Path, target: Path | None, *, for_qemu: bool = False, directory: Path | None = None) -> Overlay:
+    """An overlay of ``base`` at ``target``, or one that dies with the VM (None), in ``directory`` (None: TMPDIR).
+
+    A ``target`` that is there must be an overlay of this base and is taken up again. For a worker thread: it may wait
+    for the disk. Raises DriveError for files that cannot be used, DriveBusy for a base that somebody writes, ImageError
+    for a base or target that is none.
+    """
+    try:
+        size = _size_of_base(base)
+        if target is None:
+            place = Path(tempfile.gettempdir()) if directory is None else directory
+            return _new_for_qemu(base, size, place) if for_qemu else _new_without_name(base, size, place)
+        if os.path.lexists(target):
+            return _kept(base, size, target, for_qemu)
+        return _new(base, size, target, for_qemu, temporary=False)
+    except OSError as error:
+        what = error.filename or target or base
+        raise DriveError("overlay", expected="files to work with", found=f"{what} ({error.strerror})") from None
+
+
+def _size_of_base(base: Path) -> int:
+    fd = os.open(base, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        mode = os.fstat(fd).st_mode
+        size = size_of(fd) if stat.S_ISREG(mode) or stat.S_ISBLK(mode) else 0
+        lock_image(fd, base, writer=False)  # a look only: who opens the overlay locks its base for good
+    finally:
+        os.close(fd)
+    if not size:
+        raise ImageError("overlay's base", expected="an image file or a block device, not empty", found=str(base))
+    return size
+
+
+# -- new ones ----------------------------------------------------------------------------------------------------------
+
+
+def _new_without_name(base: Path, size: int, directory: Path) -> Overlay:
+    """Sharing blocks needs the base's own file system; else it goes where temporary files go."""
+    with suppress(OSError):
+        fd = _nameless(base.resolve().parent)
+        if _reflink(base, fd):
+            return Overlay(base=base, how="reflink", format="raw", temporary=True, fd=fd)
+        os.close(fd)
+    fd = _nameless(directory)
+    try:
+        _lay_out(base, size, fd)
+    except BaseException:
+        os.close(fd)
+        raise
+    return Overlay(base=base, how="mapped", format="mapped", temporary=True, fd=fd)
+
+
+def _nameless(directory: Path) -> int:
+    try:
+        return os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR):
+            raise
+    fd, name = tempfile.mkstemp(dir=directory)
+    os.unlink(name)
+    return fd
+
+
+def _new_for_qemu(base: Path, size: int, directory: Path) -> Overlay:
+    return _new(base, size, directory / f"overlay-{secrets.token_hex(8)}", True, temporary=True)
+
+
+def _new(base: Path, size: int, target: Path, for_qemu: bool, *, temporary: bool) -> Overlay:
+    fd = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        how = _fill(base, size, fd, for_qemu)
+    except BaseException:
+        target.unlink()
+        raise
+    finally:
+        os.close(fd)
+    form: Format = "raw" if how == "reflink" else how
+    return Overlay(base=base, how=how, format=form, path=target, temporary=temporary)
+
+
+def _fill(base: Path, size: int, fd: int, for_qemu: bool) -> Literal["reflink", "mapped", "qcow2"]:
+    if _reflink(base, fd):
+        return "reflink"
+    if for_qemu:
+        file_size, parts = empty_overlay(base, size)
+        os.ftruncate(fd, file_size)
+        for place, data in parts.items():
+            os.pwrite(fd, data, place)
+        return "qcow2"
+    _lay_out(base, size, fd)
+    return "mapped"
+
+
+def _reflink(base: Path, fd: int) -> bool:
+    source = os.open(base, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        clone_file(source, fd)
+    except OSError:  # another file system, or one that shares no blocks: there are other ways
+        return False
+    finally:
+        os.close(source)
+    return True
+
+
+def _lay_out(base: Path, size: int, fd: int) -> None:
+    """Make it an overlay's file, with nothing of its own yet."""
+    header = header_for(base, size)
+    os.pwrite(fd, header.pack(), 0)
+    os.ftruncate(fd, header.file_size)
+
+
+# -- those that are there already --------------------------------------------------------------------------------------
+
+
+def _kept(base: Path, size: int, target: Path, for_qemu: bool) -> Overlay:
+    fd = os.open(target, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        regular = stat.S_ISREG(os.fstat(fd).st_mode)
+        found = _format_of(os.pread(fd, MAP_AT, 0), os.fstat(fd).st_size, base, size, target) if regular else None
+    finally:
+        os.close(fd)
+    if found is None or target.samefile(base):
+        raise ImageError("overlay", expected=f"a new file, or an overlay of {base}", found=str(target))
+    if found == ("mapped" if for_qemu else "qcow2"):
+        machine = "QEMU" if for_qemu else "KVM"
+        raise ImageError("overlay", expected=f"one that the {machine} machine can use", found=f"{target} ({found})")
+    return Overlay(base=base, how="kept", format=found, path=target)
+
+
+def _format_of(head: bytes, file_size: int, base: Path, size: int, target: Path) -> Format | None:
+    """A file of the base's very size is a raw copy: those of other formats are larger, or say what they are in vain."""
+    if file_size == size:
+        return None if head.startswith(QCOW2_MAGIC) else "raw"
+    if head.startswith(MAGIC):
+        check_header(parse_header(head), header_for(base, size), target, file_size)
+        return "mapped"
+    if head.startswith(QCOW2_MAGIC):
+        name, _ = base_of(head)
+        return "qcow2" if name == os.fsencode(os.path.realpath(base)) else None
+    return None
