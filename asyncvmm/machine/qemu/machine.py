@@ -37,6 +37,7 @@ from asyncvmm.machine.qemu.ports import ChannelStream
 from asyncvmm.machine.qemu.qmp import QmpEvent
 from asyncvmm.machine.qemu.reasons import debug_exit_code, is_contention, reason_of_halt, reason_of_shutdown
 from asyncvmm.machine.waiting import in_thread, wait_out
+from asyncvmm.metrics.vm_metrics import VmMetrics
 from asyncvmm.timing.timeline import Timeline
 
 DRY_READS = 8
@@ -48,7 +49,8 @@ _State = Literal["new", "starting", "running", "ended"]
 class QemuMachine:
     """A Machine (machine/base.py) on QEMU. ``qemu`` None finds one; ``accel`` is QEMU's own accelerator.
 
-    ``balloon`` is its balloon once it is started, None without one.
+    ``metrics`` is where to count what QEMU can tell; None counts nowhere. ``balloon`` is its balloon once it is
+    started, None without one.
     """
 
     accel: AccelName = "qemu"
@@ -58,12 +60,14 @@ class QemuMachine:
         plan: BootPlan,
         timeline: Timeline,
         on_effects: EffectSink,
+        metrics: VmMetrics | None = None,
         *,
         accel: QemuAccel = "tcg",
         qemu: QemuBinary | None = None,
     ) -> None:
         self._plan = plan
         self._timeline = timeline
+        self._metrics = metrics
         self._pacer = Pacer(on_effects, lambda: None)
         self._qemu_accel = accel
         self._qemu = qemu
