@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal, TypeGuard, get_args
 
 import attrs
 
+from asyncvmm.device_list import DeviceConfig
 from asyncvmm.errors import CmdlineError, ConfigError, MemorySizeError, VcpuCountError
 
 if TYPE_CHECKING:
     from asyncvmm.device_config import (
         BalloonConfig,
         ConsoleConfig,
-        DeviceConfig,
         DriveConfig,
         NetConfig,
         RngConfig,
@@ -231,8 +231,6 @@ class VMConfig:
     @property
     def devices(self) -> DeviceConfig:
         """The virtio devices asked for."""
-        from asyncvmm.device_config import DeviceConfig
-
         return DeviceConfig(
             drives=self.drives,
             net=self.net,

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 import attrs
 
+from asyncvmm.device_list import DeviceConfig as DeviceConfig
 from asyncvmm.errors import ConfigError
 
 CacheMode = Literal["writeback", "none", "unsafe"]
@@ -273,23 +274,6 @@ class ConsoleConfig:
                 raise ConfigError("console port", expected="1 to 20 letters, digits, dots, dashes", found=repr(name))
         if len(value) > MAX_PORTS or len(set(value)) != len(value) or "console" in value:
             raise ConfigError("console ports", expected=f"at most {MAX_PORTS} different names", found=value)
-
-
-@attrs.frozen(kw_only=True)
-class DeviceConfig:
-    """Every virtio device of one VM, as asked for; what is None is not there."""
-
-    drives: tuple[DriveConfig, ...] = ()
-    net: NetConfig | None = None
-    balloon: BalloonConfig | None = None
-    vsock: VsockConfig | None = None
-    rng: RngConfig | None = None
-    console: ConsoleConfig | None = None
-
-    @property
-    def any(self) -> bool:
-        """Whether there is one."""
-        return bool(self.drives) or self != DeviceConfig()
 
 
 def to_record(what: str, kind: type[R], value: object) -> R | None:

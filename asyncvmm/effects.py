@@ -57,11 +57,15 @@ Effect = SerialOutput | Stopped
 
 @attrs.frozen
 class ExitCount:
-    """How often one kind of exit came, and the nanoseconds userspace took to answer (sum and longest)."""
+    """How often one kind of exit came, and the nanoseconds userspace took to answer: their sum, longest and shortest.
+
+    ``min_ns`` is 0 where it is not measured.
+    """
 
     count: int
     total_ns: int
     max_ns: int
+    min_ns: int = 0
 
 
 @attrs.frozen
@@ -69,7 +73,7 @@ class ExitStatistics:
     """Exits to userspace so far. ``by_reason`` keys are KVM exit names (``IO``, ``MMIO``, ``HLT`` …).
 
     ``by_address`` keys read ``out 0x3f8``, ``in 0x3fd``, ``mmio-read 0xfec00000``, ``mmio-write …``; at most a few
-    hundred distinct ones are kept, the rest is counted under ``other``.
+    hundred distinct ones are kept, the rest is counted under ``out other`` and so on.
     """
 
     by_reason: Mapping[str, ExitCount]

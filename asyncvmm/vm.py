@@ -14,11 +14,13 @@ import os
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
+from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict
 
 import anyio
 import anyio.to_thread
+import attrs
 
 from asyncvmm.accel import AccelChoice, choose_accel
 from asyncvmm.config import VMConfig
@@ -42,7 +44,14 @@ from asyncvmm.timing.vm_timing import VmTiming
 from asyncvmm.watch import GuestWatch
 
 if TYPE_CHECKING:
+    from anyio.abc import ByteStream
+
+    from asyncvmm.balloon import Balloon
     from asyncvmm.machine.kvm.trace import ExitTrace
+    from asyncvmm.metrics.control import VmMetricsControl
+    from asyncvmm.metrics.flusher import MetricsFlusher
+    from asyncvmm.resources import HostResources
+    from asyncvmm.vsock.host import VsockHost
 
 State = Literal["new", "starting", "booting", "ready", "paused", "stopped", "failed"]
 
@@ -87,6 +96,8 @@ class VM:
         self._freed = False
         self._ended = False
         self._early_end: BootError | None = None
+        self._resources: HostResources | None = None
+        self._flusher: MetricsFlusher | None = None
         self._waiting: anyio.CancelScope | None = None
         self._boot_scope: anyio.CancelScope | None = None
         self._boot_done: anyio.Event | None = None
@@ -140,6 +151,37 @@ class VM:
     def vcpu_setup_profile(self) -> VcpuSetupProfile | None:
         """The configuration of the vCPUs, in ns; None before it is done, and on QEMU."""
         return self._report.vcpu_setup_profile()
+
+    # -- its devices -----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def metrics(self) -> VmMetricsControl:
+        """What the devices count. ``flush()`` publishes it as a ``metrics`` event; so does time, and the VM's end."""
+        from asyncvmm.metrics.control import VmMetricsControl
+        from asyncvmm.metrics.vm_metrics import VmMetrics
+
+        return VmMetricsControl(VmMetrics(), self.events, self._now)
+
+    @cached_property
+    def balloon(self) -> Balloon:
+        """The memory balloon; its calls raise StateError where there is none."""
+        from asyncvmm.balloon import Balloon
+
+        return Balloon(lambda: self._machine.balloon if self._machine else None, self.config.memory_mib)
+
+    @property
+    def vsock(self) -> VsockHost:
+        """The guest's sockets: ``connect(port)``, ``listen(port)``. Raises StateError before boot() has started the
+        machine, and without a vsock device."""
+        vsock = self._machine.vsock if self._machine else None
+        if vsock is None:
+            raise StateError("vsock", expected="a started VM with a vsock device", state=self._state)
+        return vsock
+
+    @property
+    def ports(self) -> Mapping[str, ByteStream]:
+        """The virtio console's ports as byte streams, ``console`` first; empty before the machine is started."""
+        return self._machine.ports if self._machine else {}
 
     # -- what can be done ------------------------------------------------------------------------------------------
 
@@ -254,8 +296,10 @@ class VM:
         with self.timeline.phase("setup"):
             plan = await anyio.to_thread.run_sync(self._plan, choice)
             self._watch = self._new_watch()
-            self._machine = make_machine(choice, plan, self.timeline, self._watch.take)
+            plan = await self._with_resources(plan, choice)
+            self._machine = make_machine(choice, plan, self.timeline, self._watch.take, self.metrics.groups)
             await self._machine.prepare()
+            self._flush_metrics()
         self._report.tell_phases()
         with self.timeline.phase("boot"):
             await self._machine.start()
@@ -272,8 +316,37 @@ class VM:
         """On a worker thread: what to boot, and the machine's code."""
         with self.timeline.phase("machine_import"):
             import_machine(choice.accel)
+            import asyncvmm.metrics.control
+            import asyncvmm.metrics.flusher  # noqa: F401
         with self.timeline.phase("plan"):
             return make_plan(self.config, self.name, choice.accel, choice.tsc_khz)
+
+    async def _with_resources(self, plan: BootPlan, choice: AccelChoice) -> BootPlan:
+        """The plan with what its devices stand on."""
+        if not plan.devices.count:
+            return plan
+        from asyncvmm.resources import HostResources
+
+        self._resources = HostResources()
+        await self._resources.make_ready(plan.devices, choice.accel, self.timeline)
+        return attrs.evolve(plan, resources=self._resources.record)
+
+    def _flush_metrics(self) -> None:
+        """From now on, every ``metrics_interval_s``, and at the end."""
+        from asyncvmm.metrics.flusher import MetricsFlusher
+
+        if self._flusher is None:
+            self._flusher = MetricsFlusher(self.metrics, self.config.metrics_interval_s)
+        self._flusher.start()
+
+    async def _free_machine(self) -> None:
+        """The machine first, then what its devices stood on."""
+        try:
+            if self._machine is not None:
+                await self._machine.stop()
+        finally:
+            if self._resources is not None:
+                await self._resources.aclose()
 
     async def _wait_ready(self, machine: Machine) -> None:
         """Until READY; the guest is given up when it shows no life for a while, or when its time is over."""
@@ -386,8 +459,9 @@ class VM:
         if error is not None and not self.events.stopped.done:
             self._end_events(error)
         self._freed = True
-        if self._machine is not None:
-            await self._machine.stop()
+        await self._free_machine()
+        if self._flusher is not None:
+            self._flusher.stop()
         self._report.tell_phases()
         if self._state not in ("stopped", "failed"):
             self._go(final)
@@ -397,10 +471,9 @@ class VM:
             await sink.aclose()
 
     async def _discard_machine(self) -> None:
-        if self._machine is not None:
-            with anyio.CancelScope(shield=True):
-                await self._machine.stop()
-            self._machine = None
+        with anyio.CancelScope(shield=True):
+            await self._free_machine()
+        self._machine = self._resources = None
 
     # -- small things ----------------------------------------------------------------------------------------------
 

@@ -38,7 +38,8 @@ _KINDS = tuple(
 )
 _REASONS = (*get_args(StopReason), "none", "timeout", "stalled")
 _PHASES = """
-    total accel setup machine_import plan kernel_asset_read rootfs_asset_open layout qemu_cmd_build
+    total accel setup machine_import plan overlay network_helper device_open device_fit device_attach
+    kernel_asset_read rootfs_asset_open layout qemu_cmd_build
     boot kvm_open vm_create kvm_create_vm vm_arch_setup memory memory_alloc memory_register irqchip_create vcpu_create
     rootfs_load kernel_load boot_params vcpu_config cpuid_config register_config vm_finish vcpu_start
     qemu_fork qemu_qmp_connect boot_wait retry_pause

@@ -6,14 +6,22 @@ A machine is driven by one VM object on one event loop. It never calls into that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import attrs
 
-from asyncvmm.device_config import DeviceConfig, DriveConfig
+from asyncvmm.device_list import DeviceConfig
 from asyncvmm.effects import Effect, ExitStatistics, Port
+
+if TYPE_CHECKING:
+    from anyio.abc import ByteStream
+
+    from asyncvmm.balloon import BalloonBackend
+    from asyncvmm.device_config import DriveConfig
+    from asyncvmm.storage.overlay import Overlay
+    from asyncvmm.vsock.host import VsockHost
 
 AccelName = Literal["kvm", "qemu"]
 
@@ -23,11 +31,15 @@ EffectSink = Callable[[Sequence[Effect]], None]
 
 @attrs.frozen
 class DriveResource:
-    """A drive as it is there: ``path`` is what the guest's reads and writes go to, the image or its overlay."""
+    """A drive as it is there: ``path`` is what the guest's reads and writes go to, the image or its overlay.
+
+    ``overlay`` is that overlay; one of a machine in this process may have no name, and ``path`` is its base then.
+    """
 
     config: DriveConfig
     path: Path
-    format: Literal["raw", "qcow2"] = "raw"
+    format: Literal["raw", "mapped", "qcow2"] = "raw"
+    overlay: Overlay | None = None
 
 
 @attrs.frozen(kw_only=True)
@@ -50,7 +62,7 @@ class BootPlan:
     ``name`` names threads and children. ``appended`` is a second cpio archive to stand behind ``initrd`` (empty for
     none; it starts on a 4-byte boundary). ``cmdline`` is the caller's text; a machine adds what its own devices need.
     ``tsc_khz`` is the host's TSC frequency, None where it is not known. ``devices`` are the virtio devices, and
-    ``resources`` what they stand on.
+    ``resources`` what they stand on. ``acpi`` False describes the hardware without ACPI, on the command line.
     """
 
     name: str
@@ -61,6 +73,7 @@ class BootPlan:
     appended: bytes = b""
     cmdline: str = ""
     tsc_khz: int | None = None
+    acpi: bool = True
     devices: DeviceConfig = attrs.field(factory=DeviceConfig)
     resources: Resources = attrs.field(factory=Resources)
 
@@ -77,6 +90,18 @@ class Machine(Protocol):
     """One guest's hardware, from power-on to the last freed resource."""
 
     accel: AccelName
+
+    @property
+    def balloon(self) -> BalloonBackend | None:
+        """The balloon, from the start on; None without one."""
+
+    @property
+    def ports(self) -> Mapping[str, ByteStream]:
+        """The virtio console's ports by name, from the start on; ``console`` is hvc0."""
+
+    @property
+    def vsock(self) -> VsockHost | None:
+        """The host's end of the guest's sockets, from the start on; None without a vsock device."""
 
     async def prepare(self) -> None:
         """Check and read what the guest is to be made of; nothing is started. Cancelled or failed, it leaves nothing.

@@ -11,6 +11,7 @@ from asyncvmm.timing.timeline import Timeline
 
 if TYPE_CHECKING:
     from asyncvmm.machine.kvm.trace import ExitTrace
+    from asyncvmm.metrics.vm_metrics import VmMetrics
 
 
 def import_machine(accel: AccelName) -> None:
@@ -21,15 +22,17 @@ def import_machine(accel: AccelName) -> None:
         import asyncvmm.machine.qemu.machine  # noqa: F401
 
 
-def make_machine(choice: AccelChoice, plan: BootPlan, timeline: Timeline, on_effects: EffectSink) -> Machine:
-    """The machine that was chosen, not started."""
+def make_machine(
+    choice: AccelChoice, plan: BootPlan, timeline: Timeline, on_effects: EffectSink, metrics: VmMetrics
+) -> Machine:
+    """The machine that was chosen, not started. ``metrics``: what its devices are to count in."""
     if choice.accel == "kvm":
         from asyncvmm.machine.kvm.machine import KvmMachine
 
-        return KvmMachine(plan, timeline, on_effects)
+        return KvmMachine(plan, timeline, on_effects, metrics)
     from asyncvmm.machine.qemu.machine import QemuMachine
 
-    return QemuMachine(plan, timeline, on_effects, accel=choice.qemu_accel)
+    return QemuMachine(plan, timeline, on_effects, metrics, accel=choice.qemu_accel)
 
 
 def trace_exits(machine: Machine | None, capacity: int) -> ExitTrace:

@@ -56,13 +56,19 @@ def _by_kind(exits: ExitStatistics) -> dict[str, ExitCount]:
     for label, entry in exits.by_address.items():
         kind = label.partition(" ")[0]
         old = kinds.get(kind, ExitCount(0, 0, 0))
-        kinds[kind] = ExitCount(old.count + entry.count, old.total_ns + entry.total_ns, max(old.max_ns, entry.max_ns))
+        kinds[kind] = ExitCount(
+            old.count + entry.count,
+            old.total_ns + entry.total_ns,
+            max(old.max_ns, entry.max_ns),
+            min(filter(None, (old.min_ns, entry.min_ns)), default=0),
+        )
     return kinds
 
 
 def _set(aggregate: LatencyAggregate, entry: ExitCount | None) -> int:
-    """Bring the aggregate to the entry's times; returns its count. The shortest time is not among them."""
+    """Bring the aggregate to the entry's times; returns its count."""
     if entry is None:
         return 0
     aggregate.sum_us, aggregate.max_us = entry.total_ns // 1000, entry.max_ns // 1000
+    aggregate.min_us = entry.min_ns // 1000
     return entry.count

@@ -15,6 +15,7 @@ from asyncvmm.machine.base import BootPlan
 from asyncvmm.machine.kvm.contents import Contents
 from asyncvmm.machine.kvm.creation import Blueprint, blueprint
 from asyncvmm.timing.timeline import Timeline
+from asyncvmm.x86.layout import mmio_device
 from asyncvmm.x86.load import BootLayout, Segment, plan_boot
 
 
@@ -43,9 +44,18 @@ def prepare(plan: BootPlan, timeline: Timeline) -> Prepared:
         with timeline.phase("rootfs_asset_open"):
             initrd, initrd_size = open_initrd(plan.initrd, files)
         with timeline.phase("layout"):
-            layout = plan_boot(kernel, initrd_bytes(plan, initrd_size), plan.cmdline, memory_bytes, plan.vcpus)
+            count = plan.devices.count
+            layout = plan_boot(
+                kernel,
+                initrd_bytes(plan, initrd_size),
+                plan.cmdline,
+                memory_bytes,
+                plan.vcpus,
+                acpi=plan.acpi,
+                mmio_devices=[mmio_device(slot) for slot in range(count)],
+            )
             contents = _contents(layout, initrd, initrd_size, plan.appended)
-            return Prepared(blueprint(memory_bytes, plan.vcpus, contents), files.pop_all())
+            return Prepared(blueprint(memory_bytes, plan.vcpus, contents, devices=count), files.pop_all())
 
 
 def _contents(layout: BootLayout, fd: int, size: int, appended: bytes) -> Contents:

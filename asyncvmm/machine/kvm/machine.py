@@ -8,11 +8,12 @@ for one, so that a guest that prints byte by byte does not wake the loop's consu
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
-from typing import Literal, Protocol
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import anyio
 import anyio.to_thread
@@ -21,6 +22,7 @@ import attrs
 from asyncvmm.effects import Effect, ExitStatistics, Port, Stopped
 from asyncvmm.errors import KvmIoctlError, MachineError, StateError
 from asyncvmm.machine.base import AccelName, BootPlan, EffectSink, Evidence
+from asyncvmm.machine.kvm.devices import DeviceSet
 from asyncvmm.machine.kvm.exits import Exit
 from asyncvmm.machine.kvm.fastpath.binding import Fastpath
 from asyncvmm.machine.kvm.fastpath.binding import load as load_library
@@ -33,7 +35,18 @@ from asyncvmm.machine.kvm.vm import KvmVm
 from asyncvmm.machine.pacing import Pacer
 from asyncvmm.machine.waiting import wait_out
 from asyncvmm.mailbox import Mailbox
+from asyncvmm.metrics.groups import I8042Metrics, UartMetrics
+from asyncvmm.metrics.sources import copy_i8042, sum_uart, sum_vcpus
+from asyncvmm.metrics.vm_metrics import VmMetrics
 from asyncvmm.timing.timeline import Timeline
+
+if TYPE_CHECKING:
+    from anyio.abc import ByteStream
+
+    from asyncvmm.balloon import BalloonBackend
+    from asyncvmm.vsock.host import VsockHost
+
+_log = logging.getLogger("asyncvmm.machine")
 
 PARTIAL_LINE_S = 0.002
 """Seconds that output without a newline may wait for one."""
@@ -83,8 +96,13 @@ class KvmMachine:
 
     accel: AccelName = "kvm"
 
-    def __init__(self, plan: BootPlan, timeline: Timeline, on_effects: EffectSink) -> None:
+    def __init__(
+        self, plan: BootPlan, timeline: Timeline, on_effects: EffectSink, metrics: VmMetrics | None = None
+    ) -> None:
+        """``metrics``: what its devices count in; None for nowhere."""
+        metrics = VmMetrics() if metrics is None else metrics
         self._plan = plan
+        self._devices = DeviceSet(plan, metrics) if plan.devices.count else None
         self._timeline = timeline
         self._pacer = Pacer(on_effects, self._take_waiting)
         self._output_waits = False
@@ -102,6 +120,22 @@ class KvmMachine:
         self._posted_fd = -1
         self._building = threading.Lock()
         self._freeing: asyncio.Task[None] | None = None
+        self.meter(metrics)
+
+    @property
+    def balloon(self) -> BalloonBackend | None:
+        """See Machine."""
+        return self._devices.balloon if self._devices else None
+
+    @property
+    def ports(self) -> Mapping[str, ByteStream]:
+        """See Machine."""
+        return self._devices.ports if self._devices else {}
+
+    @property
+    def vsock(self) -> VsockHost | None:
+        """See Machine."""
+        return self._devices.vsock if self._devices else None
 
     # -- the Machine protocol --------------------------------------------------------------------------------------
 
@@ -109,6 +143,9 @@ class KvmMachine:
         """Read the files and decide the layout."""
         self._require_new("prepare")
         try:
+            if self._devices is not None:
+                with self._timeline.phase("device_open"):
+                    await self._devices.open()
             await anyio.to_thread.run_sync(self._prepare)
         except BaseException:
             await self.stop()
@@ -122,11 +159,30 @@ class KvmMachine:
         self._mailbox: Mailbox[_Notice] = Mailbox(lambda: self._loop.call_soon_threadsafe(self._drain))
         try:
             self._open_posted()
-            await anyio.to_thread.run_sync(self._build)
+            if self._devices is not None:
+                await self._build_with_devices(self._devices)
+            else:
+                await anyio.to_thread.run_sync(self._build)
             self._started()
         except BaseException:
             await self.stop()
             raise
+
+    async def _build_with_devices(self, devices: DeviceSet) -> None:
+        """Devices are the loop's, so it has its turn between a VM's creation and its start."""
+        if self._prepared is None:
+            await self.prepare()
+        await anyio.to_thread.run_sync(self._create)
+        if self._vm is None or self._state != "new":
+            return
+        with self._timeline.phase("device_fit"):
+            devices.fit(self._vm, self._device_failed)
+        await anyio.to_thread.run_sync(self._launch)
+
+    def _device_failed(self, error: Exception) -> None:
+        """A device of ours went wrong: the guest cannot be served any more."""
+        _log.error("a device of %s failed", self._plan.name, exc_info=error)
+        self._halt(Stopped("machine", detail=f"device: {type(error).__name__}: {error}", t_ns=time.monotonic_ns()))
 
     async def write(self, port: Port, data: bytes) -> None:
         """Feed the port's receive backlog, waiting for the guest to make room."""
@@ -187,6 +243,8 @@ class KvmMachine:
                 self._partial.cancel()
             self._final_exits = self.exits()
             self._vm = None
+        freed = self._devices is None or await self._devices.aclose()
+        if vm is not None and freed:
             await anyio.to_thread.run_sync(vm.close)
 
     def exits(self) -> ExitStatistics | None:
@@ -207,6 +265,12 @@ class KvmMachine:
     def guest_instant(self, tsc: int) -> tuple[int, int] | None:
         """By KVM's TSC offset and samples of the host's two clocks."""
         return None if self._guest_tsc is None else self._guest_tsc.instant(tsc)
+
+    def meter(self, metrics: VmMetrics) -> None:
+        """Have exits, serial ports and keyboard controller counted in their groups at each flush."""
+        metrics.count_by("vcpu", lambda: sum_vcpus(metrics.vcpu, self.exits()))
+        metrics.count_by("uart", lambda: self._sum_uart(metrics.uart))
+        metrics.count_by("i8042", lambda: self._copy_i8042(metrics.i8042))
 
     def progress(self) -> int:
         """Exits so far."""
@@ -243,6 +307,17 @@ class KvmMachine:
         counters = [vcpu.counters for vcpu in self._vm.vcpus]
         return [*counters, posted_counters(self._fastpath, self._vm.tsc_khz)] if self._fastpath else counters
 
+    def _sum_uart(self, group: UartMetrics) -> None:
+        if self._board is not None:
+            ports = (self._board.console, self._board.control)
+            for port in ports:
+                port.transmitted()  # collects what the native run loop keeps aside
+            sum_uart(group, [port.device for port in ports])
+
+    def _copy_i8042(self, group: I8042Metrics) -> None:
+        if self._board is not None:
+            copy_i8042(group, self._board.i8042)
+
     # -- on a worker thread ----------------------------------------------------------------------------------------
 
     def _prepare(self) -> None:
@@ -251,11 +326,18 @@ class KvmMachine:
                 self._prepared = prepare(self._plan, self._timeline)
 
     def _build(self) -> None:
+        self._create()
+        self._launch()
+
+    def _create(self) -> None:
         self._prepare()
         with self._building:
             if self._state == "new" and self._prepared is not None:
                 self._vm = KvmVm(self._prepared.blueprint, self._timeline)
                 self._let_go()
+
+    def _launch(self) -> None:
+        with self._building:
             if self._state == "new" and self._vm is not None:
                 with self._timeline.phase("vcpu_start"):
                     self._run(self._vm)
@@ -272,6 +354,9 @@ class KvmMachine:
         if library is not None:
             self._fastpath = Fastpath(library, self._posted_fd)
         self._board = Board(self._outlets(vm), self._fastpath)
+        if self._devices is not None:
+            with self._timeline.phase("device_attach"):
+                self._devices.attach(vm, self._board.bus)
         self._guest_tsc = GuestTsc.of([vcpu.fd for vcpu in vm.vcpus])
         for vcpu in vm.vcpus:
             vcpu.start(f"{self._plan.name}-vcpu{vcpu.index}", self._board.bus, self._halt, self._fastpath)
@@ -368,6 +453,8 @@ class KvmMachine:
         if self._state != "closed":
             self._state = "ended"
         self._wake_writers()
+        if self._devices is not None:
+            self._devices.guest_ended()
         if self._trace is not None:
             self._trace.end()
         return (stopped,)

@@ -103,6 +103,7 @@ class Board:
         self.control = SerialPort("control", layout.COM2_GSI, outlets, self._mark_control_newline)
         self.ged = Ged(lambda level: outlets.irq(layout.ACPI_EVENT_GSI, level))
         self.ged_lock = threading.Lock()
+        self.i8042 = I8042(outlets.reset)
         if fastpath is not None:
             self.console.post_through(fastpath, layout.COM1_PORT)
         self._attach(outlets)
@@ -117,7 +118,7 @@ class Board:
         power = AcpiPm(shutdown=outlets.shutdown, reset=outlets.reset)
         attach("com1", layout.COM1_PORT, layout.SERIAL_PORT_SIZE, self.console.on_bus, self.console.lock)
         attach("com2", layout.COM2_PORT, layout.SERIAL_PORT_SIZE, self.control.on_bus, self.control.lock)
-        attach("i8042", layout.I8042_DATA_PORT, 5, I8042(outlets.reset), threading.Lock())
+        attach("i8042", layout.I8042_DATA_PORT, 5, self.i8042, threading.Lock())
         attach("rtc", layout.RTC_INDEX_PORT, 2, Rtc(time.time), threading.Lock())
         attach("debug-exit", layout.DEBUG_EXIT_PORT, 1, DebugExit(outlets.debug_exit), threading.Lock())
         attach("acpi-pm", layout.ACPI_SLEEP_CONTROL_PORT, 3, power, threading.Lock())

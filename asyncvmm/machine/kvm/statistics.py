@@ -13,20 +13,24 @@ from asyncvmm.effects import ExitCount, ExitStatistics
 from asyncvmm.machine.kvm.fastpath.binding import Fastpath
 
 MOST_ADDRESSES = 256
-"""Distinct addresses counted one by one for each vCPU; a guest that touches more has the rest under ``other``."""
+"""Distinct addresses counted one by one for each vCPU; a guest that touches more has the rest under ``out other``,
+``mmio-read other`` and so on."""
 
 OTHER = "other"
 
+_UNMEASURED = 1 << 63
+
 
 class Counter:
-    """How often, how long in all, and how long at most (ns)."""
+    """How often, how long in all, at most, and at least (ns); the least is beyond all measure while there is none."""
 
-    __slots__ = ("count", "max_ns", "total_ns")
+    __slots__ = ("count", "max_ns", "min_ns", "total_ns")
 
     def __init__(self) -> None:
         self.count = 0
         self.total_ns = 0
         self.max_ns = 0
+        self.min_ns = _UNMEASURED
 
     def add(self, took_ns: int) -> None:
         """Count one that took ``took_ns``."""
@@ -34,12 +38,19 @@ class Counter:
         self.total_ns += took_ns
         if took_ns > self.max_ns:
             self.max_ns = took_ns
+        if took_ns < self.min_ns:
+            self.min_ns = took_ns
 
     def merge(self, other: Counter) -> None:
         """Add another's count and times."""
         self.count += other.count
         self.total_ns += other.total_ns
         self.max_ns = max(self.max_ns, other.max_ns)
+        self.min_ns = min(self.min_ns, other.min_ns)
+
+    def record(self) -> ExitCount:
+        """As a record."""
+        return ExitCount(self.count, self.total_ns, self.max_ns, 0 if self.min_ns == _UNMEASURED else self.min_ns)
 
 
 class PortCounter(Counter):
@@ -69,7 +80,8 @@ class VcpuCounters:
         self.by_reason.setdefault(reason, Counter()).add(took_ns)
         if label is not None:
             known = label in self.by_address or len(self.by_address) < MOST_ADDRESSES
-            self.by_address.setdefault(label if known else OTHER, Counter()).add(took_ns)
+            key = label if known else f"{label.partition(' ')[0]} {OTHER}"
+            self.by_address.setdefault(key, Counter()).add(took_ns)
 
     def total(self) -> int:
         """Exits so far."""
@@ -89,8 +101,8 @@ def port_label(is_out: bool, port: int) -> str:
 
 def collect(vcpus: Iterable[VcpuCounters], unmapped: int) -> ExitStatistics:
     """The sum over all vCPUs, as a record."""
-    reasons: dict[str, ExitCount] = {}
-    addresses: dict[str, ExitCount] = {}
+    reasons: dict[str, Counter] = {}
+    addresses: dict[str, Counter] = {}
     for vcpu in vcpus:
         for label, counter in vcpu.named_ports():
             _merge(addresses, label, counter)
@@ -99,12 +111,15 @@ def collect(vcpus: Iterable[VcpuCounters], unmapped: int) -> ExitStatistics:
             _merge(addresses, label, counter)
         for reason, counter in list(vcpu.by_reason.items()):
             _merge(reasons, reason, counter)
-    return ExitStatistics(by_reason=reasons, by_address=addresses, unmapped=unmapped)
+    return ExitStatistics(by_reason=_records(reasons), by_address=_records(addresses), unmapped=unmapped)
 
 
-def _merge(into: dict[str, ExitCount], key: str, counter: Counter) -> None:
-    old = into.get(key, ExitCount(0, 0, 0))
-    into[key] = ExitCount(old.count + counter.count, old.total_ns + counter.total_ns, max(old.max_ns, counter.max_ns))
+def _merge(into: dict[str, Counter], key: str, counter: Counter) -> None:
+    into.setdefault(key, Counter()).merge(counter)
+
+
+def _records(counters: dict[str, Counter]) -> dict[str, ExitCount]:
+    return {key: counter.record() for key, counter in counters.items()}
 
 
 def posted_counters(fastpath: Fastpath, tsc_khz: int) -> VcpuCounters:
@@ -117,6 +132,7 @@ def posted_counters(fastpath: Fastpath, tsc_khz: int) -> VcpuCounters:
             counter.total_ns, counter.max_ns = (
                 cycles * 1_000_000 // tsc_khz for cycles in (port.cycles, port.max_cycles)
             )
+            counter.min_ns = counter.total_ns // counter.count  # the least is not measured there: at most the mean
             counters.by_address[port_label(bool(port.key & 1), port.key >> 16)] = counter
             counters.by_reason.setdefault("IO", Counter()).merge(counter)
     return counters

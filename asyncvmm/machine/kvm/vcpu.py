@@ -208,6 +208,8 @@ class Vcpu:
             port.total_ns += took
             if took > port.max_ns:
                 port.max_ns = took
+            if took < port.min_ns:
+                port.min_ns = took
 
     def _entrance(self) -> tuple[Callable[..., int], tuple[int, ...]]:
         """What enters the guest until the next kick: the native run loop, or plain KVM_RUN."""

@@ -21,9 +21,6 @@ from asyncvmm.machine.kvm.abi import KVM_IOEVENTFD_FLAG_DATAMATCH, KvmIoeventfd,
 from asyncvmm.machine.kvm.fds import ioctl
 from asyncvmm.x86.layout import MMIO_SIZE, mmio_device
 
-Announce = Callable[["VirtioSlot", bool], None]
-"""Hears, on any thread, that a device's driver has come or gone."""
-
 
 def fence_of(lock: threading.Lock) -> Callable[[], None]:
     """What orders a store before a later load on every CPU: taking a lock and letting it go."""
@@ -36,14 +33,12 @@ def fence_of(lock: threading.Lock) -> Callable[[], None]:
 
 
 class VirtioSlot:
-    """A device at place ``index`` among a VM's virtio-mmio devices.
+    """A device at place ``index`` among a VM's virtio-mmio devices; ``page`` has its registers.
 
-    page: its registers. announce: hears of its driver. Made on any thread; ``watch`` and ``close`` are for the loop.
+    Made on any thread; ``watch`` and ``close`` are for the loop.
     """
 
-    def __init__(
-        self, index: int, device: VirtioDevice, memory: GuestView, page: memoryview, announce: Announce, name: str
-    ) -> None:
+    def __init__(self, index: int, device: VirtioDevice, memory: GuestView, page: memoryview, name: str) -> None:
         self.name = name
         self.place = mmio_device(index)
         self.device = device
@@ -60,7 +55,6 @@ class VirtioSlot:
             self.lock,
             interrupt=self._interrupt,
             notify=self._kick_by_hand,
-            changed=lambda active: announce(self, active),
             page=page,
         )
 

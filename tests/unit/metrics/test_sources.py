@@ -59,17 +59,18 @@ def statistics(**by_address: ExitCount) -> ExitStatistics:
 def test_exits_are_told_by_direction_whatever_the_address() -> None:
     group = VcpuMetrics()
     exits = statistics(
-        in_0x3fd=ExitCount(3, 9_000, 4_000),
-        in_0x60=ExitCount(1, 2_500, 2_500),
-        out_0x3f8=ExitCount(5, 10_000, 3_000),
+        in_0x3fd=ExitCount(3, 9_000, 4_000, 2_000),
+        in_0x60=ExitCount(1, 2_500, 2_500, 2_500),
+        out_0x3f8=ExitCount(4, 9_000, 3_000, 1_000),
+        out_other=ExitCount(1, 1_000, 1_000),
         mmio__read_0xc0001070=ExitCount(2, 8_000, 6_999),
         mmio__write_0xc0001050=ExitCount(4, 4_000, 1_000),
-        other=ExitCount(9, 9_000, 9_000),
     )
     sum_vcpus(group, exits)
     told = group.flush()
     assert [told[f"exit_{kind}"] for kind in ("io_in", "io_out", "mmio_read", "mmio_write")] == [4, 5, 2, 4]
-    assert told["exit_io_in_agg"] == {"min_us": 0, "max_us": 4, "sum_us": 11}
+    assert told["exit_io_in_agg"] == {"min_us": 2, "max_us": 4, "sum_us": 11}
+    assert told["exit_io_out_agg"] == {"min_us": 1, "max_us": 3, "sum_us": 10}
     assert told["exit_mmio_read_agg"] == {"min_us": 0, "max_us": 6, "sum_us": 8}
 
 

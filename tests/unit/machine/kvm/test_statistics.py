@@ -33,8 +33,8 @@ def test_an_exit_counts_by_reason_and_by_address() -> None:
     counters.add("MMIO", "mmio-read 0x10", 7)
     counters.add("SHUTDOWN", None, 1)
     exits = collect([counters], 3)
-    assert exits.by_reason == {"MMIO": ExitCount(2, 12, 7), "SHUTDOWN": ExitCount(1, 1, 1)}
-    assert exits.by_address == {"mmio-read 0x10": ExitCount(2, 12, 7)}
+    assert exits.by_reason == {"MMIO": ExitCount(2, 12, 7, 5), "SHUTDOWN": ExitCount(1, 1, 1, 1)}
+    assert exits.by_address == {"mmio-read 0x10": ExitCount(2, 12, 7, 5)}
     assert (exits.total, exits.unmapped) == (3, 3)
 
 
@@ -45,19 +45,21 @@ def test_the_hot_path_counts_as_io_under_the_same_label_as_the_first_exit() -> N
     hot.add(4)
     hot.add(6)
     exits = collect([counters], 0)
-    assert exits.by_address == {"out 0x3f8": ExitCount(3, 20, 10)}
-    assert exits.by_reason == {"IO": ExitCount(3, 20, 10)}
+    assert exits.by_address == {"out 0x3f8": ExitCount(3, 20, 10, 4)}
+    assert exits.by_reason == {"IO": ExitCount(3, 20, 10, 4)}
     assert counters.total() == 3
 
 
-def test_addresses_beyond_the_limit_share_one_entry() -> None:
+def test_addresses_beyond_the_limit_share_one_entry_for_each_kind() -> None:
     counters = VcpuCounters()
     for address in range(MOST_ADDRESSES + 50):
         counters.add("MMIO", f"mmio-read {address:#x}", 1)
     counters.add("MMIO", "mmio-read 0x0", 1)
+    counters.add("IO", "out 0x80", 1)
     exits = collect([counters], 0)
-    assert len(exits.by_address) == MOST_ADDRESSES + 1
-    assert exits.by_address[OTHER].count == 50
+    assert len(exits.by_address) == MOST_ADDRESSES + 2
+    assert exits.by_address[f"mmio-read {OTHER}"].count == 50
+    assert exits.by_address[f"out {OTHER}"].count == 1
     assert exits.by_address["mmio-read 0x0"].count == 2
 
 
