@@ -33,6 +33,10 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
+def content(path: Path) -> bytes:
+    return path.read_bytes()
+
+
 def request(
     operation: Operation, offset: int = 0, size: int = 0, data: bytes = b"", sync: bool = False
 ) -> BlockRequest:
