@@ -11,18 +11,12 @@ no update makes more than one integer.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final, Literal
 
-import attrs
+Kind = Literal["counter", "store", "aggregate"]
 
 Flushed = int | dict[str, int]
 """What one field of a flushed group holds: a number, or an aggregate's ``min_us``, ``max_us`` and ``sum_us``."""
-
-_COUNTER: Final = "counter"
-_STORE: Final = "store"
-_AGGREGATE: Final = "aggregate"
-_KIND: Final = "kind"
-_MEANING: Final = "meaning"
 
 
 class LatencyAggregate:
@@ -54,36 +48,77 @@ class LatencyAggregate:
         self._flushed_us = 0
 
 
-def counter(meaning: str) -> int:
-    """A field that only grows; a flush tells what it grew by."""
-    return attrs.field(default=0, metadata={_KIND: _COUNTER, _MEANING: meaning})
+class Field:
+    """What a field of a group is: its kind, and what it says in a few words."""
+
+    __slots__ = ("kind", "meaning")
+
+    def __init__(self, kind: Kind, meaning: str) -> None:
+        self.kind: Final = kind
+        self.meaning: Final = meaning
 
 
-def store(meaning: str) -> int:
-    """A field that keeps its value; a flush tells it as it stands."""
-    return attrs.field(default=0, metadata={_KIND: _STORE, _MEANING: meaning})
+def counter(meaning: str) -> Any:
+    """A field, an int, that only grows; a flush tells what it grew by."""
+    return Field("counter", meaning)
 
 
-def times(meaning: str) -> dict[str, str]:
-    """The metadata of a field that is a LatencyAggregate: its factory stands in the field's own definition."""
-    return {_KIND: _AGGREGATE, _MEANING: meaning}
+def store(meaning: str) -> Any:
+    """A field, an int, that keeps its value; a flush tells it as it stands."""
+    return Field("store", meaning)
 
 
-@attrs.define(eq=False)
-class MetricGroup:
-    """A group of metrics, by name in the order of their definition. Subclasses define the fields."""
+def times(meaning: str) -> Any:
+    """A field that is a LatencyAggregate."""
+    return Field("aggregate", meaning)
 
-    _flushed: dict[str, int] = attrs.field(init=False, factory=dict, repr=False)
-    """Each counter's value at the last flush."""
+
+class _Fields(type):
+    """Makes slots of a class's fields, and a table of them, in order.
+
+    There are a dozen groups, imported before every boot: attrs would write code for each, for 10 ms in all.
+    """
+
+    fields: dict[str, Field]
+
+    def __new__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any]) -> _Fields:
+        fields = {key: value for key, value in namespace.items() if isinstance(value, Field)}
+        rest = {key: value for key, value in namespace.items() if key not in fields}
+        rest.setdefault("__slots__", tuple(fields))
+        made = super().__new__(cls, name, bases, rest)
+        made.fields = {**getattr(made, "fields", {}), **fields}
+        return made
+
+
+class MetricGroup(metaclass=_Fields):
+    """A group of metrics, by name in the order of their definition. Subclasses define the fields:
+
+    class UartMetrics(MetricGroup):
+        read_count: int = counter("bytes the guest read")
+
+    An instance has each as a plain attribute, and no others; counters and stores begin with 0.
+    """
+
+    __slots__ = ("_flushed",)
+
+    def __init__(self) -> None:
+        self._flushed: dict[str, int] = {}
+        """Each counter's value at the last flush."""
+        for name, field in type(self).fields.items():
+            setattr(self, name, LatencyAggregate() if field.kind == "aggregate" else 0)
+
+    def __repr__(self) -> str:
+        values = ((name, getattr(self, name)) for name in type(self).fields)
+        return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in values if value != 0)})"
 
     def flush(self) -> dict[str, Flushed]:
         """Every field: a counter's growth since the last flush, a store's value, an aggregate's three numbers."""
         flushed: dict[str, Flushed] = {}
-        for name, kind in kinds(type(self)).items():
+        for name, field in type(self).fields.items():
             value = getattr(self, name)
-            if kind == _AGGREGATE:
+            if field.kind == "aggregate":
                 flushed[name] = value.flush()
-            elif kind == _STORE:
+            elif field.kind == "store":
                 flushed[name] = value
             else:
                 flushed[name] = self._growth(name, value)
@@ -92,8 +127,8 @@ class MetricGroup:
     def begin_anew(self) -> None:
         """Counters are about to count from 0 again: what they are then came since this flush."""
         self._flushed.clear()
-        for name, kind in kinds(type(self)).items():
-            if kind == _AGGREGATE:
+        for name, field in type(self).fields.items():
+            if field.kind == "aggregate":
                 getattr(self, name).begin_anew()
 
     def _growth(self, name: str, total: int) -> int:
@@ -103,24 +138,14 @@ class MetricGroup:
         return self._flushed[name] - before
 
 
-_KINDS: dict[type[MetricGroup], dict[str, str]] = {}
-
-
-def kinds(group: type[MetricGroup]) -> dict[str, str]:
+def kinds(group: type[MetricGroup]) -> dict[str, Kind]:
     """``counter``, ``store`` or ``aggregate`` for each field of a class of groups, in order."""
-    known = _KINDS.get(group)
-    if known is None:
-        known = _KINDS[group] = _of_fields(group, _KIND)
-    return known
+    return {name: field.kind for name, field in group.fields.items()}
 
 
 def meanings(group: type[MetricGroup]) -> dict[str, str]:
     """What each field of a class of groups says, in a few words."""
-    return _of_fields(group, _MEANING)
-
-
-def _of_fields(group: type[MetricGroup], key: str) -> dict[str, str]:
-    return {field.name: field.metadata[key] for field in attrs.fields(group) if key in field.metadata}
+    return {name: field.meaning for name, field in group.fields.items()}
 
 
 def added_up(flushed: list[dict[str, Flushed]]) -> dict[str, Flushed]:

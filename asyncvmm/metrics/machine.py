@@ -5,12 +5,9 @@ Names are Firecracker's (its documentation of metrics).
 
 from __future__ import annotations
 
-import attrs
-
 from asyncvmm.metrics.counters import LatencyAggregate, MetricGroup, counter, store, times
 
 
-@attrs.define(eq=False)
 class UartMetrics(MetricGroup):
     """``uart``: both serial ports together."""
 
@@ -23,7 +20,6 @@ class UartMetrics(MetricGroup):
     rate_limiter_dropped_bytes: int = counter("bytes dropped by a rate limiter")
 
 
-@attrs.define(eq=False)
 class I8042Metrics(MetricGroup):
     """``i8042``: the keyboard controller's ports."""
 
@@ -35,7 +31,6 @@ class I8042Metrics(MetricGroup):
     write_count: int = counter("writes")
 
 
-@attrs.define(eq=False)
 class VcpuMetrics(MetricGroup):
     """``vcpu``: exits to userspace, all vCPUs together, and the time it took to answer them."""
 
@@ -45,17 +40,12 @@ class VcpuMetrics(MetricGroup):
     exit_mmio_write: int = counter("exits for memory-mapped writes")
     failures: int = counter("exits that no guest runs on after")
     kvmclock_ctrl_fails: int = counter("KVM_KVMCLOCK_CTRL calls that failed")
-    exit_io_in_agg: LatencyAggregate = attrs.field(factory=LatencyAggregate, metadata=times("time of port reads"))
-    exit_io_out_agg: LatencyAggregate = attrs.field(factory=LatencyAggregate, metadata=times("time of port writes"))
-    exit_mmio_read_agg: LatencyAggregate = attrs.field(
-        factory=LatencyAggregate, metadata=times("time of memory-mapped reads")
-    )
-    exit_mmio_write_agg: LatencyAggregate = attrs.field(
-        factory=LatencyAggregate, metadata=times("time of memory-mapped writes")
-    )
+    exit_io_in_agg: LatencyAggregate = times("time of port reads")
+    exit_io_out_agg: LatencyAggregate = times("time of port writes")
+    exit_mmio_read_agg: LatencyAggregate = times("time of memory-mapped reads")
+    exit_mmio_write_agg: LatencyAggregate = times("time of memory-mapped writes")
 
 
-@attrs.define(eq=False)
 class LatenciesMetrics(MetricGroup):
     """``latencies_us``: microseconds the newest of each took; ``vmm_*`` the machine's share, the others the caller's
     whole wait."""
@@ -72,14 +62,12 @@ class LatenciesMetrics(MetricGroup):
     vmm_resume_vm: int = store("resume, in the machine")
 
 
-@attrs.define(eq=False)
 class VmmMetrics(MetricGroup):
     """``vmm``."""
 
     panic_count: int = store("1 if the VM died of an error of ours")
 
 
-@attrs.define(eq=False)
 class SignalMetrics(MetricGroup):
     """``signals``: signals that were handled. A signal is the whole process's: a VM counts those it took for itself."""
 

@@ -6,15 +6,12 @@ read or write of the configuration space was outside it or not allowed.
 
 from __future__ import annotations
 
-import attrs
-
 from asyncvmm.metrics.counters import LatencyAggregate, MetricGroup, counter, times
 
 _ACTIVATE_FAILS = "activations that failed"
 _CFG_FAILS = "accesses of the configuration space that failed"
 
 
-@attrs.define(eq=False)
 class BalloonMetrics(MetricGroup):
     """``balloon``."""
 
@@ -32,7 +29,6 @@ class BalloonMetrics(MetricGroup):
     free_page_hint_fails: int = counter("ranges of free page hints not given back")
 
 
-@attrs.define(eq=False)
 class BlockMetrics(MetricGroup):
     """``block`` (the sum) and ``block_<id>``."""
 
@@ -51,14 +47,13 @@ class BlockMetrics(MetricGroup):
     write_bytes: int = counter("bytes written")
     read_count: int = counter("reads done")
     write_count: int = counter("writes done")
-    read_agg: LatencyAggregate = attrs.field(factory=LatencyAggregate, metadata=times("time of reads"))
-    write_agg: LatencyAggregate = attrs.field(factory=LatencyAggregate, metadata=times("time of writes"))
+    read_agg: LatencyAggregate = times("time of reads")
+    write_agg: LatencyAggregate = times("time of writes")
     rate_limiter_throttled_events: int = counter("notifications the rate limiter held back")
     io_engine_throttled_events: int = counter("notifications held back because the I/O engine was full")
     remaining_reqs_count: int = counter("requests still in the queue when a notification had been handled")
 
 
-@attrs.define(eq=False)
 class NetMetrics(MetricGroup):
     """``net`` (the sum) and ``net_<id>``. ``tap_*`` speak of whatever carries the frames, a user network as well."""
 
@@ -77,9 +72,7 @@ class NetMetrics(MetricGroup):
     rx_count: int = counter("receive operations done")
     tap_read_fails: int = counter("reads from the host's side that failed")
     tap_write_fails: int = counter("writes to the host's side that failed")
-    tap_write_agg: LatencyAggregate = attrs.field(
-        factory=LatencyAggregate, metadata=times("time of writes to the host's side")
-    )
+    tap_write_agg: LatencyAggregate = times("time of writes to the host's side")
     tx_bytes_count: int = counter("bytes sent by the guest")
     tx_malformed_frames: int = counter("frames refused as malformed")
     tx_fails: int = counter("failures to send")
@@ -92,7 +85,6 @@ class NetMetrics(MetricGroup):
     tx_remaining_reqs_count: int = counter("frames still in the queue when a notification had been handled")
 
 
-@attrs.define(eq=False)
 class VsockMetrics(MetricGroup):
     """``vsock``. ``rx`` is towards the guest, ``tx`` from it."""
 
@@ -118,7 +110,6 @@ class VsockMetrics(MetricGroup):
     rx_read_fails: int = counter("failures to read from the host's side")
 
 
-@attrs.define(eq=False)
 class EntropyMetrics(MetricGroup):
     """``entropy``."""
 
@@ -131,7 +122,6 @@ class EntropyMetrics(MetricGroup):
     rate_limiter_event_count: int = counter("wake-ups by the rate limiter")
 
 
-@attrs.define(eq=False)
 class ConsoleMetrics(MetricGroup):
     """``console``: the virtio console, all ports together. ``rx`` is towards the guest, ``tx`` from it."""
 

@@ -13,8 +13,6 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Final
 
-import attrs
-
 from asyncvmm.errors import ConfigError
 from asyncvmm.events.types import Metrics
 from asyncvmm.metrics.counters import Flushed, MetricGroup, added_up
@@ -42,23 +40,23 @@ _SINGLE: Final = tuple(name for name in GROUPS if name not in ("block", "net"))
 _log = logging.getLogger("asyncvmm.metrics")
 
 
-@attrs.define(eq=False)
 class VmMetrics:
     """The groups of one VM: one of a kind by attribute, disks and network cards by ``block`` and ``net``."""
 
-    balloon: BalloonMetrics = attrs.field(init=False, factory=BalloonMetrics)
-    console: ConsoleMetrics = attrs.field(init=False, factory=ConsoleMetrics)
-    entropy: EntropyMetrics = attrs.field(init=False, factory=EntropyMetrics)
-    i8042: I8042Metrics = attrs.field(init=False, factory=I8042Metrics)
-    latencies_us: LatenciesMetrics = attrs.field(init=False, factory=LatenciesMetrics)
-    signals: SignalMetrics = attrs.field(init=False, factory=SignalMetrics)
-    uart: UartMetrics = attrs.field(init=False, factory=UartMetrics)
-    vcpu: VcpuMetrics = attrs.field(init=False, factory=VcpuMetrics)
-    vmm: VmmMetrics = attrs.field(init=False, factory=VmmMetrics)
-    vsock: VsockMetrics = attrs.field(init=False, factory=VsockMetrics)
-    _blocks: dict[str, BlockMetrics] = attrs.field(init=False, factory=dict)
-    _nets: dict[str, NetMetrics] = attrs.field(init=False, factory=dict)
-    _sources: dict[str, Source] = attrs.field(init=False, factory=dict)
+    def __init__(self) -> None:
+        self.balloon = BalloonMetrics()
+        self.console = ConsoleMetrics()
+        self.entropy = EntropyMetrics()
+        self.i8042 = I8042Metrics()
+        self.latencies_us = LatenciesMetrics()
+        self.signals = SignalMetrics()
+        self.uart = UartMetrics()
+        self.vcpu = VcpuMetrics()
+        self.vmm = VmmMetrics()
+        self.vsock = VsockMetrics()
+        self._blocks: dict[str, BlockMetrics] = {}
+        self._nets: dict[str, NetMetrics] = {}
+        self._sources: dict[str, Source] = {}
 
     def block(self, drive_id: str) -> BlockMetrics:
         """The group of one disk, ``block_<drive_id>``; made when it is first asked for."""

@@ -2,19 +2,17 @@ from __future__ import annotations
 
 import sys
 
-import attrs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncvmm.metrics.counters import LatencyAggregate, MetricGroup, added_up, counter, store, times
+from asyncvmm.metrics.counters import LatencyAggregate, MetricGroup, added_up, counter, kinds, store, times
 
 
-@attrs.define(eq=False)
 class Kitchen(MetricGroup):
     eggs: int = counter("eggs boiled")
     degrees: int = store("heat of the water")
-    boiling: LatencyAggregate = attrs.field(factory=LatencyAggregate, metadata=times("time in the water"))
+    boiling: LatencyAggregate = times("time in the water")
 
 
 @pytest.fixture
@@ -62,6 +60,24 @@ def test_two_groups_of_a_class_share_nothing() -> None:
 def test_a_misspelt_field_is_an_error(kitchen: Kitchen) -> None:
     with pytest.raises(AttributeError):
         kitchen.egs = 1  # type: ignore[attr-defined]
+
+
+def test_a_group_shows_what_is_not_0(kitchen: Kitchen) -> None:
+    kitchen.degrees = 90
+    assert repr(kitchen).startswith("Kitchen(degrees=90, boiling=")
+
+
+def test_a_group_made_from_another_has_its_fields_first() -> None:
+    class Canteen(Kitchen):
+        plates: int = counter("plates filled")
+
+    canteen = Canteen()
+    canteen.plates += 2
+    canteen.eggs += 1
+    flushed = canteen.flush()
+    assert list(flushed) == ["eggs", "degrees", "boiling", "plates"]
+    assert (flushed["eggs"], flushed["plates"]) == (1, 2)
+    assert list(kinds(Kitchen)) == ["eggs", "degrees", "boiling"]
 
 
 def test_a_counter_that_begins_anew_counts_from_0(kitchen: Kitchen) -> None:
@@ -116,7 +132,8 @@ def test_updates_leave_nothing_behind_but_integers(kitchen: Kitchen) -> None:
 
 
 def test_the_sum_of_groups_adds_numbers_and_joins_aggregates() -> None:
-    one, other = Kitchen(eggs=1), Kitchen(eggs=2)
+    one, other = Kitchen(), Kitchen()
+    one.eggs, other.eggs = 1, 2
     for us in (4, 9):
         one.boiling.record(us)
     other.boiling.record(6)

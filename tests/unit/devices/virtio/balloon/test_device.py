@@ -5,7 +5,6 @@ from __future__ import annotations
 import struct
 from typing import Any
 
-import attrs
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -36,6 +35,7 @@ from asyncvmm.devices.virtio.ids import STATUS_ACKNOWLEDGE, STATUS_DRIVER, STATU
 from asyncvmm.devices.virtio.mmio import CONFIG, STATUS
 from asyncvmm.devices.virtio.queue import DESC_F_WRITE
 from asyncvmm.errors import ConfigError
+from asyncvmm.metrics.counters import kinds
 from asyncvmm.metrics.groups import BalloonMetrics
 from asyncvmm.testing.driver import Driver
 
@@ -81,8 +81,7 @@ def statistics(**values: int) -> bytes:
 
 def counted(device: VirtioBalloon) -> dict[str, Any]:
     """The counters that are not 0."""
-    names = (field.name for field in attrs.fields(BalloonMetrics) if not field.name.startswith("_"))
-    return {name: value for name in names if (value := getattr(device.metrics, name))}
+    return {name: value for name in kinds(BalloonMetrics) if (value := getattr(device.metrics, name))}
 
 
 # -- features and queues -----------------------------------------------------------------------------------------------
