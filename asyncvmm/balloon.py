@@ -16,6 +16,7 @@ import anyio
 
 from asyncvmm.devices.virtio.balloon.stats import PAGES_PER_MIB, BalloonStats
 from asyncvmm.errors import ConfigError, GuestError, StateError
+from asyncvmm.waiters import Waiters
 
 if TYPE_CHECKING:
     from asyncvmm.devices.virtio.balloon.device import VirtioBalloon
@@ -168,22 +169,3 @@ class DeviceBalloon:
             if not running:
                 raise StateError("balloon", expected="a guest with a driver for it", found="no driver")
             yield
-
-
-class Waiters:
-    """Tasks that wait for the next of something."""
-
-    def __init__(self) -> None:
-        self._events: list[anyio.Event] = []
-
-    def join(self) -> anyio.Event:
-        """An event that is set the next time."""
-        event = anyio.Event()
-        self._events.append(event)
-        return event
-
-    def wake(self) -> None:
-        """This is it."""
-        events, self._events = self._events, []
-        for event in events:
-            event.set()

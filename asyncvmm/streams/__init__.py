@@ -1,0 +1,1 @@
+"""Ports of a guest's virtio console as byte streams."""
