@@ -148,12 +148,23 @@ def image() -> None:
 @click.option("--name", default="default", show_default=True, help="The image's name.")
 @click.option("--kernel", type=FILE, metavar="FILE", help="bzImage or vmlinux to take.")
 @click.option("--modules", type=FILE, metavar="DIR", help="Its modules.")
-def image_build(name: str, kernel: Path | None, modules: Path | None) -> None:
+@click.option("--rootfs", type=FILE, metavar="DIR|TAR|OCI", help="What to make a root file system of.")
+@click.option("--rootfs-type", metavar="ext4|squashfs|erofs", help="Its type; ext4 if not given.")
+@click.option("--rootfs-size", type=int, metavar="MIB", help="Size of an ext4, MiB; what it needs and 64 if not given.")
+def image_build(
+    name: str,
+    kernel: Path | None,
+    modules: Path | None,
+    rootfs: Path | None,
+    rootfs_type: str | None,
+    rootfs_size: int | None,
+) -> None:
     """Build a bootable guest image from the distribution's packages."""
     with signals_held():
         from asyncvmm.commands import build
+        from asyncvmm.guest.rootfs import asked_rootfs
 
-    build(name, kernel, modules)
+    build(name, kernel, modules, asked_rootfs(rootfs, rootfs_type, rootfs_size))
 
 
 @image.command("list")

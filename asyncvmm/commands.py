@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import anyio
 import orjson
@@ -15,6 +16,9 @@ from asyncvmm.errors import ConfigError, HostError
 from asyncvmm.events.outputs import Output, WriteWatch, open_output
 from asyncvmm.events.types import Event, GuestExit, GuestPreExec, VmTimingEvent
 from asyncvmm.vm import VM
+
+if TYPE_CHECKING:
+    from asyncvmm.guest.rootfs import Rootfs
 
 OUTPUT_BYTES = 256 << 20
 """Bytes of a workload's output that are held for a stdout that is behind."""
@@ -135,12 +139,14 @@ def doctor(*, as_json: bool) -> None:
         render(report, Console())
 
 
-def build(name: str, kernel: Path | None, modules: Path | None) -> None:
+def build(name: str, kernel: Path | None, modules: Path | None, rootfs: Rootfs | None = None) -> None:
     """``asyncvmm image build``: progress on stderr, the image's directory on stdout."""
     from asyncvmm.guest.image import build_image
 
-    image = build_image(name, kernel=kernel, modules=modules, report=lambda line: print(line, file=sys.stderr))
-    print(image.directory)
+    def report(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    print(build_image(name, kernel=kernel, modules=modules, rootfs=rootfs, report=report).directory)
 
 
 def list_built() -> None:

@@ -1,7 +1,8 @@
 """Where built guest images live, and how one is put there: whole or not at all.
 
     $ASYNCVMM_HOME, else $XDG_CACHE_HOME/asyncvmm, else ~/.cache/asyncvmm
-      images/.built/<key>/   vmlinuz, initrd, manifest.json: immutable, named by the hash of what went in
+      images/.built/<key>/   vmlinuz, initrd, manifest.json, perhaps root.<type>: immutable, named by the hash of
+                             what went in
       images/<name>          a symbolic link to one of them, swapped by rename
 
 A VM that still reads an image is not disturbed when its name comes to mean a newer one.
@@ -29,6 +30,9 @@ FORMAT = 1
 """Version of the manifest's form."""
 
 KERNEL, INITRD, MANIFEST = "vmlinuz", "initrd", "manifest.json"
+ROOTS = {f"root.{kind}": kind for kind in ("ext4", "squashfs", "erofs")}
+"""A root file system's file, and its type."""
+
 _MAX_MANIFEST = 1 << 20
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
 _FIX = "run: asyncvmm image build"
@@ -36,13 +40,23 @@ _FIX = "run: asyncvmm image build"
 
 @attrs.frozen
 class Image:
-    """A guest image ready to boot. ``manifest`` names the versions and hashes of what went in and came out."""
+    """A guest image ready to boot. ``manifest`` names the versions and hashes of what went in and came out.
+
+    ``root`` is the root file system that was built with it, of type ``root_type``; None if there is none. Nobody may
+    write to it: a VM gets an overlay, or a copy.
+    """
 
     name: str
     directory: Path
     kernel: Path
     initrd: Path
     manifest: dict[str, Any] = attrs.field(repr=False)
+    root: Path | None = None
+
+    @property
+    def root_type(self) -> str | None:
+        """``ext4``, ``squashfs`` or ``erofs``; None if there is no root."""
+        return ROOTS[self.root.name] if self.root else None
 
 
 def home() -> Path:
@@ -93,22 +107,28 @@ def built(name: str, key: str) -> Image | None:
 
 def _load(name: str, directory: Path) -> Image:
     manifest = _read_manifest(directory / MANIFEST)
-    for file in (KERNEL, INITRD):
-        expected = manifest["outputs"][file]["size"]
+    for file, expected in _sizes(manifest).items():
         try:
             found = (directory / file).stat().st_size
         except OSError as error:
             raise _damaged(directory / file, f"{expected} bytes", error.strerror) from error
         if found != expected:
             raise _damaged(directory / file, f"{expected} bytes", f"{found} bytes")
-    return Image(name, directory, directory / KERNEL, directory / INITRD, manifest)
+    root = next((directory / file for file in ROOTS if file in _sizes(manifest)), None)
+    return Image(name, directory, directory / KERNEL, directory / INITRD, manifest, root)
+
+
+def _sizes(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The size of each file that belongs to the image. Raises KeyError, TypeError for what is no manifest."""
+    outputs = manifest["outputs"]
+    return {file: outputs[file]["size"] for file in (KERNEL, INITRD, *(file for file in ROOTS if file in outputs))}
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as stream:
             manifest = orjson.loads(stream.read(_MAX_MANIFEST))
-        sizes = [manifest["outputs"][file]["size"] for file in (KERNEL, INITRD)]
+        sizes = _sizes(manifest).values()
         version = manifest["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(path, "an image manifest", f"{type(error).__name__}: {error}") from error
@@ -147,8 +167,10 @@ def _remove_leftovers(images: Path) -> None:
             leftover.unlink(missing_ok=True)
 
 
-def publish(images: Path, name: str, key: str, files: Mapping[str, bytes]) -> Image:
+def publish(images: Path, name: str, key: str, files: Mapping[str, bytes | Path]) -> Image:
     """Put an image's files in the store under its key and let the name mean it. The lock must be held.
+
+    What is a path is moved there, from the same file system.
 
     A crash at any moment leaves the old image or the new one.
     """
@@ -158,7 +180,10 @@ def publish(images: Path, name: str, key: str, files: Mapping[str, bytes]) -> Im
     aside = Path(tempfile.mkdtemp(prefix=".new-", dir=images))
     aside.chmod(0o755)
     for file, content in files.items():
-        _write_durably(aside / file, content)
+        if isinstance(content, Path):
+            _move_durably(content, aside / file)
+        else:
+            _write_durably(aside / file, content)
     _sync_directory(aside)
     aside.rename(target)
     _sync_directory(target.parent)
@@ -182,6 +207,13 @@ def _write_durably(path: Path, content: bytes) -> None:
         os.fsync(stream.fileno())
 
 
+def _move_durably(source: Path, path: Path) -> None:
+    source.chmod(0o444)
+    with source.open("rb") as stream:
+        os.fsync(stream.fileno())
+    source.rename(path)
+
+
 def _sync_directory(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -193,3 +225,9 @@ def _sync_directory(path: Path) -> None:
 def sha256(data: bytes) -> str:
     """SHA-256 of the bytes, in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
+
+
+def sha256_of_file(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal. Raises OSError."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -178,6 +178,7 @@ CHECKS: dict[str, Callable[[], Problem]] = {
     "unprivileged": _unprivileged,
     "mount-namespaces": _mount_namespaces,
     "setpriv": _programs("setpriv"),
+    "zstd": _programs("zstd"),
     "e2fsprogs": _programs("mke2fs", "debugfs", "e2fsck"),
     "squashfs-tools": _programs("mksquashfs", "unsquashfs"),
     "erofs-utils": _programs("mkfs.erofs", "fsck.erofs"),
