@@ -56,6 +56,9 @@ MOST_CHAINS: Final = 16
 MOST_RELEASED: Final = 32 << 20
 """Bytes given back in one go: freeing 8192 pages takes milliseconds."""
 
+MOST_RANGES: Final = 1024
+"""Ranges given back in one go: each is a system call or two."""
+
 _WORD: Final = (1 << 32) - 1
 _NEEDED: Final = {
     STATS: VIRTIO_BALLOON_F_STATS_VQ,
@@ -222,15 +225,15 @@ class VirtioBalloon(VirtioDevice):
     # -- giving pages back -----------------------------------------------------------------------------------------
 
     def _release(self, part: int, queue: Queue) -> bool:
-        budget = MOST_RELEASED
+        size_left, count_left = MOST_RELEASED, MOST_RANGES
         for _ in range(MOST_CHAINS):
             release = self._current(part, queue)
             if release is None:
                 return False
-            now, release.rest = cut(release.rest, budget)
+            now, release.rest = cut(release.rest, size_left, count_left)
             if now:
                 self._give_back(release, now)
-            budget -= total(now)
+            size_left, count_left = size_left - total(now), count_left - len(now)
             if release.rest:
                 return True
             del self._releases[part]

@@ -71,13 +71,14 @@ def total(ranges: Iterable[Range]) -> int:
     return sum(size for _, size in ranges)
 
 
-def cut(ranges: Sequence[Range], most: int) -> tuple[list[Range], list[Range]]:
-    """The first ``most`` bytes of the ranges, and the rest."""
+def cut(ranges: Sequence[Range], size: int, count: int) -> tuple[list[Range], list[Range]]:
+    """The first ``size`` bytes of the first ``count`` ranges, and the rest."""
     taken: list[Range] = []
-    for place, (address, size) in enumerate(ranges):
-        if size > most:
-            head = [(address, most)] if most else []
-            return taken + head, [(address + most, size - most), *ranges[place + 1 :]]
-        taken.append((address, size))
-        most -= size
+    for place, (address, length) in enumerate(ranges):
+        if place == count or not size:
+            return taken, list(ranges[place:])
+        if length > size:
+            return [*taken, (address, size)], [(address + size, length - size), *ranges[place + 1 :]]
+        taken.append((address, length))
+        size -= length
     return taken, []

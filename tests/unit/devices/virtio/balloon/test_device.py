@@ -20,6 +20,7 @@ from asyncvmm.devices.virtio.balloon.device import (
     FREE_PAGE_HINT_CMD_ID,
     INFLATE,
     MOST_CHAINS,
+    MOST_RANGES,
     MOST_RELEASED,
     NUM_PAGES,
     REPORTING,
@@ -177,6 +178,19 @@ def test_one_turn_handles_a_bounded_number_of_requests() -> None:
     assert len(driver.used(INFLATE)) == MOST_CHAINS
     assert not driver.transport.kick(INFLATE)
     assert device.metrics.inflate_count == MOST_CHAINS + 1
+
+
+def test_one_turn_gives_a_bounded_number_of_ranges_back() -> None:
+    device, host = balloon(ram=1 << 40)
+    driver = Driver(device, memory_size=RAM)
+    for request in range(3):
+        driver.send(INFLATE, [words(*range(request * 2000, request * 2000 + 1000, 2))])
+    assert driver.transport.kick(INFLATE)
+    assert len(host.released) == MOST_RANGES
+    assert len(driver.used(INFLATE)) == 2
+    assert not driver.transport.kick(INFLATE)
+    assert len(host.released) == 1500
+    assert counted(device) == {"inflate_count": 3}
 
 
 def test_a_large_report_is_given_back_in_turns_and_returned_at_the_end() -> None:

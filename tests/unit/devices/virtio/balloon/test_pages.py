@@ -56,10 +56,11 @@ def test_whole_pages_lie_in_one_of_the_ranges_and_are_named_once(ranges: list[Ra
     assert total(found) == len(expected) * PAGE_BYTES
 
 
-@given(RANGES, st.integers(0, 60 * PAGE_BYTES))
-def test_what_is_cut_in_two_is_the_same_together(ranges: list[Range], most: int) -> None:
-    now, later = cut(ranges, most)
-    assert total(now) == min(most, total(ranges))
+@given(RANGES, st.integers(0, 60 * PAGE_BYTES), st.integers(0, 12))
+def test_what_is_cut_in_two_is_the_same_together(ranges: list[Range], most: int, count: int) -> None:
+    now, later = cut(ranges, most, count)
+    assert total(now) == min(most, total(ranges[:count]))
+    assert len(now) <= count
     joined = now + later
     if now and later and sum(now[-1]) == later[0][0] and len(joined) > len(ranges):
         joined = [*now[:-1], (now[-1][0], now[-1][1] + later[0][1]), *later[1:]]
