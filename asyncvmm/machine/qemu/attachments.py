@@ -5,13 +5,19 @@ from __future__ import annotations
 import asyncio
 import os
 import stat
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from asyncvmm.device_config import DriveConfig
-from asyncvmm.errors import ConfigError
 from asyncvmm.machine.base import BootPlan
 from asyncvmm.machine.qemu.channel import Channel
 from asyncvmm.machine.qemu.devices import CONSOLE, DeviceEnds, DriveEnd
 from asyncvmm.machine.qemu.ports import ChannelStream
+from asyncvmm.storage.errors import DriveError
+from asyncvmm.storage.lock import lock_image
+
+if TYPE_CHECKING:
+    from asyncvmm.vsock.host import VsockHost
 
 
 class Attachments:
@@ -22,11 +28,12 @@ class Attachments:
         self._drives: list[DriveEnd] = []
         self._channels: dict[str, Channel] = {}
         self.ports: dict[str, ChannelStream] = {}
+        self.vsock: VsockHost | None = None
 
     def open_drives(self) -> None:
-        """Open every drive for QEMU. Blocking. Raises ConfigError for one that cannot be had; ``close`` frees it."""
+        """Open every drive for QEMU. Blocking. Raises DriveError, DriveBusy; ``close`` frees what was opened."""
         for drive in self._plan.resources.drives:
-            self._drives.append(_open_drive(drive.config, os.fspath(drive.path)))
+            self._drives.append(_open_drive(drive.config, drive.path))
 
     def connect(self, loop: asyncio.AbstractEventLoop) -> DeviceEnds:
         """Pair the sockets; QEMU's ends of everything. Raises MachineError when there are no descriptors left."""
@@ -51,23 +58,20 @@ class Attachments:
             port.finish()
 
 
-def _open_drive(config: DriveConfig, path: str) -> DriveEnd:
-    """A regular file or a block device; a FIFO, say, could keep its opener waiting."""
+def _open_drive(config: DriveConfig, path: Path) -> DriveEnd:
+    """Locked as QEMU will lock it itself, but with an error that says so before there is a QEMU."""
     access = os.O_RDONLY if config.read_only else os.O_RDWR
-    kind = "read" if config.read_only else "write"
-    expected = f"a file or block device to {kind}"
+    what, expected = f"drive {config.id}", f"a file or block device to {'read' if config.read_only else 'write'}"
     try:
-        fd = os.open(path, access | os.O_CLOEXEC | os.O_NONBLOCK)
+        fd = os.open(path, access | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO could keep its opener waiting
     except OSError as error:
-        found = os.strerror(error.errno or 0)
-        raise ConfigError(f"drive {config.id} ({path})", expected=expected, found=found) from error
-    mode = os.fstat(fd).st_mode
-    if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+        raise DriveError(what, expected=expected, found=f"{path}: {os.strerror(error.errno or 0)}") from error
+    try:
+        mode = os.fstat(fd).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+            raise DriveError(what, expected=expected, found=f"{path}: neither")
+        lock_image(fd, path, writer=not config.read_only)
+    except BaseException:
         os.close(fd)
-        raise ConfigError(f"drive {config.id} ({path})", expected=expected, found=_kind(mode))
+        raise
     return DriveEnd(fd, stat.S_ISBLK(mode))
-
-
-def _kind(mode: int) -> str:
-    kinds = {stat.S_IFDIR: "a directory", stat.S_IFCHR: "a character device", stat.S_IFIFO: "a FIFO"}
-    return kinds.get(stat.S_IFMT(mode), "something else")

@@ -10,7 +10,7 @@ import asyncio
 import os
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from asyncvmm.effects import Effect, Port, SerialOutput, Stopped, StopReason
 from asyncvmm.errors import MachineError, StateError
@@ -39,6 +39,9 @@ from asyncvmm.machine.qemu.reasons import debug_exit_code, is_contention, reason
 from asyncvmm.machine.waiting import in_thread, wait_out
 from asyncvmm.metrics.vm_metrics import VmMetrics
 from asyncvmm.timing.timeline import Timeline
+
+if TYPE_CHECKING:
+    from asyncvmm.vsock.host import VsockHost
 
 DRY_READS = 8
 """Most reads that empty the console before the control line is read; more is a guest that floods."""
@@ -173,6 +176,11 @@ class QemuMachine:
     def ports(self) -> Mapping[str, ChannelStream]:
         """The virtio console's ports by name, from the start on; their bytes outlive the machine."""
         return self._attachments.ports
+
+    @property
+    def vsock(self) -> VsockHost | None:
+        """The host's end of the guest's sockets, from the start on; None without a vsock device."""
+        return self._attachments.vsock
 
     # -- starting --------------------------------------------------------------------------------------------------
 

@@ -1,71 +1,73 @@
-"""A console port's socket as a byte stream. What is not read stays in the socket, and holds its writer back there."""
+"""A console port's socket as a byte stream, as PortStream (asyncvmm/streams/port.py) is to the KVM machine.
+
+What is not read stays in the socket, and holds its writer back there. A socket does not say when the guest opens and
+closes its end: the stream's end is that of the guest's machine. Its last bytes outlive that, its descriptor does not.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import anyio
-import anyio.lowlevel
 from anyio.abc import ByteStream
+from anyio.lowlevel import checkpoint
 
 from asyncvmm.errors import StateError
 from asyncvmm.machine.qemu.channel import READ_SIZE, Channel
 
 
 class ChannelStream(ByteStream):
-    """The host's half of the port ``name``. Its end is the end of the guest's machine."""
+    """The host's half of the port ``name``."""
 
     def __init__(self, name: str, channel: Channel) -> None:
         self.name = name
         self._channel = channel
         self._rest = b""
-        self._receiving = False
-        self._closed = False
+        self._receive_guard = anyio.ResourceGuard("reading from")
+        self._send_guard = anyio.ResourceGuard("writing to")
+        self._closed = self._sent_eof = False
 
     async def receive(self, max_bytes: int = 65536) -> bytes:
-        """Some bytes that the guest wrote, as soon as there are any.
+        """The next bytes, at least one.
 
-        Raises EndOfStream when the guest's machine has ended and all is read, ClosedResourceError after ``aclose``,
-        BusyResourceError if another task receives.
+        Raises EndOfStream when the guest's machine has ended and all is read, ClosedResourceError, BusyResourceError.
         """
-        await anyio.lowlevel.checkpoint()
-        if self._receiving:
-            raise anyio.BusyResourceError("receiving from")
-        self._receiving = True
-        try:
+        if max_bytes < 1:
+            raise ValueError("max_bytes must be a positive integer")
+        with self._receive_guard:
+            await checkpoint()
             while not (data := self._take(max_bytes)):
                 self._check_open()
                 if self._channel.ended or self._channel.closed:
                     raise anyio.EndOfStream
                 await self._channel.wait_readable()
             return data
-        finally:
-            self._receiving = False
 
     async def send(self, item: bytes) -> None:
-        """Send all of ``item``; returns when the port's socket has taken it. Cancelled, it has sent a beginning.
+        """Returns when the port's socket has all of it; cancelled, it has a beginning of it.
 
-        Raises BrokenResourceError when the guest's machine has ended, ClosedResourceError after ``aclose``.
+        Raises BrokenResourceError when the guest's machine has ended, ClosedResourceError, BusyResourceError.
         """
-        await anyio.lowlevel.checkpoint()
-        self._check_open()
-        try:
-            await self._channel.write(item)
-        except StateError as error:
-            self._check_open()
-            raise anyio.BrokenResourceError from error
+        with self._send_guard:
+            await checkpoint()
+            if self._closed or self._sent_eof:
+                raise anyio.ClosedResourceError
+            try:
+                await self._channel.write(item)
+            except StateError as error:
+                self._check_open()
+                raise anyio.BrokenResourceError from error
 
     async def send_eof(self) -> None:
-        """Nothing: a port has no half that could be closed alone."""
+        """Send no more. The guest does not hear of it: QEMU would take half a connection for none."""
         self._check_open()
+        self._sent_eof = True
+        await checkpoint()
 
     async def aclose(self) -> None:
-        """Close the port: the guest sees its host's side gone, for good. May be called again."""
+        """Give the port up: the guest sees it closed, and what nobody has read is lost. May be called again."""
         self._closed = True
         self._rest = b""
         self._channel.close()
-        await anyio.lowlevel.checkpoint()
+        await checkpoint()
 
     def finish(self) -> None:
         """The machine has ended: keep what it left in the socket, which is bounded, and free the socket."""
@@ -74,11 +76,6 @@ class ChannelStream(ByteStream):
             left.append(data)
         self._rest += b"".join(left)
         self._channel.close()
-
-    @property
-    def extra_attributes(self) -> Mapping[Any, Any]:
-        """None are known."""
-        return {}
 
     def _take(self, size: int) -> bytes:
         if self._rest:
