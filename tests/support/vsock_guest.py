@@ -28,6 +28,7 @@ from asyncvmm.metrics.groups import VsockMetrics
 from asyncvmm.testing.driver import Driver
 
 CID = 3
+PATIENCE_S = 10
 RX_BUFFERS, RX_BUFFER = 16, 4096
 
 
@@ -190,6 +191,7 @@ class GuestKernel(Guest):
         elif head.op == OP_SHUTDOWN:
             peer.ended_by_host = True
             if head.flags == SHUTDOWN_BOTH and self.answers_close:
+                peer.got += peer.buffered
                 peer.over = True
                 self.say(OP_RST, key, peer)
 
@@ -243,5 +245,6 @@ class GuestKernel(Guest):
             await asyncio.sleep(0 if self.step() else 0.001)
 
     async def until(self, condition: Callable[[], object]) -> None:
-        while not condition():  # noqa: ASYNC110 (and nobody tells what it does)
-            await asyncio.sleep(0.001)
+        async with asyncio.timeout(PATIENCE_S):
+            while not condition():  # noqa: ASYNC110 (and nobody tells what it does)
+                await asyncio.sleep(0.001)
