@@ -7,6 +7,7 @@ left to itself, and ends nothing else (it is a daemon).
 from __future__ import annotations
 
 import threading
+import time
 from asyncio import AbstractEventLoop, Event
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -25,8 +26,15 @@ from asyncvmm.storage.opening import open_image
 from asyncvmm.storage.overlay import Overlay
 from asyncvmm.storage.work import merged, work_on
 
-_DELIVERY: Final = 64
-"""Requests given back in one turn of the loop."""
+HOLD_NS: Final = 500_000
+"""How long a request that is done waits for the others of its batch, at the most.
+
+A loop that is woken meanwhile fights with this thread for the interpreter at every system call: with 32 small writes
+under way, one wake-up for all of them makes the disk twice as fast, and none of them later.
+"""
+
+_DELIVERY: Final = 8
+"""Batches given back in one turn of the loop."""
 
 CLOSE_TIMEOUT_S: Final = 10.0
 
@@ -57,22 +65,22 @@ class Disk:
         """Be ready for requests; ``deliver`` is given them back, on ``loop``, each exactly once."""
 
         def turn() -> None:
-            if batch := self._done.drain(_DELIVERY):
-                deliver(batch)
+            if batches := self._done.drain(_DELIVERY):
+                deliver([request for batch in batches for request in batch])
 
         self._loop, self._turn = loop, turn
-        self._done: Mailbox[BlockRequest] = Mailbox(lambda: loop.call_soon_threadsafe(turn))
+        self._done: Mailbox[Sequence[BlockRequest]] = Mailbox(lambda: loop.call_soon_threadsafe(turn))
         self._holds_memory = True
-        self._thread = threading.Thread(target=self._work, name=f"disk-{self.name}", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._work, name=f"disk-{self.name}", daemon=True)
+        thread.start()
+        self._thread = thread
 
     # -- on the loop -----------------------------------------------------------------------------------------------
 
     def submit(self, requests: Sequence[BlockRequest]) -> None:
         """See BlockBackend. After ``close`` they come back as failed."""
         if self._closing:
-            for request in requests:
-                self._give_back(request, "the disk is closed")
+            self._done.post(_failed(requests, "the disk is closed"))
         else:
             self._batches.put((self._epoch, requests))
 
@@ -129,8 +137,15 @@ class Disk:
         if item is None:
             return False
         epoch, batch = item
+        done: list[BlockRequest] = []
+        until_ns = time.monotonic_ns() + HOLD_NS
         for group in merged(batch):
-            self._carry_out(epoch, group)
+            done += self._carry_out(epoch, group)
+            if time.monotonic_ns() > until_ns:
+                self._done.post(done)
+                done, until_ns = [], time.monotonic_ns() + HOLD_NS
+        if done:
+            self._done.post(done)
         return True
 
     def _close_image(self) -> None:
@@ -139,19 +154,17 @@ class Disk:
         except OSError as error:
             self._problem = error.strerror
 
-    def _carry_out(self, epoch: int, group: Sequence[BlockRequest]) -> None:
+    def _carry_out(self, epoch: int, group: Sequence[BlockRequest]) -> Sequence[BlockRequest]:
         if epoch != self._epoch:
-            for request in group:
-                self._give_back(request, "abandoned")
-            return
+            return _failed(group, "abandoned")
         work_on(self._image, group, unsafe=self._unsafe)
-        for request in group:
-            self._give_back(request, request.failed)
+        return group
 
-    def _give_back(self, request: BlockRequest, failed: str | None) -> None:
-        request.failed = failed
-        request.views = ()
-        self._done.post(request)
+
+def _failed(requests: Sequence[BlockRequest], why: str) -> Sequence[BlockRequest]:
+    for request in requests:
+        request.failed = why
+    return requests
 
 
 async def open_disk(drive: DriveConfig, overlay: Overlay | None = None) -> Disk:

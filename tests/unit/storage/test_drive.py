@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import anyio
+import anyio.to_thread
 import pytest
 
 from asyncvmm.device_config import CacheMode, DriveConfig
@@ -103,3 +104,30 @@ async def test_closing_answers_nobody_any_more(guest: Guest) -> None:
     guest.send(IN, 0, room=512)
     (used,) = await guest.wait(1)
     assert used.data[-1:] == b"\1"
+
+
+async def test_resets_on_another_thread_at_any_moment_do_no_harm(guest: Guest) -> None:
+    loop, driver, device = asyncio.get_running_loop(), guest.driver, guest.shell.device
+
+    def kick() -> None:
+        if driver.transport.kick(0):
+            loop.call_soon(kick)
+
+    def vcpu() -> None:
+        for turn in range(150):
+            for number in range(turn % 12):
+                guest.send((IN, OUT)[number & 1], number, b"v" * 512 * (number & 1), 512 * (~number & 1))
+            loop.call_soon_threadsafe(kick)
+            if turn % 3:
+                os.sched_yield()
+            with device.session():  # the device's lock, which a register access has as well
+                driver.reset()
+                driver.start()
+
+    await anyio.to_thread.run_sync(vcpu)
+    with anyio.fail_after(20):
+        await guest.shell.drained()
+    assert not driver.needs_reset
+    guest.send(IN, 1024, room=512)
+    (used,) = await guest.wait(1)
+    assert used.data == CONTENT[1024 * 512 : 1025 * 512] + b"\0"

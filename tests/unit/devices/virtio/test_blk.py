@@ -447,6 +447,18 @@ def test_one_turn_takes_a_bounded_number_of_requests(rig: Rig) -> None:
     assert (rig.metrics.queue_event_count, rig.metrics.remaining_reqs_count) == (1, 1)
 
 
+def test_one_turn_reads_a_bounded_number_of_bytes_at_once(rig: Rig) -> None:
+    os.truncate(rig.path, 4 << 20)
+    rig.device.size = 4 << 20
+    rig.backend.at_once = True
+    rig.image.read(0, 4 << 20)
+    for _ in range(4):
+        rig.driver.send(0, [struct.pack("<IIQ", IN, 0, 0)], [600 << 10, 1])
+    assert rig.driver.transport.kick(0) is False
+    assert len(rig.driver.used(0)) == 1
+    assert len(rig.backend.held) == 3
+
+
 def test_a_kick_for_nothing_is_counted(rig: Rig) -> None:
     rig.driver.kick(0)
     assert (rig.metrics.queue_event_count, rig.metrics.no_avail_buffer) == (1, 1)
