@@ -13,6 +13,8 @@ import pytest
 from asyncvmm.guest import cpio
 from asyncvmm.guest.archive import GuestNet, RootMount, workload_archive
 from asyncvmm.guest.image import find_image
+from asyncvmm.guest.mkfs import TYPES, FilesystemType
+from asyncvmm.guest.rootfs import Rootfs, build_root, open_source
 from asyncvmm.guest.sources import find_busybox
 from tests.support.hand_started import Guest, start_guest
 from tests.support.probes import probe_programs
@@ -61,22 +63,10 @@ def tree(tmp_path: Path) -> Path:
     return root
 
 
-def _ext4(tree: Path) -> Path:
-    image = tree.with_name("root.ext4")
-    _run("mke2fs", "-q", "-t", "ext4", "-d", str(tree), str(image), "64M")
-    return image
-
-
-def _squashfs(tree: Path) -> Path:
-    image = tree.with_name("root.squashfs")
-    _run("mksquashfs", str(tree), str(image), "-quiet", "-no-progress")
-    return image
-
-
-def _erofs(tree: Path) -> Path:
-    image = tree.with_name("root.erofs")
-    _run("mkfs.erofs", "--quiet", "-zlz4hc", str(image), str(tree))
-    return image
+def _make(tree: Path, fstype: FilesystemType = "ext4") -> Path:
+    rootfs, images = Rootfs(tree, fstype), tree.with_name("images")
+    images.mkdir()
+    return build_root(rootfs, open_source(rootfs), images, lambda _: None)
 
 
 def _run(*command: str) -> bytes:
@@ -101,7 +91,7 @@ def _workload(script: str) -> list[str]:
 @pytest.mark.requires("e2fsprogs")
 @pytest.mark.parametrize("machine", MACHINES)
 def test_a_workload_writes_to_its_ext4_root_and_the_host_finds_it_whole(start: Start, tree: Path, machine: str) -> None:
-    image = _ext4(tree)
+    image = _make(tree)
     asked = _run("sha256sum", str(tree / "asked")).split()[0].decode()
     archive = workload_archive(_workload(WRITE), root=RootMount("vda", "ext4"))
     guest = start(machine, archive, *_drive(machine, image))
@@ -116,11 +106,11 @@ def test_a_workload_writes_to_its_ext4_root_and_the_host_finds_it_whole(start: S
 
 
 @pytest.mark.requires("e2fsprogs", "squashfs-tools", "erofs-utils")
-@pytest.mark.parametrize("make", [_ext4, _squashfs, _erofs])
+@pytest.mark.parametrize("fstype", TYPES)
 def test_what_cannot_be_written_is_recognised_and_gets_a_layer_that_can(
-    start: Start, tree: Path, make: Callable[[Path], Path]
+    start: Start, tree: Path, fstype: FilesystemType
 ) -> None:
-    image = make(tree)
+    image = _make(tree, fstype)
     before = image.read_bytes()
     root = RootMount("vda", "auto", read_only=True)
     guest = start("microvm", workload_archive(_workload(WRITE), root=root), *_drive("microvm", image, read_only=True))
@@ -137,7 +127,7 @@ def test_everything_is_ready_when_init_ok_is_said_and_the_mounts_have_moved_alon
         "ls -1d /dev/null /dev/pts /proc/1 /sys/class /run /tmp; stat -f -c %T /tmp; ls /asyncvmm; cat /proc/1/comm"
     )
     archive = workload_archive(_workload(script), root=RootMount("vda"))
-    guest = start("q35", archive, *_drive("q35", _ext4(tree)))
+    guest = start("q35", archive, *_drive("q35", _make(tree)))
     output = _output(guest)
     assert output[:7] == ["/dev/null", "/dev/pts", "/proc/1", "/run", "/sys/class", "/tmp", "tmpfs"]
     assert "/asyncvmm: No such file" in output[7]
@@ -152,15 +142,37 @@ printf '#!/bin/sh\n/probe/ioperm\necho helper=$? > /run/said\n' > /h; /bin/busyb
 echo '|/h' > /proc/sys/kernel/core_pattern; /probe/outb
 for i in 1 2 3 4 5 6 7 8 9 10; do [ -s /run/said ] || /bin/busybox sleep 0.1; done; cat /run/said"""
     archive = workload_archive(_workload(script), root=RootMount("vda"))
-    output = _output(start("microvm", archive, *_drive("microvm", _ext4(tree))))
+    output = _output(start("microvm", archive, *_drive("microvm", _make(tree))))
     for probe in ("ioperm", "attach", "serial", "helper"):
         assert f"{probe}={EPERM}" in output
 
 
 @pytest.mark.requires("e2fsprogs")
+def test_a_root_is_put_down_whole_though_its_workload_is_still_writing(start: Start, tree: Path) -> None:
+    image = _make(tree)
+    script = "(while :; do echo more >> /log; done) & cat /dev/zero > /zeros"
+    guest = start("microvm", workload_archive(_workload(script), root=RootMount("vda")), *_drive("microvm", image))
+    guest.wait_for("heartbeat counter=2")
+    assert guest.power_off() == 0
+    assert "needs_recovery" not in _run("dumpe2fs", "-h", str(image)).decode()
+    _run("e2fsck", "-fn", str(image))
+
+
+@pytest.mark.requires("e2fsprogs")
+def test_an_ext4_that_was_not_put_down_whole_can_be_read_all_the_same(start: Start, tree: Path) -> None:
+    image = _make(tree)
+    guest = start("microvm", workload_archive(_workload("sync; cat"), root=RootMount("vda")), *_drive("microvm", image))
+    guest.wait_for("workload-pre-exec")
+    guest.end()
+    assert "needs_recovery" in _run("dumpe2fs", "-h", str(image)).decode()
+    archive = workload_archive(_workload("ls /asked"), root=RootMount("vda", read_only=True))
+    assert _output(start("microvm", archive, *_drive("microvm", image, read_only=True))) == ["/asked"]
+
+
+@pytest.mark.requires("e2fsprogs")
 def test_an_armed_workload_in_a_root_waits_for_its_go(start: Start, tree: Path) -> None:
     archive = workload_archive(_workload("echo $A"), ["A=begun"], arm_pre_exec=True, root=RootMount("vda"))
-    guest = start("microvm", archive, *_drive("microvm", _ext4(tree)))
+    guest = start("microvm", archive, *_drive("microvm", _make(tree)))
     guest.wait_for("heartbeat counter=1")
     assert b"begun" not in guest.console
     guest.send(b"go 00 1234567890000000000\n")
@@ -210,10 +222,10 @@ def _card(machine: str) -> list[str]:
     return ["-netdev", "user,id=net", "-device", f"virtio-net-{SUFFIX[machine]},netdev=net"]
 
 
-@pytest.mark.parametrize("machine", MACHINES)
-@pytest.mark.parametrize(
-    "net", [GuestNet(), GuestNet(address="10.0.2.15/24", gateway="10.0.2.2", dns="10.0.2.3")], ids=["dhcp", "static"]
-)
+STATIC = GuestNet(address="10.0.2.15/24", gateway="10.0.2.2", dns="10.0.2.3")
+
+
+@pytest.mark.parametrize(("machine", "net"), [("microvm", GuestNet()), ("q35", STATIC)], ids=["dhcp", "static"])
 def test_a_workload_finds_its_network_up(start: Start, web_server: int, net: GuestNet, machine: str) -> None:
     script = f"""wget -q -O - http://10.0.2.2:{web_server}/
 ip -4 -o addr show eth0 | grep -o 'inet [^ ]*'; ip route | grep -o 'default via [^ ]*'; cat /etc/resolv.conf"""
@@ -231,7 +243,7 @@ ip -4 -o addr show eth0 | grep -o 'inet [^ ]*'; ip route | grep -o 'default via 
 def test_name_servers_are_written_where_the_workload_looks(start: Start, tree: Path) -> None:
     (tree / "etc/resolv.conf").symlink_to("/proc/sys/kernel/hostname")
     archive = workload_archive(_workload("cat /etc/resolv.conf"), root=RootMount("vda"), net=GuestNet())
-    guest = start("microvm", archive, *_drive("microvm", _ext4(tree)), *_card("microvm"))
+    guest = start("microvm", archive, *_drive("microvm", _make(tree)), *_card("microvm"))
     assert _output(guest) == ["nameserver 10.0.2.3"]
 
 

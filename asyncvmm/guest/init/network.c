@@ -181,6 +181,7 @@ static const char *ask_dhcp(char *interface)
 		return "link";
 	if (!run_udhcpc(interface) || read_file(LEASE, lease, sizeof lease) <= 0)
 		return "dhcp";
+	unlink(LEASE);
 	strip_newline(lease);
 	strsep(&next, " ");
 	return next ? carry_out(interface, next) : "dhcp";
