@@ -98,9 +98,13 @@ class Driver:
         self.accept(self._wanted)
         self.write(STATUS, _READY | STATUS_FEATURES_OK)
         assert self.read(STATUS) & STATUS_FEATURES_OK, "the device refused the features"
+        self.set_up_queues()
+        self.write(STATUS, _READY | STATUS_FEATURES_OK | STATUS_DRIVER_OK)
+
+    def set_up_queues(self) -> None:
+        """Give the device rings for all its queues, empty."""
         share = len(self.memory) // max(1, len(self.device.queues))
         self.queues = [self._set_up(index, share) for index in range(len(self.device.queues))]
-        self.write(STATUS, _READY | STATUS_FEATURES_OK | STATUS_DRIVER_OK)
 
     def accept(self, features: int) -> None:
         """Write the driver's features."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Final
 
-from asyncvmm.devices.checks import hex_bytes, integer
+from asyncvmm.devices.checks import hex_bytes, integer, mapping
 from asyncvmm.devices.virtio.device import VirtioDevice
 from asyncvmm.devices.virtio.ids import (
     STATUS_DEVICE_NEEDS_RESET,
@@ -274,8 +274,15 @@ class VirtioMmio:
     def _activate(self) -> None:
         try:
             self.device.activate()
+            self._serve_early_kicks()
         except GuestFault as fault:
             self._fail("activate_fails", fault)
+
+    def _serve_early_kicks(self) -> None:
+        """What was made available before DRIVER_OK: Linux' balloon driver kicks too early, and never again."""
+        for index, queue in enumerate(self.device.queues):
+            if queue.available():
+                self._notify(index)
 
     def reset(self) -> None:
         """As after power-on. When it returns, no guest memory of former queues is written any more."""
@@ -313,10 +320,17 @@ class VirtioMmio:
                 return
             try:
                 yield True
+                self._rearm()
             except GuestFault as fault:
                 self._fail("event_fails", fault)
             finally:
                 self._interrupt_for_used()
+
+    def _rearm(self) -> None:
+        """A chain may have been popped outside of ``kick``."""
+        for index, queue in enumerate(self.device.queues):
+            if queue.rearm():
+                self._notify(index)
 
     def _interrupt_for_used(self) -> None:
         wanted = False
@@ -418,7 +432,7 @@ class VirtioMmio:
                 queue.restore(record, self._memory, **rings)
         except GuestFault as fault:
             raise ConfigError("saved queue", expected="one in guest RAM", found=str(fault)) from None
-        device.restore(state.get("device") or {})
+        device.restore(mapping(state, "device"))
         self._select_queue(self._queue_sel)
         self._show_config()
         self._words[CONFIG_GENERATION // 4] = integer(state, "config_generation", _LOW)

@@ -13,7 +13,7 @@ import struct
 from collections.abc import Mapping
 from typing import Any, Final
 
-from asyncvmm.devices.checks import integer
+from asyncvmm.devices.checks import boolean, integer
 from asyncvmm.devices.virtio.memory import GuestFault, GuestView
 
 DESC_F_NEXT: Final = 1
@@ -31,6 +31,8 @@ MOST_BYTES: Final = 1 << 32
 
 _DESCRIPTOR = struct.Struct("<QIHH")
 _WRAP: Final = 0xFFFF
+_MOST_SIZE: Final = (1 << 32) - 1
+"""Of a queue that is not ready: whatever the driver wrote to the register."""
 
 
 class Chain:
@@ -100,7 +102,7 @@ class Queue:
         self.ready = False
         self.event_idx = self.indirect = False
         self.in_flight = 0
-        self._next_avail = self._next_used = self._signalled = 0
+        self._next_avail = self._next_used = self._signalled = self._armed = 0
         self._memory: GuestView | None = None
         self._table = self._avail = self._used = self._used_flags = memoryview(b"")
 
@@ -204,6 +206,7 @@ class Queue:
         """Ask the guest to kick for the next chain. Look at ``available`` afterwards: one may have come before."""
         if not self.ready or self._memory is None:
             return
+        self._armed = self._next_avail
         if self.event_idx:
             self._used_flags[2 + 4 * self.size] = self._next_avail
             self._memory.mark(self.device_area + 4 + 8 * self.size, 2)
@@ -211,6 +214,18 @@ class Queue:
             self._used_flags[0] = 0
             self._memory.mark(self.device_area, 4)
         self._memory.fence()
+
+    def rearm(self) -> bool:
+        """With event indices, ask for a kick for the next chain if one was popped since that was last asked: the
+        driver would take the old place for passed, and kick no more. True: a chain came in between, without a kick.
+
+        Raises GuestFault.
+        """
+        if not self.ready or not self.event_idx or self._armed == self._next_avail:
+            return False
+        emptied = not self.available()
+        self.enable_notification()
+        return emptied and self.available() > 0
 
     # -- walking ---------------------------------------------------------------------------------------------------
 
@@ -280,11 +295,11 @@ class Queue:
     def restore(self, state: Mapping[str, Any], memory: GuestView, *, event_idx: bool, indirect: bool) -> None:
         """Become what ``state`` says. Raises ConfigError for what no queue can be, GuestFault as ``enable``."""
         self.reset()
-        self.size = integer(state, "size", self.max_size)
+        self.size = integer(state, "size", _MOST_SIZE)
         self.descriptors = integer(state, "descriptors", (1 << 64) - 1)
         self.driver_area = integer(state, "driver_area", (1 << 64) - 1)
         self.device_area = integer(state, "device_area", (1 << 64) - 1)
-        if state.get("ready"):
+        if boolean(state, "ready"):
             self.enable(memory, event_idx=event_idx, indirect=indirect)
         self._next_avail = integer(state, "next_avail", _WRAP)
         self._next_used = integer(state, "next_used", _WRAP)

@@ -130,6 +130,48 @@ def test_the_device_says_where_it_wants_to_be_kicked_next() -> None:
     assert driver.queue(0).avail_event == 1
 
 
+def test_a_chain_taken_without_a_kick_moves_the_place_of_the_next_kick() -> None:
+    device = Echo()
+    driver = Driver(device, event_idx=True)
+    for expected in (1, 2):
+        driver.send(0, [b"x"], [1])
+        with device.session():
+            device.finish(0, device.queues[0].pop() or pytest.fail("no chain"))
+        assert driver.queue(0).avail_event == expected
+
+
+def test_a_chain_that_comes_as_the_place_is_moved_is_served_all_the_same() -> None:
+    device = Echo()
+    driver = Driver(device, event_idx=True)
+    driver.send(0, [b"x"], [1])
+    fence, late = driver.view.fence, [b"late"]
+
+    def come_late() -> None:
+        if late:
+            driver.send(0, [late.pop()], [4])
+        fence()
+
+    driver.view.fence = come_late
+    with device.session():
+        device.finish(0, device.queues[0].pop() or pytest.fail("no chain"))
+    driver.work()
+    assert [used.data for used in driver.used(0)] == [b"X", b"LATE"]
+
+
+def test_a_chain_that_was_there_before_driver_ok_is_served_then() -> None:
+    driver = Driver(Echo(), start=False)
+    driver.write(STATUS, STATUS_ACKNOWLEDGE | STATUS_DRIVER)
+    driver.accept(1 << VIRTIO_F_VERSION_1)
+    driver.write(STATUS, UP & ~STATUS_DRIVER_OK)
+    driver.set_up_queues()
+    driver.send(1, [b"early"], [5])
+    driver.write(QUEUE_NOTIFY, 1)
+    assert driver.kicks == []
+    driver.write(STATUS, UP)
+    driver.work()
+    assert [used.data for used in driver.used(1)] == [b"EARLY"]
+
+
 def test_features_that_were_not_offered_are_refused() -> None:
     driver = Driver(Echo(), start=False)
     driver.write(STATUS, STATUS_ACKNOWLEDGE | STATUS_DRIVER)
