@@ -6,6 +6,7 @@ left to itself, and ends nothing else (it is a daemon).
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from asyncio import AbstractEventLoop, Event
@@ -20,7 +21,6 @@ import anyio.to_thread
 from asyncvmm.device_config import CacheMode, DriveConfig
 from asyncvmm.devices.virtio.block_io import BlockRequest
 from asyncvmm.mailbox import Mailbox
-from asyncvmm.storage.errors import DriveError
 from asyncvmm.storage.image import Image
 from asyncvmm.storage.opening import open_image
 from asyncvmm.storage.overlay import Overlay
@@ -38,13 +38,16 @@ _DELIVERY: Final = 8
 
 CLOSE_TIMEOUT_S: Final = 10.0
 
+_log = logging.getLogger("asyncvmm.storage")
+
 Deliver = Callable[[Sequence[BlockRequest]], None]
 
 
 class Disk:
     """An image and the thread that works on it. ``start`` comes first, ``aclose`` or ``close`` last.
 
-    cache: ``unsafe`` carries no flush out. Methods are called on the loop, but for ``abandon``.
+    cache: ``unsafe`` carries no flush out. Methods are called on the loop, but for ``abandon``. ``problem``: why the
+    image could not be closed as it should; None if it could, or is open.
     """
 
     def __init__(self, image: Image, *, name: str = "drive", cache: CacheMode = "writeback", read_only: bool = False):
@@ -59,7 +62,7 @@ class Disk:
         self._closing = False
         self._holds_memory = False
         self._ended = Event()
-        self._problem: str | None = None
+        self.problem: str | None = None
 
     def start(self, loop: AbstractEventLoop, deliver: Deliver) -> None:
         """Be ready for requests; ``deliver`` is given them back, on ``loop``, each exactly once."""
@@ -105,8 +108,8 @@ class Disk:
     async def aclose(self, timeout_s: float = CLOSE_TIMEOUT_S) -> bool:
         """Carry out what was submitted, then close the image; after ``timeout_s`` that is left to itself.
 
-        Returns whether guest memory is free: while a request hangs, it must not be unmapped. Raises DriveError if the
-        image could not be closed as it should, with everything written that was to be kept.
+        Returns whether guest memory is free: while a request hangs, it must not be unmapped. An image that could not
+        be written whole at its end is an error in the log, and in ``problem``.
         """
         self._end()
         if self._thread is None:
@@ -117,8 +120,6 @@ class Disk:
             self.abandon()
             while len(self._done):
                 self._turn()
-        if self._problem is not None:
-            raise DriveError("drive", expected="an image written whole", found=f"{self.name} ({self._problem})")
         return not self._holds_memory
 
     # -- on the disk's thread --------------------------------------------------------------------------------------
@@ -152,7 +153,8 @@ class Disk:
         try:
             self._image.close()
         except OSError as error:
-            self._problem = error.strerror
+            self.problem = error.strerror
+            _log.error("the image of %s could not be written whole at its end: %s", self.name, error.strerror)
 
     def _carry_out(self, epoch: int, group: Sequence[BlockRequest]) -> Sequence[BlockRequest]:
         if epoch != self._epoch:
