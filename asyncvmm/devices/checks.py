@@ -52,9 +52,24 @@ def exactly_bytes(size: int) -> Callable[[object, attrs.Attribute[bytes], bytes]
     return check
 
 
+def mapping(state: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The record of that name in a saved record. Raises ConfigError."""
+    value = _value(state, name)
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"saved {name}", expected="a record", found=repr(value)[:40])
+    return value
+
+
+def _value(state: Mapping[str, Any], name: str) -> Any:
+    """None where there is none. Raises ConfigError for what is no record at all."""
+    if not isinstance(state, Mapping):
+        raise ConfigError("saved record", expected=f"one with {name}", found=repr(state)[:40])
+    return state.get(name)
+
+
 def integer(state: Mapping[str, Any], name: str, most: int) -> int:
     """The integer of that name in a saved record, from 0 to ``most``. Raises ConfigError."""
-    value = state.get(name)
+    value = _value(state, name)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
         raise ConfigError(f"saved {name}", expected=f"0 to {most:#x}", found=repr(value)[:40])
     return value
@@ -62,7 +77,7 @@ def integer(state: Mapping[str, Any], name: str, most: int) -> int:
 
 def boolean(state: Mapping[str, Any], name: str) -> bool:
     """The truth value of that name in a saved record. Raises ConfigError."""
-    value = state.get(name)
+    value = _value(state, name)
     if not isinstance(value, bool):
         raise ConfigError(f"saved {name}", expected="True or False", found=repr(value)[:40])
     return value
@@ -70,7 +85,7 @@ def boolean(state: Mapping[str, Any], name: str) -> bool:
 
 def hex_bytes(state: Mapping[str, Any], name: str, most: int) -> bytes:
     """The bytes of that name in a saved record, hex digits there, ``most`` bytes at the most. Raises ConfigError."""
-    value = state.get(name)
+    value = _value(state, name)
     try:
         data = bytes.fromhex(value) if isinstance(value, str) else None
     except ValueError:
