@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import stat
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,11 @@ class Attachments:
         self._channels: dict[str, Channel] = {}
         self.ports: dict[str, ChannelStream] = {}
         self.vsock: VsockHost | None = None
+
+    @property
+    def channels(self) -> Collection[Channel]:
+        """The sockets of the console's ports, once ``connect`` was called."""
+        return self._channels.values()
 
     def open_drives(self) -> None:
         """Open every drive for QEMU. Blocking. Raises DriveError, DriveBusy; ``close`` frees what was opened."""

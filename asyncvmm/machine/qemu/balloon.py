@@ -20,6 +20,7 @@ from asyncvmm.devices.virtio.balloon.stats import PAGES_PER_MIB, BalloonStats
 from asyncvmm.errors import GuestError, MachineError, StateError
 from asyncvmm.machine.base import BootPlan
 from asyncvmm.machine.qemu.devices import BALLOON
+from asyncvmm.metrics.groups import BalloonMetrics
 
 ANSWER_S = 5.0
 """Longest wait for a guest's statistics."""
@@ -56,12 +57,16 @@ class Execute(Protocol):
 class QmpBalloon:
     """The balloon of one QEMU.
 
-    ``execute`` runs a QMP command. ``is_pci``: the device is on PCI, not on virtio-mmio. A QEMU of a ``version`` that
-    cannot tell whether the guest has a driver is taken to have one.
+    ``execute`` runs a QMP command. ``metrics``: where to count the statistics; QEMU does not say how many requests the
+    guest made. ``is_pci``: the device is on PCI, not on virtio-mmio. A QEMU of a ``version`` that cannot tell whether
+    the guest has a driver is taken to have one.
     """
 
-    def __init__(self, execute: Execute, plan: BootPlan, *, is_pci: bool, version: tuple[int, ...]) -> None:
+    def __init__(
+        self, execute: Execute, plan: BootPlan, metrics: BalloonMetrics, *, is_pci: bool, version: tuple[int, ...]
+    ) -> None:
         self._execute = execute
+        self._metrics = metrics
         self._memory = plan.memory_mib << 20
         self._target = 0 if plan.devices.balloon is None else plan.devices.balloon.mib * PAGES_PER_MIB
         self._device = f"{_PATH}/virtio-backend" if is_pci else _PATH
@@ -105,6 +110,7 @@ class QmpBalloon:
                 waited = f"none for {ANSWER_S:g} s"
                 raise GuestError("balloon", reason="timeout", expected="the guest's memory statistics", found=waited)
             await anyio.sleep(_LOOK_S)
+        self._metrics.stats_updates_count += 1
         return parse_stats(found["stats"])
 
     async def _read(self) -> Mapping[str, Any]:

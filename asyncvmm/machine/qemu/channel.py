@@ -20,7 +20,7 @@ INPUT_BUFFER = 1 << 14
 
 
 class Channel:
-    """Our end of a socket pair; ``peer`` is the other. ``received`` counts the bytes read.
+    """Our end of a socket pair; ``peer`` is the other. ``received`` counts the bytes read, ``sent`` those written.
 
     ``ended`` is set once the peer has gone. Raises MachineError when there are no descriptors left.
     """
@@ -37,7 +37,7 @@ class Channel:
         self._turn = asyncio.Lock()
         self._writable: asyncio.Future[None] | None = None
         self._readable: asyncio.Future[None] | None = None
-        self.received = 0
+        self.received = self.sent = 0
         self.ended = False
         self.closed = False
 
@@ -77,6 +77,7 @@ class Channel:
     def write_now(self, data: bytes) -> None:
         """Send a few bytes into the empty socket, before anybody reads it."""
         self._socket.sendall(data)
+        self.sent += len(data)
 
     async def write(self, data: bytes) -> None:
         """Send all of ``data``, in one piece among several writers.
@@ -94,11 +95,13 @@ class Channel:
         if self.closed:
             raise StateError("the guest's machine has ended", expected="a running machine")
         try:
-            return self._socket.send(data)
+            sent = self._socket.send(data)
         except (BlockingIOError, InterruptedError):
             return 0
         except ConnectionError as error:
             raise StateError("the guest's machine has ended", expected="a running machine") from error
+        self.sent += sent
+        return sent
 
     async def _wait_writable(self) -> None:
         future = self._writable = self._loop.create_future()

@@ -1,7 +1,7 @@
 """The QEMU machine: a guest in a QEMU child, its serial lines and QMP on inherited socket pairs.
 
-Everything arrives in callbacks of the event loop: there is no task, thread or timer to be cancelled, and the child is
-never waited for by polling. The guest's effects may come before ``start`` has returned.
+Everything arrives in callbacks of the event loop: there is no task or thread to be cancelled, and the child is never
+waited for by polling. The guest's effects may come before ``start`` has returned.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from asyncvmm.machine.qemu.command import (
     kernel_cmdline,
 )
 from asyncvmm.machine.qemu.control import QmpControl
+from asyncvmm.machine.qemu.counts import QemuCounts
 from asyncvmm.machine.qemu.files import check_readable, join_initrd
 from asyncvmm.machine.qemu.guest_tsc import GuestTsc
 from asyncvmm.machine.qemu.ordering import split_before_exit
@@ -70,7 +71,6 @@ class QemuMachine:
     ) -> None:
         self._plan = plan
         self._timeline = timeline
-        self._metrics = metrics
         self._pacer = Pacer(on_effects, lambda: None)
         self._qemu_accel = accel
         self._qemu = qemu
@@ -82,6 +82,8 @@ class QemuMachine:
         self._guest_tsc: GuestTsc | None = None
         self._initrd: int | None = None
         self._attachments = Attachments(plan)
+        self._metrics = VmMetrics() if metrics is None else metrics
+        self._counts = QemuCounts(self._metrics, plan)
         self.balloon: QmpBalloon | None = None
         self._shutdown: StopReason | None = None
         self._reported = False
@@ -152,7 +154,13 @@ class QemuMachine:
             return
         # An end that was asked for is no news.
         self._reported = True
-        self._child.kill()
+        try:
+            await self._counts.finish()
+        finally:
+            await self._kill(self._child)
+
+    async def _kill(self, child: Child) -> None:
+        child.kill()
         if self._child_gone is not None:
             await wait_out(self._child_gone)
         await self._pacer.finish()
@@ -204,7 +212,8 @@ class QemuMachine:
         self._qmp = QmpControl(qmp, self._on_event, self._fail, self._on_running, before_running=first)
         if self._plan.devices.balloon is not None:
             is_pci = choose_machine_type(self._plan) == "q35"
-            self.balloon = QmpBalloon(self._qmp.execute, self._plan, is_pci=is_pci, version=qemu.version)
+            group = self._metrics.balloon
+            self.balloon = QmpBalloon(self._qmp.execute, self._plan, group, is_pci=is_pci, version=qemu.version)
         control = self._ports["control"] = Channel(loop)
         console = self._ports["console"] = Channel(loop)
         devices = self._attachments.connect(loop)
@@ -221,6 +230,7 @@ class QemuMachine:
             channel.peer.close()
         self._attachments.release_ends()
         self._close_initrd()
+        self._counts.watch_ports((console, control), self._attachments.channels)
         console.watch(self._read_ports)
         control.watch(self._read_ports)
 
@@ -264,6 +274,8 @@ class QemuMachine:
                 break
             console += taken
         before, after = split_before_exit(control)
+        if after:
+            self._counts.refresh()  # soon there may be no QEMU to ask
         effects = [*before, *console, *after]
         self._deliver(effects)
         return bool(effects)
@@ -284,6 +296,8 @@ class QemuMachine:
     def _on_running(self) -> None:
         if self._guest_tsc is not None:
             self._guest_tsc.running()
+        if self._qmp is not None:
+            self._counts.watch_disks(self._qmp.ask)
 
     def _on_event(self, event: QmpEvent) -> None:
         if self._guest_tsc is not None and event.name == "RESUME":
@@ -343,6 +357,7 @@ class QemuMachine:
         for channel in self._ports.values():
             channel.close()
         self._ports = {}
+        self._counts.close()
         if self._qmp is not None:
             self._qmp.close()
         self._attachments.close()
