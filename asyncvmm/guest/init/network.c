@@ -56,11 +56,13 @@ static bool bring_up(const char *interface)
 	return ioctl(control, SIOCSIFFLAGS, &request) == 0;
 }
 
-static bool wait_for_link(const char *interface)
+/* IFF_RUNNING would say the same up to a second later: the kernel's link watcher takes its time. */
+static bool wait_for_carrier(const char *interface)
 {
-	struct ifreq request = request_for(interface);
+	char path[64], carrier[4];
+	snprintf(path, sizeof path, "/sys/class/net/%.15s/carrier", interface);
 	for (int i = 0; i < LINK_TICKS; i++) {
-		if (ioctl(control, SIOCGIFFLAGS, &request) == 0 && request.ifr_flags & IFF_RUNNING)
+		if (read_file(path, carrier, sizeof carrier) > 0 && carrier[0] == '1')
 			return true;
 		sleep_ms(TICK_MS);
 	}
@@ -177,7 +179,7 @@ static const char *ask_dhcp(char *interface)
 {
 	static char lease[LINE_SIZE];
 	char *next = lease;
-	if (!wait_for_link(interface))
+	if (!wait_for_carrier(interface))
 		return "link";
 	if (!run_udhcpc(interface) || read_file(LEASE, lease, sizeof lease) <= 0)
 		return "dhcp";
