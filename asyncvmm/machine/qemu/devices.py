@@ -106,8 +106,10 @@ def node_name(index: int) -> str:
 def _drive(index: int, drive: DriveResource, end: DriveEnd, transport: Transport) -> list[str]:
     config, name = drive.config, node_name(index)
     options = [f"virtio-blk-{transport}", f"id=disk{index}", f"drive={name}", f"serial={config.id}"]
-    if not config.discard or config.read_only:
+    if config.read_only:
         options += ["discard=off", "write-zeroes=off"]
+    elif not config.discard:
+        options.append("discard=off")
     return [
         *("-add-fd", f"fd={end.fd},set={index}"),
         *("-blockdev", _json(_block_node(name, index, drive, end))),

@@ -90,7 +90,12 @@ def test_discards_are_carried_out_or_not_even_offered() -> None:
     assert node_of(DriveConfig(path="/a"))["discard"] == "unmap"
     drive = DriveConfig(path="/a", discard=False)
     assert node_of(drive)["discard"] == "ignore"
-    assert values(drive_words(drive), "-device")[0].endswith("discard=off,write-zeroes=off")
+    assert values(drive_words(drive), "-device")[0].endswith(",discard=off")
+
+
+def test_a_drive_that_is_only_read_offers_neither_discard_nor_write_zeroes() -> None:
+    words = drive_words(DriveConfig(path="/a", read_only=True))
+    assert values(words, "-device")[0].endswith(",discard=off,write-zeroes=off")
 
 
 def test_zeros_written_to_a_copy_are_not_stored() -> None:
