@@ -7,6 +7,7 @@ left to itself, and ends nothing else (it is a daemon).
 from __future__ import annotations
 
 import logging
+import mmap
 import threading
 import time
 from asyncio import AbstractEventLoop, Event
@@ -25,6 +26,9 @@ from asyncvmm.storage.image import Image
 from asyncvmm.storage.opening import open_image
 from asyncvmm.storage.overlay import Overlay
 from asyncvmm.storage.work import merged, work_on
+
+MOST_READ_NOW: Final = 256 << 10
+"""Bytes of a read that the loop makes by itself if it need not wait; a larger one takes its time."""
 
 HOLD_NS: Final = 500_000
 """How long a request that is done waits for the others of its batch, at the most.
@@ -57,6 +61,7 @@ class Disk:
         self._image = image
         self._unsafe = cache == "unsafe"
         self._batches: SimpleQueue[tuple[int, Sequence[BlockRequest]] | None] = SimpleQueue()
+        self._room = memoryview(mmap.mmap(-1, MOST_READ_NOW))  # pages are taken as they are used
         self._epoch = 0
         self._thread: threading.Thread | None = None
         self._closing = False
@@ -87,9 +92,12 @@ class Disk:
         else:
             self._batches.put((self._epoch, requests))
 
-    def read_now(self, offset: int, views: Sequence[memoryview]) -> bool:
-        """See BlockBackend."""
-        return not self._closing and self._image.read_now(offset, views)
+    def read_now(self, offset: int, size: int) -> memoryview | None:
+        """See BlockBackend. Not into guest RAM at once: what is there in part only would have been written to it."""
+        if self._closing or size > MOST_READ_NOW:
+            return None
+        room = self._room[:size]
+        return room if self._image.read_now(offset, (room,)) else None
 
     def abandon(self) -> None:
         """See BlockBackend."""

@@ -176,14 +176,15 @@ class VirtioBlk(VirtioDevice):
         return self._wait(BlockRequest(chain, Operation.READ, offset=offset, size=size, began_ns=began_ns))
 
     def _read_now(self, chain: Chain, offset: int, size: int) -> bool:
-        """Into guest RAM directly: that is allowed, for the chain is current for as long as the lock is held."""
         cost = size >> 10
         if self.backend is None or cost + self._cost > _BATCH_COST:
             return False
-        if not size or self.backend.read_now(offset, _without_last_byte(chain.writable)):
-            self._cost += cost
-            return True
-        return False
+        data = self.backend.read_now(offset, size)
+        if data is None:
+            return False
+        self._cost += cost
+        chain.write(data)
+        return True
 
     def _take_write(self, chain: Chain, sector: int) -> int | None:
         size = chain.readable_size - _HEADER.size
@@ -376,8 +377,3 @@ def _behind_header(readable: list[memoryview]) -> list[memoryview]:
             return [view[skip:], *readable[index + 1 :]] if skip else readable[index:]
         skip -= len(view)
     return []
-
-
-def _without_last_byte(writable: list[memoryview]) -> list[memoryview]:
-    last = writable[-1]
-    return writable[:-1] if len(last) == 1 else [*writable[:-1], last[:-1]]

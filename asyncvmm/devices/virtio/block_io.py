@@ -60,8 +60,8 @@ class BlockBackend(Protocol):
         """Carry these out, in their order; each comes back exactly once, by the device's ``complete``."""
         ...
 
-    def read_now(self, offset: int, views: Sequence[memoryview]) -> bool:
-        """Fill ``views`` from the disk if that takes no waiting; False if it would: then they may hold anything."""
+    def read_now(self, offset: int, size: int) -> memoryview | None:
+        """Those bytes, good until the next call, if that takes no waiting; None if it would."""
         ...
 
     def abandon(self) -> None:

@@ -184,8 +184,19 @@ async def test_a_closed_disk_refuses_what_comes_later(path: Path) -> None:
     delivered = Delivered(disk)
     disk.close()
     disk.submit([request(Operation.FLUSH)])
-    assert not disk.read_now(0, [memoryview(bytearray(512))])
+    assert disk.read_now(0, 512) is None
     assert [entry.failed for entry in await delivered.wait(1)] == ["the disk is closed"]
+    assert await disk.aclose()
+
+
+async def test_what_is_in_the_page_cache_is_there_at_once(path: Path) -> None:
+    disk = await open_disk(DriveConfig(path=path))
+    delivered = Delivered(disk)
+    disk.submit([request(Operation.READ, 0, len(CONTENT))])
+    await delivered.wait(1)
+    assert bytes(disk.read_now(512, 1024) or b"") == CONTENT[512:1536]
+    assert bytes(disk.read_now(0, 512) or b"") == CONTENT[:512]
+    assert disk.read_now(0, len(CONTENT)) is None
     assert await disk.aclose()
 
 

@@ -36,8 +36,9 @@ class Backend:
     def submit(self, requests: Sequence[BlockRequest]) -> None:
         self.held += [(self.epoch, request) for request in requests]
 
-    def read_now(self, offset: int, views: Sequence[memoryview]) -> bool:
-        return self.at_once and self.image.read_now(offset, views)
+    def read_now(self, offset: int, size: int) -> memoryview | None:
+        room = memoryview(bytearray(size))
+        return room if self.at_once and self.image.read_now(offset, [room]) else None
 
     def abandon(self) -> None:
         self.epoch += 1
