@@ -267,13 +267,17 @@ class VirtioConsole(VirtioDevice):
         port.changed()
 
     def _tell_host_open(self, port: ConsolePort) -> None:
+        self._note_host_open(port)
+        self._deliver()
+
+    def _note_host_open(self, port: ConsolePort) -> None:
         """Only the newest counts, if the driver has not heard of the ones before."""
         if not port.ready or not self.multiport or port.is_console:
             return
-        message = Control(port.number, control.PORT_OPEN, int(port.host_open))
-        same = message.to_bytes()[: control.SUBJECT_BYTES]
+        message = Control(port.number, control.PORT_OPEN, int(port.host_open)).to_bytes()
+        same = message[: control.SUBJECT_BYTES]
         self._messages = deque(entry for entry in self._messages if not entry.startswith(same))
-        self._send(message)
+        self._messages.append(message)
 
     def _send(self, message: Control) -> None:
         self._messages.append(message.to_bytes())
@@ -323,7 +327,7 @@ class VirtioConsole(VirtioDevice):
             port.was_open = boolean(entry, "was_open")
             port.offset = integer(entry, "offset", (1 << 32) - 1)
         for port in self.ports:
-            self._tell_host_open(port)
+            self._note_host_open(port)
 
 
 def _name(entry: object) -> object:

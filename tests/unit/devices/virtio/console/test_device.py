@@ -400,6 +400,17 @@ def test_a_restored_console_reads_on_where_it_was() -> None:
     assert len(driver.used(DATA_TRANSMIT)) == 1
 
 
+def test_a_restored_guest_hears_whether_the_host_has_its_ports_now() -> None:
+    driver = up(console())
+    again = console()
+    transport = driver.new_transport(again)
+    with again.session():
+        again.open_port(again.ports[2])
+    transport.restore(driver.transport.state())
+    transport.kick(CONTROL_RECEIVE)
+    assert driver.heard() == [Control(1, PORT_OPEN, 0), Control(2, PORT_OPEN, 1)]
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
