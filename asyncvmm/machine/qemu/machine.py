@@ -274,8 +274,6 @@ class QemuMachine:
                 break
             console += taken
         before, after = split_before_exit(control)
-        if after:
-            self._counts.refresh()  # soon there may be no QEMU to ask
         effects = [*before, *console, *after]
         self._deliver(effects)
         return bool(effects)
