@@ -192,7 +192,7 @@ async def open_disk(drive: DriveConfig, overlay: Overlay | None = None) -> Disk:
         return opened[0]
 
     try:
-        image = await anyio.to_thread.run_sync(work)
+        image = await anyio.to_thread.run_sync(work, abandon_on_cancel=True)  # opening may hang, too
     except BaseException:  # a cancelled task does not get what its thread opens
         wanted = False
         for image in opened:

@@ -226,9 +226,11 @@ async def test_a_drive_in_use_is_refused_by_name(path: Path) -> None:
     assert await disk.aclose()
 
 
-async def test_opening_can_be_cancelled_without_leaving_the_image_locked(path: Path) -> None:
+@pytest.mark.parametrize("turns", range(4))
+async def test_opening_can_be_cancelled_without_leaving_the_image_locked(path: Path, turns: int) -> None:
     task = asyncio.create_task(open_disk(DriveConfig(path=path)))
-    await asyncio.sleep(0)
+    for _ in range(turns):
+        await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
