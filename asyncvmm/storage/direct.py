@@ -7,6 +7,7 @@ direct read writes cached changes back first, and a direct write drops what is c
 from __future__ import annotations
 
 import errno
+import fcntl
 import mmap
 import os
 from collections.abc import Sequence
@@ -109,6 +110,4 @@ class DirectImage(RawImage):
 
 
 def _read_only(fd: int) -> bool:
-    import fcntl
-
     return fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
