@@ -9,7 +9,6 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from asyncvmm.device_config import DriveConfig
 from asyncvmm.machine.base import BootPlan
 from asyncvmm.machine.qemu.channel import Channel
 from asyncvmm.machine.qemu.devices import CONSOLE, DeviceEnds, DriveEnd
@@ -18,6 +17,7 @@ from asyncvmm.storage.errors import DriveError
 from asyncvmm.storage.lock import lock_image
 
 if TYPE_CHECKING:
+    from asyncvmm.device_config import DriveConfig
     from asyncvmm.vsock.host import VsockHost
 
 

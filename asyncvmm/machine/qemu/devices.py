@@ -17,13 +17,15 @@ hw/char/virtio-console.c of QEMU 7.2. What is not obvious in them:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 import orjson
 
-from asyncvmm.device_config import BalloonConfig, ConsoleConfig, NetConfig, RngConfig
 from asyncvmm.machine.base import BootPlan, DriveResource, Resources
+
+if TYPE_CHECKING:
+    from asyncvmm.device_config import BalloonConfig, ConsoleConfig, NetConfig, RngConfig
 
 Transport = Literal["device", "pci"]
 """How a device's type name ends: virtio-mmio's or PCI's."""
