@@ -53,6 +53,8 @@ def plan_dns(
 
     resolver: the host's. One on the host's loopback is out of the guest's reach, so that an address of the guest's
     network stands for it; ``help_text``, what ``passt --help`` prints, says in which words (only then is it looked at).
+    A passt without ``--dns-host`` (before 2024) takes the resolver from the host's resolv.conf, and does not offer the
+    stand-in by DHCP.
     """
     if addresses.dns is not None:
         return addresses.dns, ["--dns", str(addresses.dns)]
@@ -61,7 +63,7 @@ def plan_dns(
     if not resolver.is_loopback:
         return resolver, ["--dns", str(resolver)]
     stand_in = addresses.spare()
-    forward = ["--dns", str(stand_in), "--dns-forward", str(stand_in)]
-    # Without --dns-host, the first --dns is what queries are forwarded to; being a loopback address, it is not offered.
-    target = ["--dns-host", str(resolver)]
-    return stand_in, [*forward, *target] if "--dns-host" in help_text else ["--dns", str(resolver), *forward]
+    options = ["--dns-forward", str(stand_in)]
+    if "--dns-host" in help_text:
+        options += ["--dns", str(stand_in), "--dns-host", str(resolver)]
+    return stand_in, options

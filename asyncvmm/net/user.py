@@ -43,7 +43,7 @@ SOCKET_BUFFER: Final = 1 << 20
 """Asked for both directions of the wire, in bytes; the kernel cuts it down to what it allows."""
 
 _POLL_S: Final = 0.002
-_RESOLV_CONF: Final = Path("/etc/resolv.conf")
+_RESOLV_CONFS: Final = (Path("/etc/resolv.conf"), Path("/run/systemd/resolve/resolv.conf"))
 
 
 @attrs.frozen
@@ -149,8 +149,14 @@ def _survey() -> _Survey:
 
 
 def _host_resolver() -> IPv4Address | None:
+    """The host's resolver; behind one on its loopback, the one that a systemd-resolved asks itself."""
+    found = [resolver for path in _RESOLV_CONFS if (resolver := _resolver_of(path)) is not None]
+    return next((resolver for resolver in found if not resolver.is_loopback), found[0] if found else None)
+
+
+def _resolver_of(path: Path) -> IPv4Address | None:
     try:
-        return first_resolver(_RESOLV_CONF.read_text(errors="replace"))
+        return first_resolver(path.read_text(errors="replace"))
     except OSError:
         return None
 

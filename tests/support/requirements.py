@@ -150,6 +150,21 @@ def _mount_namespaces() -> Problem:
     return None if done.returncode == 0 else done.stderr.strip()
 
 
+def _tun() -> Problem:
+    try:
+        os.close(os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        return f"/dev/net/tun: {error.strerror}"
+    return _root()
+
+
+def _network_namespaces() -> Problem:
+    if shutil.which("unshare") is None:
+        return "no unshare on PATH"
+    done = subprocess.run(["unshare", "-n", "true"], capture_output=True, text=True, check=False)
+    return None if done.returncode == 0 else done.stderr.strip()
+
+
 def _programs(*names: str) -> Callable[[], Problem]:
     def check() -> Problem:
         missing = [name for name in names if shutil.which(name) is None]
@@ -177,6 +192,10 @@ CHECKS: dict[str, Callable[[], Problem]] = {
     "root": _root,
     "unprivileged": _unprivileged,
     "mount-namespaces": _mount_namespaces,
+    "network-namespaces": _network_namespaces,
+    "tun": _tun,
+    "passt": _programs("passt"),
+    "gvproxy": _programs("gvproxy"),
     "setpriv": _programs("setpriv"),
     "zstd": _programs("zstd"),
     "e2fsprogs": _programs("mke2fs", "debugfs", "e2fsck"),
