@@ -45,6 +45,9 @@ from asyncvmm.machine.qemu.vhost_user.message import (
     reply,
 )
 
+MOST_DESCRIPTORS: Final = 1024
+"""QEMU's virtio-mmio offers every queue of that size, whatever its device has."""
+
 PROTOCOL_FEATURES: Final = 1 << PROTOCOL_F_MQ | 1 << PROTOCOL_F_REPLY_ACK | 1 << PROTOCOL_F_CONFIG
 
 
@@ -119,6 +122,8 @@ class Backend:
             Request.GET_CONFIG: self._get_config,
             Request.SET_CONFIG: self._set_config,
         }
+        for queue in device.queues[:rings]:
+            queue.max_size = MOST_DESCRIPTORS
         device.transport = self
 
     # -- for the device ------------------------------------------------------------------------------------------------
