@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import click
 
+from asyncvmm.device_options import device_options
 from asyncvmm.errors import AsyncVMMError
 from asyncvmm.standard_streams import hold_standard_streams, stdout_lost
 
@@ -93,6 +94,7 @@ def vm_options(command: Command) -> Command:
         click.option("--progress", is_flag=True, help="Show the boot live on stderr if it is a terminal."),
         click.option("--timeout", default=300.0, show_default=True, metavar="S", help="Seconds until READY at most."),
     ]
+    command = device_options(command)
     for option in reversed(options):
         command = option(command)
     return command
@@ -221,7 +223,11 @@ def make_config(*, memory: int, timeout: float, **asked: Any) -> Any:
     """The VMConfig of the shared options. Raises ConfigError."""
     with signals_held():
         from asyncvmm.config import VMConfig
+        from asyncvmm.device_options import NAMES, device_records
 
+    devices = {name: asked.pop(name) for name in NAMES}
+    if any(value and value != "none" for value in devices.values()) or devices["balloon"] is not None:
+        asked |= device_records(**devices)
     return VMConfig(memory_mib=memory, boot_timeout_s=timeout, **asked)
 
 

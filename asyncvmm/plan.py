@@ -84,4 +84,11 @@ def _net(devices: DeviceConfig) -> GuestNet | None:
     net = devices.net
     if net is None or net.address == "none":
         return None
-    return GuestNet("eth0", net.address, net.gateway, net.dns)
+    if net.address == "dhcp":
+        return GuestNet("eth0")
+    if net.mode == "tap":
+        return GuestNet("eth0", net.address, net.gateway, net.dns)
+    from asyncvmm.net.addresses import plan_addresses  # the helper's network, where some of it is ours to choose
+
+    addresses = plan_addresses(net)
+    return GuestNet("eth0", addresses.guest, addresses.gateway, addresses.dns)

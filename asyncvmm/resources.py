@@ -59,11 +59,12 @@ class HostResources:
     async def _connect(self, net: NetConfig, timeline: Timeline) -> None:
         from asyncvmm.net.mac import draw_mac, format_mac
 
+        mac = net.mac or format_mac(draw_mac())
         if net.mode == "user":
             from asyncvmm.net.user import start_user_net
 
             with timeline.phase("network_helper"):
-                self._helper = await start_user_net(net)
+                self._helper = await start_user_net(net, mac)
             fd = self._helper.fd
         else:
             from asyncvmm.net.tap import open_tap
@@ -71,7 +72,7 @@ class HostResources:
             assert net.tap is not None
             fd = open_tap(net.tap)
             self._freeing.append(lambda: os.close(fd))
-        self.record = attrs.evolve(self.record, net_fd=fd, mac=net.mac or format_mac(draw_mac()))
+        self.record = attrs.evolve(self.record, net_fd=fd, mac=mac)
 
     async def aclose(self) -> None:
         """Free everything. May be called again."""

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from anyio.abc import ByteStream
 
     from asyncvmm.balloon import BalloonBackend
+    from asyncvmm.net.link import Link
     from asyncvmm.storage.disk import Disk
     from asyncvmm.storage.drive import BlkShell
     from asyncvmm.vsock.host import VsockHost
@@ -51,6 +52,7 @@ class DeviceSet:
         self._drives: list[BlkShell] = []
         self._guest_ended: list[Callable[[], None]] = []
         self._closing: list[Callable[[], Awaitable[object]]] = []
+        self._at_close: list[Callable[[], None]] = []
         self._view = GuestView(())
 
     @property
@@ -151,10 +153,37 @@ class DeviceSet:
         self.balloon = DeviceBalloon(device)
 
     def _fit_net(self, vm: KvmVm, loop: asyncio.AbstractEventLoop, fail: Fail) -> None:
-        raise NotImplementedError
+        from asyncvmm.devices.virtio.net import VirtioNet
+        from asyncvmm.net.addresses import MTU
+        from asyncvmm.net.mac import parse_mac
+        from asyncvmm.net.stream import StreamLink
+        from asyncvmm.net.tap_link import TapLink
+
+        net, resources = self.asked.net, self._plan.resources
+        assert net is not None
+        assert resources.net_fd is not None
+        assert resources.mac is not None
+        is_tap = net.mode == "tap"
+        link: Link = (TapLink if is_tap else StreamLink)(loop, resources.net_fd, on_down=self._net_down, fail=fail)
+        self._at_close.append(link.close)
+        mtu = None if is_tap else MTU
+        device = VirtioNet(parse_mac(resources.mac), link, self._metrics.net("eth0"), mtu=mtu, offloads=is_tap)
+        link.attach(device)
+        self._place(vm, "net-eth0", device, loop, fail)
+
+    def _net_down(self, error: Exception) -> None:
+        _log.warning("the network of %s is down: %s", self._plan.name, error)
 
     def _fit_console(self, vm: KvmVm, loop: asyncio.AbstractEventLoop, fail: Fail) -> None:
-        raise NotImplementedError
+        from asyncvmm.devices.virtio.console.device import VirtioConsole
+        from asyncvmm.streams.port import PortStream
+
+        assert self.asked.console is not None
+        device = VirtioConsole(self.asked.console, self._metrics.console)
+        self._place(vm, "console", device, loop, fail)
+        ports = {port.name: PortStream(device, port) for port in device.ports}
+        self._guest_ended += [port.end for port in ports.values()]
+        self.ports = ports
 
     # -- on a worker thread --------------------------------------------------------------------------------------------
 
@@ -193,6 +222,8 @@ class DeviceSet:
         done = [await drive.aclose() for drive in self._drives]
         done += [await disk.aclose() for disk in self._disks[len(self._drives) :]]
         self._drives, self._disks = [], []
+        while self._at_close:
+            self._at_close.pop()()
         for slot in self.slots:
             slot.close()
         self.slots = []
