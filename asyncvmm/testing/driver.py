@@ -103,7 +103,7 @@ class Driver:
 
     def set_up_queues(self) -> None:
         """Give the device rings for all its queues, empty."""
-        share = len(self.memory) // max(1, len(self.device.queues))
+        share = len(self.memory) // max(1, len(self.device.queues)) & ~15
         self.queues = [self._set_up(index, share) for index in range(len(self.device.queues))]
 
     def accept(self, features: int) -> None:

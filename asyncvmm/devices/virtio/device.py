@@ -20,6 +20,10 @@ from asyncvmm.devices.virtio.queue import Queue
 class Transport(Protocol):
     """What a device asks of the transport it is attached to."""
 
+    @property
+    def running(self) -> bool:
+        """Whether the driver is there, and neither side has given up."""
+
     def config_changed(self) -> None:
         """The configuration space has changed: show it to the driver, and tell it."""
 
@@ -55,6 +59,11 @@ class VirtioDevice:
         """See Transport.session. The device must be attached."""
         assert self.transport is not None
         return self.transport.session()
+
+    @property
+    def running(self) -> bool:
+        """Whether a driver is there that keeps to the rules: rings of any other are not to be looked at."""
+        return self.transport is not None and self.transport.running
 
     def config_changed(self) -> None:
         """Say that ``config`` is not what it was."""

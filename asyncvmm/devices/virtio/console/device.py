@@ -85,7 +85,7 @@ class VirtioConsole(VirtioDevice):
 
     def take_more(self, port: ConsolePort) -> None:
         """A reader has made room: go on where the guest was held back."""
-        if port.throttled:
+        if port.throttled and self.running:
             self._take_output(port)
 
     def feed(self, port: ConsolePort) -> bool:
@@ -106,7 +106,8 @@ class VirtioConsole(VirtioDevice):
     def resize(self, columns: int, rows: int) -> None:
         """Tell the driver how large hvc0's window is."""
         if self.multiport and self.ports[0].ready:
-            self._send(control.resize(0, columns, rows))
+            self._note(control.resize(0, columns, rows))
+            self._deliver()
 
     # -- what the driver does ----------------------------------------------------------------------------------------
 
@@ -271,19 +272,23 @@ class VirtioConsole(VirtioDevice):
         self._deliver()
 
     def _note_host_open(self, port: ConsolePort) -> None:
-        """Only the newest counts, if the driver has not heard of the ones before."""
-        if not port.ready or not self.multiport or port.is_console:
-            return
-        message = Control(port.number, control.PORT_OPEN, int(port.host_open)).to_bytes()
-        same = message[: control.SUBJECT_BYTES]
+        if port.ready and self.multiport and not port.is_console:
+            self._note(Control(port.number, control.PORT_OPEN, int(port.host_open)))
+
+    def _note(self, message: Control) -> None:
+        """Only the newest of its kind counts, if the driver has not heard of the ones before."""
+        data = message.to_bytes()
+        same = data[: control.SUBJECT_BYTES]
         self._messages = deque(entry for entry in self._messages if not entry.startswith(same))
-        self._messages.append(message)
+        self._messages.append(data)
 
     def _send(self, message: Control) -> None:
         self._messages.append(message.to_bytes())
         self._deliver()
 
     def _deliver(self) -> None:
+        if not self.multiport or not self.running:
+            return
         queue = self.queues[CONTROL_RECEIVE]
         for _ in range(MOST_CHAINS):
             chain = queue.pop() if self._messages else None
