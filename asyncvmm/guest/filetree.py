@@ -26,7 +26,8 @@ MAX_NAME = 255
 MAX_PATH = 4095
 """Most bytes of one path, as in Linux (PATH_MAX, without its NUL)."""
 
-_MAX_LINKS = 40
+MAX_LINKS, MAX_STEPS = 40, 4096
+"""Most symbolic links on the way to one file, as in Linux, and most directories entered altogether."""
 
 
 @attrs.define(eq=False)
@@ -133,9 +134,10 @@ class FileTree:
 
     def _walk(self, path: Sequence[str], *, make: bool) -> Node | None:
         """The directory at a path, links followed; made if need be, else None where there is none."""
-        trail, todo, links = [self.root], list(reversed(path)), 0
+        trail, todo, links, steps = [self.root], list(reversed(path)), 0, 0
         while todo:
             part = todo.pop()
+            steps += 1
             if part == "..":
                 if len(trail) == 1:
                     raise ImageError("symbolic link in the archive", expected="it to stay inside the root", found="..")
@@ -144,7 +146,7 @@ class FileTree:
             node = trail[-1].children.get(part)
             if node is not None and node.is_symlink:
                 links += 1
-                _check_links(links, part)
+                _check_way(links, steps, part)
                 if node.target.startswith("/"):
                     del trail[1:]
                 todo += [step for step in reversed(node.target.split("/")) if step not in ("", ".")]
@@ -167,7 +169,7 @@ class FileTree:
         return node
 
 
-def _check_links(count: int, name: str) -> None:
-    if count > _MAX_LINKS:
+def _check_way(links: int, steps: int, name: str) -> None:
+    if links > MAX_LINKS or steps > MAX_STEPS:
         found = f"more at {name[:200]}"
-        raise ImageError("symbolic links in the archive", expected=f"at most {_MAX_LINKS} on one path", found=found)
+        raise ImageError("symbolic links in the archive", expected=f"at most {MAX_LINKS} on one path", found=found)

@@ -273,6 +273,7 @@ def test_dhcp_that_nobody_answers_is_given_up_soon(start: Start) -> None:
     assert guest.lines.index("init-warning net=dhcp") < guest.lines.index("READY")
 
 
+@pytest.mark.requires("busybox")
 @pytest.mark.parametrize("machine", MACHINES)
 def test_console_ports_are_found_by_name_and_pass_bytes_as_they_are(start: Start, tmp_path: Path, machine: str) -> None:
     serial, bulk, console = f"virtio-serial-{SUFFIX[machine]}", tmp_path / "bulk", tmp_path / "console"

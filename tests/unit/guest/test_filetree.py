@@ -100,6 +100,15 @@ def test_links_in_a_circle_are_refused() -> None:
         tree.put(["a", "x"], _file())
 
 
+def test_links_that_lead_the_long_way_round_are_refused() -> None:
+    tree = FileTree()
+    tree.put(["d"], _directory())
+    for number in range(30):
+        tree.put([f"l{number}"], _symlink("d/../" * 400 + (f"l{number - 1}" if number else "d")))
+    with pytest.raises(ImageError, match="symbolic links"):
+        tree.put(["l29", "x"], _file())
+
+
 def test_a_file_below_a_file_is_refused() -> None:
     tree = FileTree()
     tree.put(["a"], _file())

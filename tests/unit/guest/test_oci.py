@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import subprocess
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from asyncvmm.errors import ImageError
 from asyncvmm.guest.filetree import FileTree
 from asyncvmm.guest.oci import MAX_JSON, is_layout, open_layout
+from asyncvmm.guest.rootfs import Rootfs, build_root, open_source
 
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 INDEX = "application/vnd.oci.image.index.v1+json"
@@ -82,6 +84,23 @@ def test_an_index_in_an_index_leads_to_the_image_for_this_machine(maker: LayoutM
     layout = maker.index(maker.json({"manifests": [there, here, unknown]}, INDEX))
     assert _names(_load(layout, tmp_path)) == ["here"]
     assert open_layout(layout).digest == here["digest"]
+
+
+@pytest.mark.requires("e2fsprogs")
+def test_a_layout_becomes_a_root_file_system(maker: LayoutMaker, tmp_path: Path) -> None:
+    layers = (_tar(**{"etc/motd": b"lower", "etc/gone": b""}), _tar(**{"etc/motd": b"upper", "etc/.wh.gone": b""}))
+    rootfs = Rootfs(maker.index(maker.image(*map(gzip.compress, layers))))
+    source = open_source(rootfs)
+    assert source.identity["source"] == "oci"
+    image = build_root(rootfs, source, tmp_path, lambda _: None)
+    subprocess.run(["e2fsck", "-fn", image], check=True, capture_output=True)
+    said = [_debugfs(image, request) for request in ("cat /etc/motd", "ls -p /etc")]
+    assert said[0] == "upper"
+    assert "gone" not in said[1]
+
+
+def _debugfs(image: Path, request: str) -> str:
+    return subprocess.run(["debugfs", "-R", request, image], check=True, capture_output=True, text=True).stdout
 
 
 @pytest.mark.parametrize("count", [0, 2])

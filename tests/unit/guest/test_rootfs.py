@@ -5,6 +5,7 @@ import os
 import shutil
 import stat
 import subprocess
+import sys
 import tarfile
 import tempfile
 import traceback
@@ -308,6 +309,32 @@ def test_an_image_whose_root_is_cut_short_is_refused(tmp_path: Path, kernel: Pat
     os.truncate(image.root, 4096)
     with pytest.raises(ImageError, match="damaged image file"):
         find_image("test")
+
+
+def _image_build(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "asyncvmm.cli", "image", "build", "--name", "test", *words]
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.requires("busybox")
+def test_the_command_builds_an_image_with_a_root(tmp_path: Path, kernel: Path) -> None:
+    (tmp_path / "files").mkdir()
+    done = _image_build("--kernel", kernel, "--rootfs", tmp_path / "files", "--rootfs-size", "32")
+    assert done.returncode == 0, done.stderr
+    image = find_image("test")
+    assert done.stdout == f"{image.directory}\n"
+    assert image.root is not None
+    assert image.root.stat().st_size == 32 << 20
+
+
+@pytest.mark.parametrize(
+    "words", [["--rootfs-type", "ext4"], ["--rootfs", "/none"], ["--rootfs", "/", "--rootfs-type", "x"]]
+)
+def test_the_command_refuses_in_one_line(kernel: Path, words: list[str]) -> None:
+    done = _image_build("--kernel", kernel, *words)
+    assert done.returncode == 2
+    assert done.stderr.startswith("asyncvmm: root")
+    assert done.stderr.count("\n") == 1
 
 
 def test_files_are_staged_where_nobody_else_can_see_them(tmp_path: Path) -> None:
