@@ -11,8 +11,14 @@
     ├── HostError              the host lacks what was asked for
     │   ├── KvmUnavailable     no /dev/kvm, no permission, wrong API version
     │   ├── QemuUnavailable    no qemu-system-x86_64, or one that is too old
-    │   └── KvmIoctlError      the kernel refused an ioctl
+    │   ├── KvmIoctlError      the kernel refused an ioctl
+    │   ├── TapError           a TAP interface: no permission, somebody else's, no such device file
+    │   └── DriveError         a drive's image: missing, not to be opened, of no use as a disk
+    │       └── DriveBusy      somebody else uses it in a way that does not go together
     ├── StateError             the call does not fit the state the VM is in
+    ├── VsockConnectError      no connection to a port of the guest (also an OSError)
+    │   ├── VsockRefused       nobody listens there
+    │   └── VsockTimeout       no answer in time
     ├── MachineError           the backend failed underneath the guest (a QEMU child that died, QMP)
     └── GuestError             the guest did something that ends what was awaited
         ├── BootError          it did not become ready; carries the evidence
@@ -105,6 +111,36 @@ class KvmIoctlError(HostError):
         self.ioctl = ioctl
         self.errno = errno
         super().__init__(f"{ioctl} failed", expected="success", found=f"errno {errno} ({reason})")
+
+
+class TapError(HostError):
+    """A TAP interface cannot be had; ``errno`` is the reason, None where the kernel gave none."""
+
+    errno: int | None = None
+
+
+class DriveError(HostError):
+    """A drive's image cannot be used: missing, not to be opened, of no use as a disk."""
+
+
+class DriveBusy(DriveError):
+    """Somebody else uses the image in a way that does not go together with what was asked for."""
+
+
+class VsockConnectError(AsyncVMMError, OSError):
+    """No connection came about. ``port`` is the guest's."""
+
+    def __init__(self, what: str, *, port: int, expected: object = None, found: object = None) -> None:
+        self.port = port
+        super().__init__(what, expected=expected, found=found)
+
+
+class VsockRefused(VsockConnectError, ConnectionRefusedError):
+    """The guest refused it: nobody listens on that port, or no more connections are to be had."""
+
+
+class VsockTimeout(VsockConnectError, TimeoutError):
+    """The guest did not answer in time; it may have no driver for the device, or not yet."""
 
 
 class StateError(AsyncVMMError):

@@ -14,7 +14,7 @@ import socket
 import struct
 from typing import Final
 
-from asyncvmm.errors import HostError
+from asyncvmm.errors import TapError
 
 TUN_DEVICE: Final = "/dev/net/tun"
 
@@ -47,12 +47,6 @@ _REASONS: Final = {
     errno.EBUSY: "an interface that nobody else has open",
     errno.EINVAL: "a TAP interface of one queue",
 }
-
-
-class TapError(HostError):
-    """The TAP interface cannot be had. ``errno`` is the reason, None where the kernel gave none."""
-
-    errno: int | None = None
 
 
 def open_tap(name: str) -> int:

@@ -8,9 +8,10 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
+from asyncvmm.errors import TapError
 from asyncvmm.net.framing import MAX_FRAME
 from asyncvmm.net.link import Link
-from asyncvmm.net.tap import VNET_HEADER_SIZE, TapError, set_offloads
+from asyncvmm.net.tap import VNET_HEADER_SIZE, set_offloads
 
 if TYPE_CHECKING:
     from asyncvmm.devices.virtio.net import GuestOffloads

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
-from asyncvmm.storage.errors import DriveBusy
+from asyncvmm.errors import DriveBusy
 
 _USED: Final = 100
 _REFUSED: Final = 200

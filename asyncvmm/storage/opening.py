@@ -9,9 +9,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from asyncvmm.device_config import CacheMode, DriveConfig
+from asyncvmm.errors import DriveBusy, DriveError
 from asyncvmm.storage.block_map import BlockMap
 from asyncvmm.storage.direct import DirectImage
-from asyncvmm.storage.errors import DriveBusy, DriveError
 from asyncvmm.storage.image import Image
 from asyncvmm.storage.lock import lock_image
 from asyncvmm.storage.mapped import MappedImage

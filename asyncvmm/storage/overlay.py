@@ -26,8 +26,7 @@ from typing import Literal
 
 import attrs
 
-from asyncvmm.errors import ImageError
-from asyncvmm.storage.errors import DriveError
+from asyncvmm.errors import DriveError, ImageError
 from asyncvmm.storage.lock import lock_image
 from asyncvmm.storage.overlay_file import MAGIC, MAP_AT, check_header, header_for, parse_header
 from asyncvmm.storage.qcow2 import MAGIC as QCOW2_MAGIC

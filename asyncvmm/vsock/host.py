@@ -15,8 +15,7 @@ from anyio.lowlevel import checkpoint
 from asyncvmm.devices.virtio.vsock.connection import Connection, State
 from asyncvmm.devices.virtio.vsock.device import VirtioVsock
 from asyncvmm.devices.virtio.vsock.muxer import MAX_CONNECTIONS, TooManyConnections
-from asyncvmm.errors import ConfigError, StateError
-from asyncvmm.vsock.errors import VsockRefused, VsockTimeout
+from asyncvmm.errors import ConfigError, StateError, VsockRefused, VsockTimeout
 from asyncvmm.vsock.listener import VsockListener
 from asyncvmm.vsock.news import News
 from asyncvmm.vsock.stream import VsockStream

@@ -17,12 +17,11 @@ import pytest
 
 from asyncvmm.device_config import BalloonConfig, ConsoleConfig, DriveConfig, NetConfig, RngConfig
 from asyncvmm.device_list import DeviceConfig
-from asyncvmm.errors import StateError
+from asyncvmm.errors import DriveBusy, DriveError, StateError
 from asyncvmm.machine.base import BootPlan, DriveResource, Resources
 from asyncvmm.machine.qemu.binary import find_qemu
 from asyncvmm.machine.qemu.command import QemuBinary
 from asyncvmm.machine.qemu.machine import QemuMachine
-from asyncvmm.storage.errors import DriveBusy, DriveError
 from asyncvmm.storage.overlay import make_overlay
 from asyncvmm.timing.timeline import Timeline
 from tests.support.qemu_machine import PATIENCE_S, holdings, running

@@ -289,9 +289,9 @@ class VirtioMmio:
         was_running = self.running
         for queue in self.device.queues:
             queue.reset()
+        self._clear()
         self.device.acked = 0
         self.device.reset()
-        self._clear()
         if was_running:
             self._changed(False)
 

@@ -9,27 +9,30 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from asyncvmm.errors import DriveError
 from asyncvmm.machine.base import BootPlan
 from asyncvmm.machine.qemu.channel import Channel
 from asyncvmm.machine.qemu.devices import CONSOLE, DeviceEnds, DriveEnd
 from asyncvmm.machine.qemu.ports import ChannelStream
-from asyncvmm.storage.errors import DriveError
+from asyncvmm.metrics.vm_metrics import VmMetrics
 from asyncvmm.storage.lock import lock_image
 
 if TYPE_CHECKING:
     from asyncvmm.device_config import DriveConfig
-    from asyncvmm.vsock.host import VsockHost
+    from asyncvmm.machine.qemu.vsock import QemuVsock
 
 
 class Attachments:
-    """Everything that belongs to the devices of one QEMU but is ours. ``ports`` by name, ``console`` first."""
+    """Everything that belongs to the devices of one QEMU but is ours. ``ports`` by name, ``console`` first; ``vsock``
+    is None without a socket device."""
 
-    def __init__(self, plan: BootPlan) -> None:
+    def __init__(self, plan: BootPlan, metrics: VmMetrics) -> None:
         self._plan = plan
+        self._metrics = metrics
         self._drives: list[DriveEnd] = []
         self._channels: dict[str, Channel] = {}
         self.ports: dict[str, ChannelStream] = {}
-        self.vsock: VsockHost | None = None
+        self.vsock: QemuVsock | None = None
 
     @property
     def channels(self) -> Collection[Channel]:
@@ -42,13 +45,26 @@ class Attachments:
             self._drives.append(_open_drive(drive.config, drive.path))
 
     def connect(self, loop: asyncio.AbstractEventLoop) -> DeviceEnds:
-        """Pair the sockets; QEMU's ends of everything. Raises MachineError when there are no descriptors left."""
+        """Pair the sockets; QEMU's ends of everything.
+
+        Raises ConfigError (a unix socket that cannot be), MachineError when there are no descriptors left.
+        """
         console = self._plan.devices.console
         for name in () if console is None else (CONSOLE, *console.ports):
             channel = self._channels[name] = Channel(loop)
             self.ports[name] = ChannelStream(name, channel)
         ports = {name: channel.peer.fileno() for name, channel in self._channels.items()}
-        return DeviceEnds(drives=tuple(self._drives), ports=ports)
+        return DeviceEnds(drives=tuple(self._drives), ports=ports, vsock=self._connect_vsock())
+
+    def _connect_vsock(self) -> int | None:
+        config = self._plan.devices.vsock
+        if config is None:
+            return None
+        from asyncvmm.machine.qemu.vsock import QemuVsock
+
+        self.vsock = QemuVsock(config, self._metrics.vsock)
+        self.vsock.start()
+        return self.vsock.peer.fileno()
 
     def release_ends(self) -> None:
         """QEMU has its ends: close ours of them. May be called again."""
@@ -56,12 +72,23 @@ class Attachments:
             os.close(self._drives.pop().fd)
         for channel in self._channels.values():
             channel.peer.close()
+        if self.vsock is not None:
+            self.vsock.peer.close()
 
     def close(self) -> None:
-        """Free everything; whoever waits at a port is woken, and may read what it left. May be called again."""
+        """QEMU has ended: free what that needs no waiting for. Who waits at a port is woken, and may read what it left.
+        May be called again."""
         self.release_ends()
         for port in self.ports.values():
             port.finish()
+        if self.vsock is not None:
+            self.vsock.close()
+
+    async def aclose(self) -> None:
+        """Free everything. May be called again."""
+        self.close()
+        if self.vsock is not None:
+            await self.vsock.aclose()
 
 
 def _open_drive(config: DriveConfig, path: Path) -> DriveEnd:

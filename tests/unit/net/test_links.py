@@ -14,11 +14,12 @@ import pytest
 from anyio.lowlevel import checkpoint
 
 from asyncvmm.devices.virtio.net import HEADER_SIZE, MAX_FRAME, RX, TX, VirtioNet
+from asyncvmm.errors import TapError
 from asyncvmm.metrics.groups import NetMetrics
 from asyncvmm.net.framing import FrameBuffer, FramingError, prefix
 from asyncvmm.net.link import MAX_BACKLOG, Link
 from asyncvmm.net.stream import StreamLink
-from asyncvmm.net.tap import TapError, open_tap
+from asyncvmm.net.tap import open_tap
 from asyncvmm.net.tap_link import TapLink
 from asyncvmm.testing.driver import Driver
 from asyncvmm.testing.rings import Used

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from asyncvmm.device_config import CacheMode, DriveConfig
+from asyncvmm.errors import DriveBusy
 from asyncvmm.storage.direct import DirectImage
-from asyncvmm.storage.errors import DriveBusy
 from asyncvmm.storage.opening import open_image
 from asyncvmm.storage.overlay import make_overlay
 from tests.support.requirements import CHECKS, Problem

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from asyncvmm.device_config import DriveConfig
 from asyncvmm.devices.virtio.block_io import BlockRequest, Operation
 from asyncvmm.devices.virtio.queue import Chain
+from asyncvmm.errors import DriveBusy
 from asyncvmm.storage.disk import Disk, open_disk
-from asyncvmm.storage.errors import DriveBusy
 from asyncvmm.storage.image import Buffer
 from asyncvmm.storage.overlay import make_overlay
 from asyncvmm.storage.raw import RawImage

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from asyncvmm.errors import DriveBusy
 from asyncvmm.machine.qemu.binary import find_qemu
-from asyncvmm.storage.errors import DriveBusy
 from asyncvmm.storage.lock import lock_image, unlock_image
 
 Open = Callable[[int], int]

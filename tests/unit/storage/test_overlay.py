@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncvmm.device_config import DriveConfig
-from asyncvmm.errors import ImageError
+from asyncvmm.errors import DriveBusy, DriveError, ImageError
 from asyncvmm.machine.qemu.binary import find_qemu
-from asyncvmm.storage.errors import DriveBusy, DriveError
 from asyncvmm.storage.image import Image
 from asyncvmm.storage.opening import open_image
 from asyncvmm.storage.overlay import Overlay, make_overlay

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncvmm.device_config import DriveConfig
+from asyncvmm.errors import DriveBusy, DriveError
 from asyncvmm.storage.direct import DirectImage
-from asyncvmm.storage.errors import DriveBusy, DriveError
 from asyncvmm.storage.opening import open_image
 from asyncvmm.storage.raw import RawImage, behind
 

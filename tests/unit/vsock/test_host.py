@@ -10,9 +10,8 @@ import anyio
 import pytest
 
 from asyncvmm.devices.virtio.vsock.muxer import BUFFER, MAX_CONNECTIONS
-from asyncvmm.errors import ConfigError, StateError
+from asyncvmm.errors import ConfigError, StateError, VsockRefused, VsockTimeout
 from asyncvmm.vsock import host as host_module
-from asyncvmm.vsock.errors import VsockRefused, VsockTimeout
 from asyncvmm.vsock.host import VsockHost
 from asyncvmm.vsock.stream import VsockAttribute, VsockStream
 from tests.support.vsock_guest import CID, GuestKernel, Peer
