@@ -292,6 +292,14 @@ ls -1 /dev/virtio-ports; head -c 64 /dev/hwrng | wc -c"""
     assert bulk.read_bytes() == find_busybox(None).data
 
 
+@pytest.mark.parametrize("machine", MACHINES)
+def test_each_device_finds_its_driver(start: Start, machine: str) -> None:
+    devices = [word for kind in ("balloon", "rng", "net") for word in ("-device", f"virtio-{kind}-{SUFFIX[machine]}")]
+    guest = start(machine, workload_archive(_workload("ls -1 /sys/bus/virtio/drivers/*/virtio*/driver -d")), *devices)
+    assert sorted(path.split("/")[5] for path in _output(guest)) == ["virtio_balloon", "virtio_net", "virtio_rng"]
+    assert not [line for line in guest.lines if line.startswith("init-warning")]
+
+
 def test_a_port_that_never_comes_is_a_warning(start: Start) -> None:
     guest = start("microvm", workload_archive([], ports=["none"]))
     assert guest.wait_for("init-warning port=.*") == "init-warning port=none"
