@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict
 
 import anyio
 import anyio.to_thread
-import attrs
 
 from asyncvmm.accel import AccelChoice, choose_accel
+from asyncvmm.attempt import Attempt
 from asyncvmm.config import VMConfig
 from asyncvmm.console import Console
 from asyncvmm.effects import ExitStatistics, Stopped
@@ -31,10 +31,9 @@ from asyncvmm.events.hub import EventHub
 from asyncvmm.events.jsonl import JsonLines
 from asyncvmm.events.outputs import Target
 from asyncvmm.events.types import VmError, VmState, exit_counts
-from asyncvmm.machine.base import AccelName, BootPlan, Evidence, Machine
-from asyncvmm.machine.choose import import_machine, make_machine, trace_exits
+from asyncvmm.machine.base import AccelName, Evidence, Machine
+from asyncvmm.machine.choose import trace_exits
 from asyncvmm.machine.waiting import wait_out
-from asyncvmm.plan import make_plan
 from asyncvmm.report import BootReport
 from asyncvmm.timing.boot_profile import BootProfile
 from asyncvmm.timing.guest_clock import GuestClock
@@ -49,8 +48,7 @@ if TYPE_CHECKING:
     from asyncvmm.balloon import Balloon
     from asyncvmm.machine.kvm.trace import ExitTrace
     from asyncvmm.metrics.control import VmMetricsControl
-    from asyncvmm.metrics.flusher import MetricsFlusher
-    from asyncvmm.resources import HostResources
+    from asyncvmm.upkeep import Upkeep
     from asyncvmm.vsock.host import VsockHost
 
 State = Literal["new", "starting", "booting", "ready", "paused", "stopped", "failed"]
@@ -89,20 +87,23 @@ class VM:
         self._report = BootReport(self.events, self.timeline)
         self._epoch_ns = time.time_ns() - (time.monotonic_ns() - self.timeline.start_ns)
         self._state: State = "new"
-        self._machine: Machine | None = None
+        self._attempt: Attempt | None = None
         self._watch = self._new_watch()
         self._sinks: list[JsonLines] = []
         self._ending: asyncio.Task[None] | None = None
         self._freed = False
         self._ended = False
         self._early_end: BootError | None = None
-        self._resources: HostResources | None = None
-        self._flusher: MetricsFlusher | None = None
+        self._upkeep: Upkeep | None = None
         self._waiting: anyio.CancelScope | None = None
         self._boot_scope: anyio.CancelScope | None = None
         self._boot_done: anyio.Event | None = None
 
     # -- what can be asked -----------------------------------------------------------------------------------------
+
+    @property
+    def _machine(self) -> Machine | None:
+        return self._attempt.machine if self._attempt else None
 
     @property
     def state(self) -> State:
@@ -229,11 +230,11 @@ class VM:
 
         A cancellation is heard once it is done.
         """
-        await self._change("ready", "paused", lambda machine: machine.pause())
+        await self._change("ready", "paused", lambda machine: self._timed("pause_vm", machine.pause()))
 
     async def resume(self) -> None:
         """Let the vCPUs run on. Raises StateError unless the VM is paused. A cancellation is heard once it is done."""
-        await self._change("paused", "ready", lambda machine: machine.resume())
+        await self._change("paused", "ready", lambda machine: self._timed("resume_vm", machine.resume()))
 
     async def shutdown(self, timeout_s: float = 30.0) -> None:
         """Ask the guest to power off, wait ``timeout_s`` seconds for it at the most, then stop it in any case."""
@@ -294,59 +295,35 @@ class VM:
 
     async def _attempt_boot(self, choice: AccelChoice) -> AccelName:
         with self.timeline.phase("setup"):
-            plan = await anyio.to_thread.run_sync(self._plan, choice)
+            self._attempt = Attempt(self.config, self.name, choice, self.timeline)
+            await self._attempt.plan()
             self._watch = self._new_watch()
-            plan = await self._with_resources(plan, choice)
-            self._machine = make_machine(choice, plan, self.timeline, self._watch.take, self.metrics.groups)
-            await self._machine.prepare()
-            self._flush_metrics()
+            machine = await self._attempt.make(self._watch.take, self.metrics.groups)
+            self._keep_up()
         self._report.tell_phases()
         with self.timeline.phase("boot"):
-            await self._machine.start()
+            await machine.start()
             with self.timeline.phase("boot_wait"):
                 self._report.tell_phases()
                 if self._state == "starting":
                     self._go("booting")
-                await self._wait_ready(self._machine)
+                await self._wait_ready(machine)
         if not self._ended:
             self._go("ready")
+            self._poll_balloon()
         return choice.accel
 
-    def _plan(self, choice: AccelChoice) -> BootPlan:
-        """On a worker thread: what to boot, and the machine's code."""
-        with self.timeline.phase("machine_import"):
-            import_machine(choice.accel)
-            import asyncvmm.metrics.control
-            import asyncvmm.metrics.flusher  # noqa: F401
-        with self.timeline.phase("plan"):
-            return make_plan(self.config, self.name, choice.accel, choice.tsc_khz)
+    def _keep_up(self) -> None:
+        """Have metrics told from now on."""
+        from asyncvmm.upkeep import Upkeep
 
-    async def _with_resources(self, plan: BootPlan, choice: AccelChoice) -> BootPlan:
-        """The plan with what its devices stand on."""
-        if not plan.devices.count:
-            return plan
-        from asyncvmm.resources import HostResources
+        if self._upkeep is None:
+            self._upkeep = Upkeep(self.metrics, self.config.metrics_interval_s)
+        self._upkeep.start()
 
-        self._resources = HostResources()
-        await self._resources.make_ready(plan.devices, choice.accel, self.timeline)
-        return attrs.evolve(plan, resources=self._resources.record)
-
-    def _flush_metrics(self) -> None:
-        """From now on, every ``metrics_interval_s``, and at the end."""
-        from asyncvmm.metrics.flusher import MetricsFlusher
-
-        if self._flusher is None:
-            self._flusher = MetricsFlusher(self.metrics, self.config.metrics_interval_s)
-        self._flusher.start()
-
-    async def _free_machine(self) -> None:
-        """The machine first, then what its devices stood on."""
-        try:
-            if self._machine is not None:
-                await self._machine.stop()
-        finally:
-            if self._resources is not None:
-                await self._resources.aclose()
+    def _poll_balloon(self) -> None:
+        if self._upkeep is not None and self.config.balloon is not None and self.config.balloon.stats_interval_s:
+            self._upkeep.poll(self.balloon, self.config.balloon.stats_interval_s)
 
     async def _wait_ready(self, machine: Machine) -> None:
         """Until READY; the guest is given up when it shows no life for a while, or when its time is over."""
@@ -433,6 +410,13 @@ class VM:
         task.result()
         self._require(after)
 
+    async def _timed(self, name: Literal["pause_vm", "resume_vm"], work: Coroutine[Any, Any, None]) -> None:
+        """Do it, and have the metrics say how long that took."""
+        begin = self.timeline.clock()
+        await work
+        setattr(self.metrics.groups.latencies_us, f"vmm_{name}", (self.timeline.clock() - begin) // 1000)
+        setattr(self.metrics.groups.latencies_us, name, (self.timeline.clock() - begin) // 1000)
+
     async def _end(self) -> None:
         await self._finish("stopped", None)
 
@@ -459,9 +443,12 @@ class VM:
         if error is not None and not self.events.stopped.done:
             self._end_events(error)
         self._freed = True
-        await self._free_machine()
-        if self._flusher is not None:
-            self._flusher.stop()
+        if self._upkeep is not None:
+            await self._upkeep.rest()
+        if self._attempt is not None:
+            await self._attempt.free()
+        if self._upkeep is not None:
+            self._upkeep.stop()
         self._report.tell_phases()
         if self._state not in ("stopped", "failed"):
             self._go(final)
@@ -471,9 +458,10 @@ class VM:
             await sink.aclose()
 
     async def _discard_machine(self) -> None:
-        with anyio.CancelScope(shield=True):
-            await self._free_machine()
-        self._machine = self._resources = None
+        if self._attempt is not None:
+            with anyio.CancelScope(shield=True):
+                await self._attempt.free()
+            self._attempt = None
 
     # -- small things ----------------------------------------------------------------------------------------------
 
