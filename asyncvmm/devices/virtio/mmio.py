@@ -304,11 +304,11 @@ class VirtioMmio:
                 return False
             queue = self.device.queues[index]
             queue.disable_notification()
+            queue.look()
             if self.device.process(index):
                 return True
-            emptied = queue.available() == 0
             queue.enable_notification()
-            return emptied and queue.available() > 0
+            return queue.has_unseen
         return False
 
     @contextmanager

@@ -102,7 +102,7 @@ class Queue:
         self.ready = False
         self.event_idx = self.indirect = False
         self.in_flight = 0
-        self._next_avail = self._next_used = self._signalled = self._armed = 0
+        self._next_avail = self._next_used = self._signalled = self._armed = self._seen = 0
         self._memory: GuestView | None = None
         self._table = self._avail = self._used = self._used_flags = memoryview(b"")
 
@@ -140,7 +140,8 @@ class Queue:
         """Chains that are there to be popped. Raises GuestFault if the guest's index jumped."""
         if not self.ready:
             return 0
-        pending = (self._avail[1] - self._next_avail) & _WRAP
+        self._seen = self._avail[1]
+        pending = (self._seen - self._next_avail) & _WRAP
         if pending > self.size:
             raise GuestFault(f"available index ahead by {pending} in a queue of {self.size}")
         return pending
@@ -203,7 +204,7 @@ class Queue:
             self._memory.mark(self.device_area, 4)
 
     def enable_notification(self) -> None:
-        """Ask the guest to kick for the next chain. Look at ``available`` afterwards: one may have come before."""
+        """Ask the guest to kick for the next chain. Look at ``has_unseen`` afterwards: one may have come before."""
         if not self.ready or self._memory is None:
             return
         self._armed = self._next_avail
@@ -218,14 +219,23 @@ class Queue:
     def rearm(self) -> bool:
         """With event indices, ask for a kick for the next chain if one was popped since that was last asked: the
         driver would take the old place for passed, and kick no more. True: a chain came in between, without a kick.
-
-        Raises GuestFault.
         """
         if not self.ready or not self.event_idx or self._armed == self._next_avail:
             return False
-        emptied = not self.available()
         self.enable_notification()
-        return emptied and self.available() > 0
+        return self.has_unseen
+
+    @property
+    def has_unseen(self) -> bool:
+        """Whether chains came after the last ``look``, ``pop`` or ``available``: a device may have stopped for want of
+        them. How many are left says nothing: it leaves some on purpose.
+        """
+        return self.ready and self._avail[1] != self._seen
+
+    def look(self) -> None:
+        """What has come so far is seen, whether the device cares for it or not."""
+        if self.ready:
+            self._seen = self._avail[1]
 
     # -- walking ---------------------------------------------------------------------------------------------------
 

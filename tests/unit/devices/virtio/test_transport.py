@@ -158,6 +158,47 @@ def test_a_chain_that_comes_as_the_place_is_moved_is_served_all_the_same() -> No
     assert [used.data for used in driver.used(0)] == [b"X", b"LATE"]
 
 
+@pytest.mark.parametrize("event_idx", [False, True])
+def test_a_chain_that_comes_without_a_kick_after_the_devices_last_look_is_served_all_the_same(event_idx: bool) -> None:
+    device = Echo()
+    driver = Driver(device, event_idx=event_idx)
+    work, late = device.process, [b"late", b"later"]
+
+    def process(index: int) -> bool:
+        more = work(index)
+        if not more and late:
+            driver.send(0, [late.pop(0)], [8])
+        return more
+
+    device.process = process  # type: ignore[method-assign]
+    driver.send(0, [b"x"], [1])
+    driver.kick(0)
+    assert [used.data for used in driver.used(0)] == [b"X", b"LATE", b"LATER"]
+
+
+def test_a_chain_that_comes_between_the_last_pop_and_the_end_of_a_session_is_served_all_the_same() -> None:
+    device = Echo()
+    driver = Driver(device, event_idx=True)
+    driver.send(0, [b"x"], [1])
+    with device.session():
+        device.finish(0, device.queues[0].pop() or pytest.fail("no chain"))
+        assert device.queues[0].pop() is None
+        driver.send(0, [b"late"], [4])
+    driver.work()
+    assert [used.data for used in driver.used(0)] == [b"X", b"LATE"]
+
+
+@pytest.mark.parametrize("event_idx", [False, True])
+def test_a_device_that_leaves_chains_where_they_are_is_not_asked_again_and_again(event_idx: bool) -> None:
+    device = Echo()
+    driver = Driver(device, event_idx=event_idx)
+    asked: list[int] = []
+    device.process = lambda index: bool(asked.append(index))  # type: ignore[method-assign,func-returns-value]
+    driver.send(0, [b"x"], [1])
+    driver.kick(0)
+    assert asked == [0]
+
+
 def test_a_chain_that_was_there_before_driver_ok_is_served_then() -> None:
     driver = Driver(Echo(), start=False)
     driver.write(STATUS, STATUS_ACKNOWLEDGE | STATUS_DRIVER)
