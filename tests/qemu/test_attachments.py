@@ -15,9 +15,9 @@ import anyio.lowlevel
 import attrs
 import pytest
 
-from asyncvmm.device_config import BalloonConfig, ConsoleConfig, DriveConfig, NetConfig, RngConfig
+from asyncvmm.device_config import BalloonConfig, ConsoleConfig, DriveConfig, NetConfig, RngConfig, VsockConfig
 from asyncvmm.device_list import DeviceConfig
-from asyncvmm.errors import DriveBusy, DriveError, StateError
+from asyncvmm.errors import ConfigError, DriveBusy, DriveError, StateError
 from asyncvmm.machine.base import BootPlan, DriveResource, Resources
 from asyncvmm.machine.qemu.binary import find_qemu
 from asyncvmm.machine.qemu.command import QemuBinary
@@ -47,7 +47,7 @@ def image(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def plan(toy_guest: Path, image: Path) -> Iterator[BootPlan]:
+def plan(toy_guest: Path, image: Path, tmp_path: Path) -> Iterator[BootPlan]:
     """A guest that looks at none of its devices."""
     ours, theirs = socket.socketpair()
     drive = DriveConfig(path=image, id="disk")
@@ -56,6 +56,7 @@ def plan(toy_guest: Path, image: Path) -> Iterator[BootPlan]:
         net=NetConfig(),
         balloon=BalloonConfig(mib=8),
         rng=RngConfig(),
+        vsock=VsockConfig(uds_path=tmp_path / "vsock"),
         console=ConsoleConfig(ports=("bulk",)),
     )
     resources = Resources(drives=(DriveResource(drive, image),), net_fd=theirs.fileno(), mac="02:00:00:00:00:01")
@@ -118,12 +119,15 @@ async def test_a_guest_that_ended_leaves_nothing_and_its_ports_are_at_their_end(
         with anyio.fail_after(PATIENCE_S), pytest.raises(anyio.EndOfStream):
             await waiting
         del waiting
-        assert not holdings() - before
+        assert machine.vsock is not None
+        with pytest.raises(StateError):
+            await machine.vsock.connect(1)
         with pytest.raises(anyio.BrokenResourceError):
             await machine.ports["console"].send(b"x")
         assert machine.balloon is not None
         with pytest.raises(StateError, match="running guest"):
             await machine.balloon.actual_pages()
+    assert not holdings() - before
 
 
 async def test_a_port_can_be_given_up_while_the_guest_runs(plan: BootPlan, qemu: QemuBinary) -> None:
@@ -184,7 +188,28 @@ async def test_a_drive_that_is_none_is_refused_with_what_was_found(
     assert not holdings() - before
 
 
+async def test_a_unix_socket_that_cannot_be_is_refused(plan: BootPlan, qemu: QemuBinary, tmp_path: Path) -> None:
+    before = holdings()
+    devices = attrs.evolve(plan.devices, vsock=VsockConfig(uds_path=tmp_path / "nowhere" / "vsock"))
+    machine = QemuMachine(attrs.evolve(plan, devices=devices), Timeline(), lambda _: None, qemu=qemu)
+    with pytest.raises(ConfigError, match="nowhere"):
+        await machine.start()
+    assert not holdings() - before
+
+
+async def test_two_machines_cannot_have_one_unix_socket(plan: BootPlan, qemu: QemuBinary, tmp_path: Path) -> None:
+    without = attrs.evolve(plan, devices=attrs.evolve(plan.devices, drives=()), resources=Resources(net_fd=None))
+    without = attrs.evolve(without, devices=attrs.evolve(without.devices, net=None))
+    path = tmp_path / "vsock"
+    async with running(without, qemu):
+        with pytest.raises(ConfigError, match="in use"):
+            await QemuMachine(without, Timeline(), lambda _: None, qemu=qemu).start()
+        assert path.is_socket(), "it is the first one's"
+    assert not path.exists()
+
+
 async def test_an_image_has_one_writer_or_many_readers(plan: BootPlan, qemu: QemuBinary, image: Path) -> None:
+    plan = attrs.evolve(plan, devices=attrs.evolve(plan.devices, vsock=None))
     reader = with_drive(plan, image, read_only=True)
     async with running(plan, qemu):
         for other in (plan, reader):
@@ -207,7 +232,8 @@ async def test_an_overlay_is_what_the_guest_has_and_its_base_stays_shared(
         assert overlay.path is not None
         assert overlay.format != "mapped"
         resources = attrs.evolve(plan.resources, drives=(DriveResource(drive, overlay.path, overlay.format),))
-        plans.append(attrs.evolve(plan, devices=attrs.evolve(plan.devices, drives=(drive,)), resources=resources))
+        devices = attrs.evolve(plan.devices, drives=(drive,), vsock=None)
+        plans.append(attrs.evolve(plan, devices=devices, resources=resources))
     try:
         async with running(plans[0], qemu) as (_, first), running(plans[1], qemu) as (_, second):
             await first.until_said("control", b"hello control\n")

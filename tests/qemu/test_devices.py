@@ -7,13 +7,16 @@ import os
 import re
 import socket
 import struct
-from collections.abc import AsyncIterator, Callable
+import subprocess
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import anyio
 import attrs
 import pytest
+from anyio.abc import ByteReceiveStream, ByteStream
 
 from asyncvmm.balloon import Balloon
 from asyncvmm.device_config import (
@@ -23,18 +26,22 @@ from asyncvmm.device_config import (
     DriveConfig,
     NetConfig,
     RngConfig,
+    VsockConfig,
 )
+from asyncvmm.errors import VsockRefused
+from asyncvmm.guest import cpio
 from asyncvmm.guest.archive import workload_archive
 from asyncvmm.machine.base import BootPlan, DriveResource, Resources
 from asyncvmm.machine.qemu.binary import find_qemu
 from asyncvmm.machine.qemu.machine import QemuMachine
-from asyncvmm.machine.qemu.ports import ChannelStream
+from asyncvmm.vsock.stream import VsockAttribute
 from tests.support.holdings import children
 from tests.support.qemu_machine import PATIENCE_S, Witness, default_image, running, tsc_khz
 from tests.support.requirements import require
 
 pytestmark = pytest.mark.anyio
 
+GUESTS = Path(__file__).parents[1] / "guests"
 MIB = 1 << 20
 MEMORY_MIB = 256
 MAC = "02:00:00:00:00:2a"
@@ -73,6 +80,7 @@ class Guest:
     witness: Witness
     files: list[Path]
     wire: socket.socket
+    uds_path: Path
     pid: int
 
     async def run(self, command: str) -> str:
@@ -90,14 +98,14 @@ class Guest:
         return int(rss) << 10
 
 
-async def read_exactly(port: ChannelStream, size: int) -> bytes:
+async def read_exactly(port: ByteReceiveStream, size: int) -> bytes:
     data = bytearray()
     while len(data) < size:
         data += await port.receive(size - len(data))
     return bytes(data)
 
 
-async def read_until(port: ChannelStream, end: bytes) -> bytes:
+async def read_until(port: ByteReceiveStream, end: bytes) -> bytes:
     data = b""
     while not data.endswith(end):
         data += await port.receive(1)
@@ -113,6 +121,14 @@ def make_drives(directory: Path) -> tuple[DriveResource, ...]:
     return tuple(resources)
 
 
+def vsock_echo(directory: Path) -> bytes:
+    """guests/vsock_echo.c as an archive that puts it into the guest's /bin."""
+    require("gcc")
+    target = directory / "vsock_echo"
+    subprocess.run(["gcc", "-static", "-Os", "-s", "-o", target, GUESTS / "vsock_echo.c"], check=True, timeout=60)
+    return cpio.write([cpio.file("bin/vsock_echo", target.read_bytes(), 0o755)])
+
+
 def plan_of(directory: Path, machine_type: str, net_fd: int) -> BootPlan:
     image = default_image()
     if machine_type == "q35" and "virtio_pci" not in (image.directory / "manifest.json").read_text():
@@ -123,7 +139,7 @@ def plan_of(directory: Path, machine_type: str, net_fd: int) -> BootPlan:
         vcpus=1,
         kernel=image.kernel,
         initrd=image.initrd,
-        appended=workload_archive(("sh", "-c", AGENT), ()),
+        appended=workload_archive(("sh", "-c", AGENT), ()) + vsock_echo(directory),
         cmdline="console=ttyS0 8250.nr_uarts=1 panic=-1 quiet",
         tsc_khz=tsc_khz() if machine_type == "microvm" else None,
         devices=DeviceConfig(
@@ -131,10 +147,18 @@ def plan_of(directory: Path, machine_type: str, net_fd: int) -> BootPlan:
             net=NetConfig(),
             balloon=BalloonConfig(mib=16, free_page_hinting=True),
             rng=RngConfig(),
+            vsock=VsockConfig(cid=42, uds_path=directory / "v.sock"),
             console=ConsoleConfig(ports=("agent", "bulk.1")),
         ),
         resources=Resources(drives=make_drives(directory), net_fd=net_fd, mac=MAC),
     )
+
+
+@contextmanager
+def nothing_left_mapped() -> Iterator[None]:
+    """The guest's memory, in which the socket device worked, is let go of."""
+    yield
+    assert "memory-backend" not in Path("/proc/self/maps").read_text()
 
 
 @pytest.fixture(scope="module", params=["microvm", "q35"])
@@ -142,14 +166,17 @@ async def guest(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     require("qemu")
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
-    plan = plan_of(tmp_path_factory.mktemp("drives"), request.param, theirs.fileno())
-    with ours, theirs:
+    directory = tmp_path_factory.mktemp("devices")
+    plan = plan_of(directory, request.param, theirs.fileno())
+    with ours, theirs, nothing_left_mapped():
         before = children(os.getpid())
         async with running(plan, find_qemu()) as (machine, witness):
             theirs.close()
             await witness.until_said("control", b"\nREADY\n")
             (pid,) = children(os.getpid()) - before
-            yield Guest(machine, witness, [drive.path for drive in plan.resources.drives], ours, pid)
+            yield Guest(
+                machine, witness, [drive.path for drive in plan.resources.drives], ours, directory / "v.sock", pid
+            )
 
 
 async def test_drive_i_is_the_ith_disk_with_its_id_as_serial_number(guest: Guest) -> None:
@@ -277,3 +304,61 @@ async def test_hvc0_is_the_port_named_console(guest: Guest) -> None:
         await guest.run("(head -n1 < /dev/hvc0 > /tmp/heard) & true")
         await port.send(b"hello hvc0\n")
         assert (await guest.run("wait; cat /tmp/heard")).startswith("hello hvc0")
+
+
+async def is_echoed(stream: ByteStream, data: bytes) -> bool:
+    """Whether the guest sends back what it is sent, while it is being sent."""
+    with anyio.fail_after(PATIENCE_S):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(stream.send, data)
+            return await read_exactly(stream, len(data)) == data
+    return False
+
+
+async def test_the_host_connects_to_the_guests_sockets(guest: Guest) -> None:
+    assert guest.machine.vsock is not None
+    await guest.run("vsock_echo listen 1234 & sleep 0.3")
+    for _ in range(2):
+        async with await guest.machine.vsock.connect(1234) as stream:
+            assert await is_echoed(stream, os.urandom(MIB))
+    with pytest.raises(VsockRefused):
+        await guest.machine.vsock.connect(1235)
+
+
+async def test_the_guest_connects_to_the_hosts(guest: Guest) -> None:
+    assert guest.machine.vsock is not None
+    async with guest.machine.vsock.listen(5000) as listener:
+        await guest.run("vsock_echo connect 5000 & true")
+        with anyio.fail_after(PATIENCE_S):
+            stream = await listener.accept()
+        async with stream:
+            assert stream.extra(VsockAttribute.peer_cid) == 42
+            assert await is_echoed(stream, b"hello" * 1000)
+    assert (await guest.run("vsock_echo connect 5001")).endswith("status=3"), "nobody listens there"
+
+
+async def test_a_unix_socket_leads_to_the_guest_and_another_from_it(guest: Guest) -> None:
+    await guest.run("vsock_echo listen 4321 & sleep 0.3")
+    async with await anyio.connect_unix(guest.uds_path) as client:
+        await client.send(b"CONNECT 4321\n")
+        assert (await read_until(client, b"\n")).startswith(b"OK ")
+        assert await is_echoed(client, b"by a unix socket")
+    async with await anyio.create_unix_listener(f"{guest.uds_path}_6000") as listener:
+        await guest.run("vsock_echo connect 6000 & true")
+        with anyio.fail_after(PATIENCE_S):
+            async with await listener.accept() as client:
+                assert await is_echoed(client, b"the other way")
+
+
+async def test_a_paused_guest_goes_on_with_its_connections(guest: Guest) -> None:
+    assert guest.machine.vsock is not None
+    await guest.run("vsock_echo listen 7000 & sleep 0.3")
+    with anyio.fail_after(PATIENCE_S):
+        async with await guest.machine.vsock.connect(7000) as stream, anyio.create_task_group() as tasks:
+            assert await is_echoed(stream, b"before")
+            await guest.machine.pause()
+            tasks.start_soon(stream.send, b"while it sleeps")
+            await anyio.sleep(0.1)
+            await guest.machine.resume()
+            assert await read_exactly(stream, 15) == b"while it sleeps"
+            assert await is_echoed(stream, b"after")

@@ -81,8 +81,8 @@ class QemuMachine:
         self._qmp: QmpControl | None = None
         self._guest_tsc: GuestTsc | None = None
         self._initrd: int | None = None
-        self._attachments = Attachments(plan)
         self._metrics = VmMetrics() if metrics is None else metrics
+        self._attachments = Attachments(plan, self._metrics)
         self._counts = QemuCounts(self._metrics, plan)
         self.balloon: QmpBalloon | None = None
         self._shutdown: StopReason | None = None
@@ -149,6 +149,14 @@ class QemuMachine:
 
     async def stop(self) -> None:
         """Kill QEMU, reap it, free everything; a cancellation is heard once that is done. May be called again."""
+        try:
+            await self._end()
+        finally:
+            freed = asyncio.ensure_future(self._attachments.aclose())
+            await wait_out(freed)
+            freed.result()
+
+    async def _end(self) -> None:
         if self._child is None:
             self._free()
             return
@@ -188,7 +196,8 @@ class QemuMachine:
     @property
     def vsock(self) -> VsockHost | None:
         """The host's end of the guest's sockets, from the start on; None without a vsock device."""
-        return self._attachments.vsock
+        vsock = self._attachments.vsock
+        return None if vsock is None else vsock.host
 
     # -- starting --------------------------------------------------------------------------------------------------
 
