@@ -22,6 +22,9 @@ from asyncvmm.metrics.groups import VsockMetrics
 MAX_CONNECTIONS: Final = 1024
 """Connections at a time, those counted that the guest has ended and the host not yet closed."""
 
+MAX_KNOWN: Final = 2 * MAX_CONNECTIONS
+"""Those included that the host has released, until the guest has confirmed it, or fetched the RST that tells it."""
+
 BUFFER: Final = 256 * 1024
 """Receive buffer of a connection; Linux' own default."""
 
@@ -39,7 +42,7 @@ EPHEMERAL: Final = (1 << 30, 1 << 31)
 
 
 class TooManyConnections(Exception):
-    """There are MAX_CONNECTIONS already."""
+    """There are MAX_CONNECTIONS already, or MAX_KNOWN with those that the guest is slow to forget."""
 
 
 class Backend(Protocol):
@@ -81,11 +84,15 @@ class Muxer:
         """Whether there is a packet for the guest."""
         return bool(self._replies or self._ready)
 
+    @property
+    def _has_enough(self) -> bool:
+        return self._held >= MAX_CONNECTIONS or len(self._connections) >= MAX_KNOWN
+
     # -- the host's half -----------------------------------------------------------------------------------------------
 
     def connect(self, port: int) -> Connection:
         """Ask the guest for a connection to its ``port``. Raises TooManyConnections."""
-        if self._held >= MAX_CONNECTIONS:
+        if self._has_enough:
             raise TooManyConnections
         return self._add((self._ephemeral_port(port), port), None)
 
@@ -143,7 +150,7 @@ class Muxer:
         self._settle(connection)
 
     def _receive_request(self, header: Header) -> None:
-        if self.backend is None or self._held >= MAX_CONNECTIONS:
+        if self.backend is None or self._has_enough:
             self._refuse(header)
             return
         connection = self._add((header.dst_port, header.src_port), header)
