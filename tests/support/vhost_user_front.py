@@ -11,7 +11,7 @@ import struct
 from collections.abc import Sequence
 from typing import Any, cast
 
-from asyncvmm.devices.virtio.ids import VIRTIO_F_VERSION_1
+from asyncvmm.devices.virtio.ids import VIRTIO_F_EVENT_IDX, VIRTIO_F_VERSION_1
 from asyncvmm.machine.qemu.vhost_user.message import (
     F_PROTOCOL_FEATURES,
     FLAG_NEED_REPLY,
@@ -44,6 +44,7 @@ class FrontEnd:
         self.kicks = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(RINGS)]
         self.calls = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(RINGS)]
         self.queues: list[DriverQueue] = []
+        self.event_idx = False
 
     def close(self) -> None:
         self.connection.close()
@@ -88,7 +89,8 @@ class FrontEnd:
 
     async def negotiate(self) -> None:
         self.u64(Request.SET_PROTOCOL_FEATURES, 1 << 0 | 1 << 3 | 1 << 9)
-        self.u64(Request.SET_FEATURES, 1 << VIRTIO_F_VERSION_1 | 1 << F_PROTOCOL_FEATURES)
+        features = 1 << VIRTIO_F_VERSION_1 | 1 << F_PROTOCOL_FEATURES | self.event_idx << VIRTIO_F_EVENT_IDX
+        self.u64(Request.SET_FEATURES, features)
 
     async def give_memory(self) -> None:
         await self.acknowledged(Request.SET_MEM_TABLE, table(), [self.memfd])
@@ -97,7 +99,9 @@ class FrontEnd:
         """Rings as a new driver makes them."""
         self.memory[:] = bytes(MEMORY)
         memory = cast(Any, self.memory)
-        self.queues = [DriverQueue(memory, i * SHARE, (i + 1) * SHARE, SIZE) for i in range(RINGS)]
+        self.queues = [
+            DriverQueue(memory, i * SHARE, (i + 1) * SHARE, SIZE, event_idx=self.event_idx) for i in range(RINGS)
+        ]
         for queue in self.queues:
             _lift(queue)
 

@@ -144,6 +144,7 @@ class Backend:
             return
         try:
             yield True
+            self._rearm()
         except GuestFault as fault:
             self._fail(fault)
         finally:
@@ -156,12 +157,18 @@ class Backend:
                 return False
             queue = self.device.queues[index]
             queue.disable_notification()
+            queue.look()
             if self.device.process(index):
                 return True
-            left = queue.available()
             queue.enable_notification()
-            return left == 0 and queue.available() > 0
+            return queue.has_unseen
         return False
+
+    def _rearm(self) -> None:
+        """A chain may have been popped outside of ``kick``."""
+        for index in range(len(self._rings)):
+            if self.device.queues[index].rearm():
+                self._shell.work(index)
 
     def close(self) -> None:
         """The front end has gone, and with it the guest."""

@@ -123,6 +123,16 @@ async def test_the_guest_is_answered_and_interrupted(started: Bench) -> None:
     assert started.front.interrupts(RX) == started.front.interrupts(TX) == 1
 
 
+async def test_a_buffer_taken_without_a_kick_moves_the_place_of_the_next_kick(bench: Bench) -> None:
+    bench.front.event_idx = True
+    await bench.front.start()
+    await bench.connected()
+    with bench.device.host() as muxer:
+        muxer.connect(PORT + 1)
+    await bench.hear()
+    assert bench.front.queues[RX].avail_event == 2
+
+
 async def test_what_was_kicked_before_the_start_is_not_lost(bench: Bench) -> None:
     await bench.front.negotiate()
     await bench.front.give_memory()
