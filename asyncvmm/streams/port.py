@@ -5,8 +5,11 @@
 
 The guest may open and close its end as often as it likes. While it has the port closed *after* it had it open, the
 stream is at its end: ``receive`` raises EndOfStream (once all bytes from before are read) and ``send`` raises
-BrokenResourceError. When the guest opens the port again, both work again, as with a FIFO. Before it opens the port for
-the first time both wait. hvc0 is open as long as the guest has a driver for it.
+BrokenResourceError. When the guest opens the port again, both work again, as with a FIFO; a close that an open follows
+before anybody looks goes unseen, as there. Before it opens the port for the first time both wait. hvc0 is open as long
+as the guest has a driver for it.
+
+For bulk take a named port: Linux writes those in pieces of 32 KiB and goes on, hvc0 in small ones, waiting for each.
 """
 
 from __future__ import annotations

@@ -162,6 +162,14 @@ async def test_when_the_guest_opens_again_the_stream_goes_on(guest: Guest) -> No
     assert await guest.port.receive() == b"again"
 
 
+async def test_a_close_that_nobody_saw_before_the_next_open_ends_nothing(guest: Guest) -> None:
+    guest.write(b"first ")
+    guest.close()
+    guest.open()
+    guest.write(b"second")
+    assert await guest.port.receive() == b"first second"
+
+
 async def test_before_the_guest_opens_reader_and_writer_wait() -> None:
     guest = Guest()
     for call in (guest.port.receive(), guest.port.send(b"x")):
