@@ -16,7 +16,15 @@ Port = Literal["console", "control"]
 """``console`` is COM1 (0x3f8), ``control`` is COM2 (0x2f8): the guest contract's two serial lines."""
 
 StopReason = Literal[
-    "shutdown", "reset", "debug-exit", "triple-fault", "emulation-failure", "entry-failure", "machine", "panic"
+    "shutdown",
+    "reset",
+    "debug-exit",
+    "triple-fault",
+    "emulation-failure",
+    "entry-failure",
+    "machine",
+    "panic",
+    "init-error",
 ]
 
 

@@ -6,6 +6,7 @@ waits for the guest's end hear of them in the order in which the guest caused th
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 from asyncvmm.console import Console
@@ -17,6 +18,8 @@ from asyncvmm.events.markers import (
     BootTime,
     ClockReading,
     Heartbeat,
+    InitError,
+    InitWarning,
     Listener,
     Marker,
     Panic,
@@ -36,6 +39,8 @@ from asyncvmm.events.types import (
 )
 from asyncvmm.timing.guest_clock import ClockPairing, GuestClock
 from asyncvmm.timing.timeline import Timeline
+
+_log = logging.getLogger("asyncvmm.guest")
 
 GuestInstant = Callable[[int], tuple[int, int] | None]
 """Machine.guest_instant: the host's CLOCK_MONOTONIC ns at a value of the guest's TSC, and the error in ns."""
@@ -103,6 +108,10 @@ class GuestWatch:
         marker = self.contract.line(output.port, line)
         if isinstance(marker, Panic):
             self._on_stop(Stopped("panic", detail=marker.detail, t_ns=line.t_ns))
+        elif isinstance(marker, InitError):
+            self._on_stop(Stopped("init-error", detail=marker.detail, t_ns=line.t_ns))
+        elif isinstance(marker, InitWarning):
+            _log.warning("the guest goes on without %s", marker.detail)
         elif isinstance(marker, ClockReading):
             self._take_reading(marker, t_ns)
         elif marker is not None:
@@ -138,5 +147,5 @@ def event_of(marker: Marker, t_ns: int) -> Event:
             return GuestListener(t_ns, proto, port)
         case WorkloadExit(code):
             return GuestExit(t_ns, code)
-        case Panic() | ClockReading():
+        case Panic() | ClockReading() | InitError() | InitWarning():
             raise ValueError(f"{type(marker).__name__} is no event")

@@ -12,6 +12,8 @@ from asyncvmm.events.lines import Line
 from asyncvmm.events.markers import (
     BootTime,
     ClockReading,
+    InitError,
+    InitWarning,
     Malformed,
     Marker,
     Panic,
@@ -90,6 +92,8 @@ class GuestContract:
         if isinstance(marker, ClockReading):
             first, self._clock_read = not self._clock_read, True
             return first and self.capturing
+        if isinstance(marker, InitError | InitWarning):
+            return not self.ready
         return True
 
     def _record(self, marker: BootTime) -> bool:

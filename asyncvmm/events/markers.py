@@ -79,6 +79,20 @@ class Panic:
 
 
 @attrs.frozen
+class InitError:
+    """PID 1 cannot make the guest ready; ``detail`` says what failed, as ``root=2`` with the errno."""
+
+    detail: str
+
+
+@attrs.frozen
+class InitWarning:
+    """PID 1 goes on without something; ``detail`` says what, as ``net=dhcp``."""
+
+    detail: str
+
+
+@attrs.frozen
 class UnknownStage:
     """A well-formed BOOT_TIME whose stage is not in the contract."""
 
@@ -90,8 +104,9 @@ class Malformed:
     excerpt: bytes
 
 
-Marker = BootTime | Ready | PreExec | Heartbeat | Listener | WorkloadExit | ClockReading | Panic
-Parsed = BootTime | Ready | PreExec | Heartbeat | Listener | WorkloadExit | ClockReading | UnknownStage | Malformed
+_Told = BootTime | Ready | PreExec | Heartbeat | Listener | WorkloadExit | ClockReading | InitError | InitWarning
+Marker = _Told | Panic
+Parsed = _Told | UnknownStage | Malformed
 
 _Build = Callable[..., "Parsed | None"]
 
@@ -151,6 +166,14 @@ def _clock(*digits: bytes) -> Parsed | None:
     return ClockReading(*values)
 
 
+def _init_error(detail: bytes) -> Parsed:
+    return InitError(detail.decode("ascii"))
+
+
+def _init_warning(detail: bytes) -> Parsed:
+    return InitWarning(detail.decode("ascii"))
+
+
 _FIXED: dict[bytes, Parsed] = {b"READY": Ready(), b"workload-pre-exec": PreExec()}
 
 _NUMBERED: tuple[tuple[bytes, re.Pattern[bytes], _Build], ...] = (
@@ -159,6 +182,8 @@ _NUMBERED: tuple[tuple[bytes, re.Pattern[bytes], _Build], ...] = (
     (b"listener ", re.compile(rb"listener proto=(tcp6?|udp6?) port=([0-9]{1,5})"), _listener),
     (b"workload-exit ", re.compile(rb"workload-exit code=([0-9]{1,3})"), _workload_exit),
     (b"clock ", re.compile(rb"clock tsc=([0-9]{1,20}) ns=([0-9]{1,20}) tsc_end=([0-9]{1,20})"), _clock),
+    (b"init-error ", re.compile(rb"init-error ([a-z]+=[!-~]{1,64})"), _init_error),
+    (b"init-warning ", re.compile(rb"init-warning ([a-z]+=[!-~]{1,64})"), _init_warning),
 )
 
 _PANIC = re.compile(rb"(?:^|\] )Kernel panic - not syncing: (.*)")

@@ -141,6 +141,19 @@ async def test_a_kernel_panic_is_the_guests_end(watched: Callable[..., Watched])
     assert "no init found" in guest.ends[0].detail
 
 
+async def test_a_guest_whose_pid_1_cannot_go_on_has_ended(watched: Callable[..., Watched]) -> None:
+    guest = watched()
+    guest.say("control", b"init-error root=2\n", START_NS + 7)
+    assert guest.ends == [Stopped("init-error", detail="root=2", t_ns=START_NS + 7)]
+
+
+async def test_what_pid_1_goes_on_without_is_logged(
+    watched: Callable[..., Watched], caplog: pytest.LogCaptureFixture
+) -> None:
+    watched().say("control", b"init-warning net=dhcp\n", START_NS + 7)
+    assert "net=dhcp" in caplog.text
+
+
 async def test_the_machines_end_is_passed_on_behind_what_was_written_before_it(
     watched: Callable[..., Watched],
 ) -> None:

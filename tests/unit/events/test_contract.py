@@ -7,7 +7,18 @@ from hypothesis import strategies as st
 from asyncvmm.effects import Port
 from asyncvmm.events.contract import GuestContract
 from asyncvmm.events.lines import Line, LineScanner
-from asyncvmm.events.markers import BootTime, ClockReading, Heartbeat, Marker, Panic, PreExec, Ready, WorkloadExit
+from asyncvmm.events.markers import (
+    BootTime,
+    ClockReading,
+    Heartbeat,
+    InitError,
+    InitWarning,
+    Marker,
+    Panic,
+    PreExec,
+    Ready,
+    WorkloadExit,
+)
 from asyncvmm.timing.profiles import GuestBootProfile
 
 
@@ -125,6 +136,16 @@ def test_a_panic_counts_once_and_only_on_the_console() -> None:
     assert say(contract, "control", line) == []
     assert say(contract, "console", line, line) == [Panic("Attempted to kill init!")]
     assert contract.panicked
+
+
+def test_what_pid_1_cannot_do_counts_on_the_control_line_until_ready() -> None:
+    contract = GuestContract()
+    assert say(contract, "console", b"init-error root=2", b"init-warning net=dhcp") == []
+    assert say(contract, "control", b"init-warning net=dhcp", b"init-error root=2") == [
+        InitWarning("net=dhcp"),
+        InitError("root=2"),
+    ]
+    assert say(contract, "control", b"READY", b"init-error root=2", b"init-warning net=x") == [Ready()]
 
 
 def test_the_clock_reading_counts_once_and_on_the_control_line_alone() -> None:
