@@ -7,9 +7,11 @@ device, which must then do whatever a well-behaved driver asks for.
 
 from __future__ import annotations
 
-import json
+import struct
 from collections.abc import Callable
 from typing import Any
+
+import orjson
 
 from asyncvmm.devices.virtio import mmio
 from asyncvmm.devices.virtio.device import VirtioDevice
@@ -29,6 +31,8 @@ MOST_ACTIONS = 100
 REGISTERS = tuple(range(0, 0x100, 4))
 SIZES = (1, 2, 4, 8, 16)
 _MOST_ADDRESS = (1 << 64) - 1
+_DESCRIPTOR = struct.Struct("<QIHH")
+_STATUSES = (1, 3, 0xB, 0xF, 0xF, 0xB, 4, 7, 8, 0x4F, 0x8F, 0, 0x10, 0xFFFFFFFF)
 
 
 class ObservedDriver(Driver):
@@ -130,6 +134,36 @@ class Play:
         self.driver.write(offset, script.number(size) if script.flag() else script.byte(), size)
         self._work()
 
+    def write_config(self) -> None:
+        """Somewhere in the configuration space."""
+        script = self.script
+        size = script.pick((1, 2, 4, 8))
+        self.driver.write(mmio.CONFIG + script.byte() % 72, script.number(size), size)
+
+    def negotiate(self) -> None:
+        """Anew, with other features, and the status bits in any order."""
+        script = self.script
+        self.driver.write(mmio.STATUS, 0)
+        self._check_untouched()
+        self.driver.accept(script.number(8) if script.flag() else self.driver.offered() & ~(1 << script.byte() % 40))
+        for _ in range(1 + script.byte() % 4):
+            self.driver.write(mmio.STATUS, script.pick(_STATUSES))
+        self._work()
+
+    def set_up_queue(self) -> None:
+        """Stop a queue, and start it elsewhere, or in another size."""
+        script = self.script
+        self.driver.write(mmio.QUEUE_SEL, script.byte() % (len(self.driver.queues) + 1))
+        self.driver.write(mmio.QUEUE_READY, 0)
+        self._check_untouched()
+        self.driver.write(mmio.QUEUE_NUM, script.pick((1, 2, 4, 8, 16, 3, 0, 0x8000)))
+        for register in (mmio.QUEUE_DESC_LOW, mmio.QUEUE_DRIVER_LOW, mmio.QUEUE_DEVICE_LOW):
+            address = script.number(2)
+            self.driver.write(register, address & ~15 if script.byte() % 8 else address)
+            self.driver.write(register + 4, int(script.byte() % 8 == 0))
+        self.driver.write(mmio.QUEUE_READY, script.pick((1, 1, 1, 0, 2)))
+        self._work()
+
     def read_register(self) -> None:
         """What stands anywhere."""
         self.driver.read(self.script.number(2) % (mmio.PAGE_BYTES - 8), self.script.pick((1, 2, 4, 8)))
@@ -141,19 +175,40 @@ class Play:
         self.driver.view.guest_writes(address, script.data(script.byte()))
 
     def write_descriptor(self) -> None:
-        """One entry of a descriptor table, with an address that is RAM more often than not."""
-        script, queue = self.script, self._queue()
-        address = script.number(2)
-        kind = script.byte() % 8
+        """One entry of a descriptor table."""
+        queue = self._queue()
+        queue.set_descriptor(self.script.byte() % queue.size, *self._descriptor(queue.size))
+        self.driver.view.sync()
+
+    def offer_nonsense(self) -> None:
+        """A chain of any descriptors, or a table of them, and a kick."""
+        script, index = self.script, self._queue_index()
+        queue = self.driver.queue(index)
+        entries = [self._descriptor(queue.size) for _ in range(1 + script.byte() % 4)]
+        head = self.cursor % queue.size
+        if script.byte() % 4 == 0:
+            table = b"".join(_DESCRIPTOR.pack(*entry) for entry in entries)
+            size = len(table) if script.byte() % 8 else script.size()
+            entries = [(self._place(index, table, size), size, DESC_F_INDIRECT | script.byte() % 8, 0)]
+        for place, entry in enumerate(entries):
+            queue.set_descriptor((head + place) % queue.size, *entry)
+        self.cursor += len(entries)
+        queue.put_available(head)
+        self.driver.view.sync()
+        self.driver.write(mmio.QUEUE_NOTIFY, index)
+        self._work()
+
+    def _descriptor(self, count: int) -> tuple[int, int, int, int]:
+        """With an address that is RAM more often than not."""
+        script = self.script
+        address, kind = script.number(2), script.byte() % 8
         if kind == 0:
-            address = (1 << 64) - address
+            address = (1 << 64) - address & _MOST_ADDRESS
         elif kind == 1:
             address += HIGH
-        elif kind > 4:
+        elif kind > 3:
             address %= len(self.driver.memory)
-        fields = (script.size(), script.byte() % 8, script.byte() % (queue.size + 1))
-        queue.set_descriptor(script.byte() % queue.size, address & _MOST_ADDRESS, *fields)
-        self.driver.view.sync()
+        return address, script.size(), script.byte() % 8, script.byte() % (count + 1)
 
     def make_available(self) -> None:
         """A head, or an index that jumps."""
@@ -189,11 +244,7 @@ class Play:
         head = self.cursor % queue.size
         if indirect and self.driver.queues:
             table = b"".join(
-                address.to_bytes(8, "little")
-                + size.to_bytes(4, "little")
-                + flags.to_bytes(2, "little")
-                + place.to_bytes(2, "little")
-                for place, (address, size, flags) in enumerate(entries, 1)
+                _DESCRIPTOR.pack(address, size, flags, place) for place, (address, size, flags) in enumerate(entries, 1)
             )
             queue.set_descriptor(head, self._place(index, table, len(table)), len(table), DESC_F_INDIRECT, 0)
             self.cursor += 1
@@ -239,13 +290,17 @@ class Play:
     def reset(self) -> None:
         """Now, whatever is under way."""
         self.driver.reset()
-        self.watch.view.check((), ())
+        self._check_untouched()
 
     def restart(self) -> None:
         """A new driver comes, which keeps to the rules as yet."""
         self.driver.reset()
-        self.watch.view.check((), ())
+        self._check_untouched()
         self.start(well=False)
+
+    def _check_untouched(self) -> None:
+        """A reset writes nothing, and what was offered before is the guest's own again."""
+        self.watch.view.check((), ())
 
     def _work(self) -> None:
         for _ in range(self.target.most_turns):
@@ -285,42 +340,47 @@ class Play:
     def restore_nonsense(self) -> None:
         """Somebody has changed the snapshot. If it cannot be believed, ConfigError says so."""
         state = mutate(self._saved(), self.script)
-        before = self.driver.transport
         try:
             self._restore_from(state, compare=False)
         except ConfigError:
-            before.close()
-            self.driver.transport.reset()
+            self._replace_device()
 
     def _saved(self) -> Any:
         self.target.settle()
         self._work()
         self.watch.end()
         assert self.driver.device.drain(), "something is under way for ever"
-        return json.loads(json.dumps(self.driver.transport.state()))
+        return orjson.loads(orjson.dumps(self.driver.transport.state()))
 
-    def _restore_from(self, state: Any, *, compare: bool = True) -> None:
+    def _replace_device(self) -> None:
         self.driver.transport.close()
         self.driver.device = self.target.make(Script(b""))
         self.driver.transport = self.driver.new_transport(self.driver.device)
-        self._attach()
         self.driver.kicks.clear()
+        self._attach()
+
+    def _restore_from(self, state: Any, *, compare: bool = True) -> None:
+        self._replace_device()
         self.driver.transport.restore(state)
         if compare:
-            again = json.loads(json.dumps(self.driver.transport.state()))
+            again = orjson.loads(orjson.dumps(self.driver.transport.state()))
             assert self.target.comparable(again) == self.target.comparable(state), "restored to something else"
 
 
 _ACTIONS = (
     Play.offer_and_kick,
+    Play.event,
     Play.offer,
     Play.kick,
-    Play.event,
-    Play.write_register,
-    Play.write_descriptor,
-    Play.make_available,
+    Play.offer_nonsense,
     Play.offer_and_kick,
     Play.event,
+    Play.write_register,
+    Play.write_config,
+    Play.set_up_queue,
+    Play.negotiate,
+    Play.write_descriptor,
+    Play.make_available,
     Play.write_memory,
     Play.strike_later,
     Play.reset,

@@ -28,8 +28,7 @@ _NONSENSE: tuple[Any, ...] = (
 
 
 def mutate(state: Any, script: Script) -> Any:
-    """A copy of it with a few values replaced, or left out."""
-    state = copy.deepcopy(state)
+    """It, with a few values replaced, or left out."""
     for _ in range(1 + script.byte() % 3):
         places = list(_places(state))
         if not places:
