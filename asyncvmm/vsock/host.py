@@ -156,7 +156,9 @@ class VsockHost:
             raise VsockRefused("vsock connection", port=port, expected="a listener in the guest", found="none")
 
     def _release(self, connection: Connection) -> None:
-        """The host has done with it. A guest that does not confirm the close in time is reset."""
+        """The host has done with it. A guest that does not confirm the close in time is reset. May be called again."""
+        if connection.released:
+            return
         self._connections.discard(connection)
         with self._device.host() as muxer:
             connection.observer = lambda: self._settled(connection)

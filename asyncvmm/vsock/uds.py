@@ -14,7 +14,7 @@ import os
 import re
 import socket
 import stat
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
@@ -81,10 +81,17 @@ class UnixSockets:
             if self._identity == _identity(self._path):
                 self._path.unlink(missing_ok=True)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None], *afterwards: Callable[[], object]) -> None:
+        """Run ``work``, then what has to be done ``afterwards``, even if it is cancelled before its first step."""
+
+        def finish(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            for step in afterwards:
+                step()
+
         task = self._loop.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(finish)
 
     # -- the host's clients --------------------------------------------------------------------------------------------
 
@@ -102,16 +109,13 @@ class UnixSockets:
                 raise
             else:
                 client.setblocking(False)
-                self._spawn(self._serve(client))
+                self._spawn(self._serve(client), client.close, self._room.release)
 
     async def _serve(self, client: socket.socket) -> None:
         try:
             await self._connect(client)
         except (AsyncVMMError, OSError, ValueError):
             self._metrics.conn_event_fails += 1
-        finally:
-            client.close()
-            self._room.release()
 
     async def _connect(self, client: socket.socket) -> None:
         """Raises AsyncVMMError, OSError, or ValueError for a request that is none."""
@@ -149,15 +153,12 @@ class UnixSockets:
         except OSError:
             client.close()
             return False
-        self._spawn(self._relay_guest(connection, client))
+        self._spawn(self._relay_guest(connection, client), client.close, lambda: self._host.refuse(connection))
         return True
 
     async def _relay_guest(self, connection: Connection, client: socket.socket) -> None:
-        try:
-            async with self._host.accept(connection) as stream:
-                await Relay(stream, client, self._metrics).run()
-        finally:
-            client.close()
+        async with self._host.accept(connection) as stream:
+            await Relay(stream, client, self._metrics).run()
 
 
 def _listen(path: Path) -> socket.socket:

@@ -196,6 +196,20 @@ async def test_a_close_ends_everything_and_removes_the_file(host: VsockHost, ker
         await end.aclose()
 
 
+async def test_a_close_before_a_task_s_first_step_leaves_nothing_either(
+    host: VsockHost, kernel: GuestKernel, path: Path
+) -> None:
+    sockets = UnixSockets(host, path, kernel.metrics)
+    sockets.start()
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(f"{path}_{HOST_PORT}")
+        listening.listen()
+        peer = kernel.connect(2000, HOST_PORT)
+        await sockets.aclose()
+        assert kernel.device.muxer.held == 0
+        await kernel.until(lambda: peer.over)
+
+
 async def test_only_the_owner_may_connect(sockets: UnixSockets, path: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 

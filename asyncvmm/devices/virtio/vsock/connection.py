@@ -168,10 +168,12 @@ class Connection:
             self._tell_if_ready()
 
     def offer(self, data: memoryview) -> None:
-        """Bytes for the guest, taken as it has room; ``can_send`` must hold, and nothing be on offer already."""
-        self.outgoing = data
+        """Bytes for the guest, taken as it has room; nothing may be on offer already. Where ``can_send`` does not hold
+        it comes to nothing at once."""
         self.unsent = len(data)
-        self._tell_if_ready()
+        if self.can_send:
+            self.outgoing = data
+            self._tell_if_ready()
 
     def withdraw(self) -> None:
         """Take back what is still on offer."""

@@ -210,6 +210,15 @@ def test_two_half_closes_are_a_close() -> None:
     assert fetch(connection) == (OP_RST, b"")
 
 
+def test_an_offer_after_the_end_comes_to_nothing() -> None:
+    connection = established()
+    connection.forget()
+    connection.offer(memoryview(b"late"))
+    assert connection.unsent == 4
+    assert not connection.outgoing
+    assert connection.next_op() == 0
+
+
 def test_data_after_the_end_of_sending_is_a_violation() -> None:
     connection = established()
     tell(connection, OP_SHUTDOWN, flags=SHUTDOWN_SEND)
