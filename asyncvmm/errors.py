@@ -157,9 +157,10 @@ class GuestError(AsyncVMMError):
     """The guest ended, or never began, what was awaited.
 
     ``reason`` is one word (``panic``, ``triple-fault``, ``shutdown``, ``reset``, ``timeout``, ``stalled``,
-    ``emulation-failure``, ``entry-failure``, ``machine``, ``init-error``); ``last_exit`` names the last KVM exit and ``rip`` is the
-    instruction pointer then (both None on QEMU, which does not say); ``exits`` is the histogram, ``phases`` maps each
-    host phase to its nanoseconds, those under way to what they took until then, ``serial_tail`` is the last 4 KiB of
+    ``emulation-failure``, ``entry-failure``, ``machine``, ``init-error``); ``last_exit`` names the last KVM exit and
+    ``rip`` is the instruction pointer then (both None on QEMU, which does not say); ``exits`` is the histogram,
+    ``phases`` maps each host phase to its nanoseconds, those under way to what they took until then, ``serial_tail`` is
+    the last 4 KiB of
     console output.
     """
 

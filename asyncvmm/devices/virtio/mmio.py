@@ -236,6 +236,7 @@ class VirtioMmio:
             return
         try:
             self.device.write_config(offset, data)
+            self._page[CONFIG : CONFIG + len(self.device.config)] = self.device.config
         except GuestFault as fault:
             self._fail("cfg_fails", fault)
 
@@ -274,12 +275,13 @@ class VirtioMmio:
     def _activate(self) -> None:
         try:
             self.device.activate()
-            self._serve_early_kicks()
+            self._kick_what_waits()
         except GuestFault as fault:
             self._fail("activate_fails", fault)
 
-    def _serve_early_kicks(self) -> None:
-        """What was made available before DRIVER_OK: Linux' balloon driver kicks too early, and never again."""
+    def _kick_what_waits(self) -> None:
+        """Chains that nobody will kick for any more: made available before DRIVER_OK, as Linux' balloon driver does, or
+        before a snapshot."""
         for index, queue in enumerate(self.device.queues):
             if queue.available():
                 self._notify(index)
@@ -430,9 +432,11 @@ class VirtioMmio:
         try:
             for queue, record in zip(device.queues, saved, strict=True):
                 queue.restore(record, self._memory, **rings)
+            device.restore(mapping(state, "device"))
+            if self.running:
+                self._kick_what_waits()
         except GuestFault as fault:
             raise ConfigError("saved queue", expected="one in guest RAM", found=str(fault)) from None
-        device.restore(mapping(state, "device"))
         self._select_queue(self._queue_sel)
         self._show_config()
         self._words[CONFIG_GENERATION // 4] = integer(state, "config_generation", _LOW)

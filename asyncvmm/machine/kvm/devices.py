@@ -54,6 +54,7 @@ class DeviceSet:
         self._closing: list[Callable[[], Awaitable[object]]] = []
         self._at_close: list[Callable[[], None]] = []
         self._view = GuestView(())
+        self._has_ended = False
 
     @property
     def asked(self) -> DeviceConfig:
@@ -196,7 +197,12 @@ class DeviceSet:
     # -- on the loop ---------------------------------------------------------------------------------------------------
 
     def guest_ended(self) -> None:
-        """Whoever waits for the guest at a device learns that it will not come."""
+        """Serve its last kicks; then whoever waits for it at a device learns that it will not come."""
+        if self._has_ended:
+            return
+        self._has_ended = True
+        for slot in self.slots:
+            slot.work_off()
         while self._guest_ended:
             self._guest_ended.pop()()
 

@@ -21,6 +21,9 @@ from asyncvmm.machine.kvm.abi import KVM_IOEVENTFD_FLAG_DATAMATCH, KvmIoeventfd,
 from asyncvmm.machine.kvm.fds import ioctl
 from asyncvmm.x86.layout import MMIO_SIZE, mmio_device
 
+MOST_TURNS = 64
+"""Turns that a queue has when its guest has ended."""
+
 
 def fence_of(lock: threading.Lock) -> Callable[[], None]:
     """What orders a store before a later load on every CPU: taking a lock and letting it go."""
@@ -94,6 +97,13 @@ class VirtioSlot:
             return
         if more:
             self._loop.call_soon(self._work, index)
+
+    def work_off(self) -> None:
+        """Serve what the guest left behind when it ended: its last kicks may not have been heard yet."""
+        for index in range(len(self.device.queues)):
+            for _ in range(MOST_TURNS):
+                if not self.transport.kick(index):
+                    break
 
     def close(self) -> None:
         """Serve no more, let go of guest memory. No vCPU thread may run any more."""

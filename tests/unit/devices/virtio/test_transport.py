@@ -16,6 +16,7 @@ from asyncvmm.devices.virtio.ids import (
 )
 from asyncvmm.devices.virtio.memory import GuestFault
 from asyncvmm.devices.virtio.mmio import (
+    CONFIG,
     CONFIG_GENERATION,
     DEVICE_ID,
     INTERRUPT_CONFIG_CHANGE,
@@ -403,6 +404,27 @@ def test_a_device_restored_from_its_state_goes_on_where_it_was() -> None:
     driver.transport = transport
     assert transport.state() == state
     assert driver.request(0, [b"after"], [6]) == b"AFTER"
+
+
+def test_a_restored_device_serves_what_waited_for_it() -> None:
+    driver = Driver(Echo(), event_idx=True)
+    driver.send(0, [b"waiting"], [7])
+    state = driver.transport.state()
+    driver.transport = driver.new_transport(Echo())
+    driver.transport.restore(state)
+    driver.work()
+    assert [used.data for used in driver.used(0)] == [b"WAITING"]
+
+
+def test_what_a_driver_writes_to_the_configuration_it_reads_there() -> None:
+    class Writable(Echo):
+        def write_config(self, offset: int, data: bytes) -> None:
+            self.config[offset : offset + len(data)] = data
+
+    driver = Driver(Writable())
+    driver.write(CONFIG + 1, 0xAB, 1)
+    assert driver.config(0, 4) == b"\x01\xab\x03\x04"
+    assert driver.interrupts == 0
 
 
 @pytest.mark.parametrize(
