@@ -35,7 +35,8 @@ Fallback = Callable[[Connection], bool]
 class VsockHost:
     """The host's end of ``device``, which must be attached to its transport. Made, and to be used, on the loop.
 
-    ``fallback`` answers for ports that nobody listens on; None refuses them.
+    ``fallback`` answers for ports that nobody listens on; None refuses them. A device that is restored under a host
+    tells its guest so with the next thing that happens, or when the host is made.
     """
 
     def __init__(self, device: VirtioVsock) -> None:
@@ -47,14 +48,11 @@ class VsockHost:
         self._closing: dict[Connection, float] = {}
         self._sweeper: asyncio.TimerHandle | None = None
         self._closed = False
+        self._called_again = False
         device.muxer.backend = self
+        device.call_again = self._call_again
         with device.host():
             pass  # a guest that was restored learns now that its connections are gone
-
-    @property
-    def metrics(self) -> object:
-        """The device's counters."""
-        return self._device.metrics
 
     async def connect(self, port: int, *, timeout: float | None = CONNECT_TIMEOUT_S) -> VsockStream:
         """A connection to ``port`` of the guest. ``timeout``: seconds for the guest's answer, None for any time.
@@ -129,6 +127,16 @@ class VsockHost:
         if self._sweeper is not None:
             self._sweeper.cancel()
             self._sweeper = None
+
+    def _call_again(self) -> None:
+        if not self._called_again:
+            self._called_again = True
+            self._loop.call_soon(self._deliver)
+
+    def _deliver(self) -> None:
+        self._called_again = False
+        with self._device.host():
+            pass
 
     # -- connections ---------------------------------------------------------------------------------------------------
 

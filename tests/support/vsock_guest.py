@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from typing import Any
 
 import attrs
 
@@ -51,7 +52,7 @@ def header(op: int, guest_port: int, host_port: int, size: int = 0, **fields: in
 class Guest:
     """A device with a driver that sends what it is told, and takes what comes."""
 
-    def __init__(self, *, rx_buffers: int = RX_BUFFERS, start: bool = True, **options: bool) -> None:
+    def __init__(self, *, rx_buffers: int = RX_BUFFERS, start: bool = True, **options: Any) -> None:
         self.metrics = VsockMetrics()
         self.device = VirtioVsock(CID, self.metrics)
         self.rx_buffers = rx_buffers

@@ -9,12 +9,14 @@ import threading
 import anyio
 import pytest
 
-from asyncvmm.devices.virtio.vsock.muxer import BUFFER, MAX_CONNECTIONS
+from asyncvmm.devices.virtio.vsock import muxer as muxer_module
+from asyncvmm.devices.virtio.vsock.muxer import BUFFER
+from asyncvmm.devices.virtio.vsock.packet import OP_RESPONSE, OP_RW
 from asyncvmm.errors import ConfigError, StateError, VsockRefused, VsockTimeout
 from asyncvmm.vsock import host as host_module
 from asyncvmm.vsock.host import VsockHost
 from asyncvmm.vsock.stream import VsockAttribute, VsockStream
-from tests.support.vsock_guest import CID, GuestKernel, Peer
+from tests.support.vsock_guest import CID, RX_BUFFER, Guest, GuestKernel, Peer
 
 pytestmark = pytest.mark.anyio
 
@@ -89,9 +91,12 @@ async def test_a_cancelled_connect_leaves_nothing(host: VsockHost, kernel: Guest
     assert kernel.device.muxer.held == len(kernel.device.muxer) == 0
 
 
-async def test_a_connect_too_many_is_refused(host: VsockHost, kernel: GuestKernel) -> None:
+async def test_a_connect_too_many_is_refused(
+    host: VsockHost, kernel: GuestKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(muxer_module, "MAX_CONNECTIONS", 8)
     with kernel.device.host() as muxer:
-        for _ in range(MAX_CONNECTIONS):
+        for _ in range(8):
             muxer.connect(OTHER)
     with pytest.raises(VsockRefused):
         await host.connect(ECHO)
@@ -121,6 +126,23 @@ async def test_a_slow_host_slows_the_guest(host: VsockHost, kernel: GuestKernel)
     while got < 3 * BUFFER:
         got += len(await stream.receive())
     await stream.aclose()
+
+
+async def test_more_than_one_turn_s_worth_goes_without_a_word_from_the_guest(anyio_backend: object) -> None:
+    guest = Guest(rx_buffers=120, queue_size=256, event_idx=True)
+    host = VsockHost(guest.device)
+    async with anyio.create_task_group() as group:
+
+        async def send() -> None:
+            async with await host.connect(OTHER) as stream:
+                await stream.send(bytes(100 * RX_BUFFER))
+
+        group.start_soon(send)
+        await anyio.wait_all_tasks_blocked()
+        request = guest.receive_one().header
+        guest.send(OP_RESPONSE, OTHER, request.src_port, buf_alloc=1 << 20)
+    assert sum(packet.op == OP_RW for packet in guest.receive()) == 100
+    host.close()
 
 
 async def test_a_receive_gives_no_more_than_asked(host: VsockHost, kernel: GuestKernel) -> None:

@@ -6,7 +6,7 @@ senders' own data. Packets of the guest are taken in turns of at most TURN.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, Final
 
@@ -37,14 +37,22 @@ _MOST_CID = (1 << 32) - 2
 _EVENT = EVENT_TRANSPORT_RESET.to_bytes(4, "little")
 
 
+def _nobody() -> None:
+    pass
+
+
 class VirtioVsock(VirtioDevice):
-    """The device of the guest ``guest_cid``; ``muxer`` has its connections, and wants a backend."""
+    """The device of the guest ``guest_cid``; ``muxer`` has its connections, and wants a backend.
+
+    ``call_again`` is called when more is ready for the guest than one turn takes: enter ``host`` again soon.
+    """
 
     device_id: ClassVar[int] = VSOCK
 
     def __init__(self, guest_cid: int, metrics: VsockMetrics) -> None:
         super().__init__((QUEUE_SIZE, QUEUE_SIZE, QUEUE_SIZE), 0, guest_cid.to_bytes(8, "little"), metrics)
         self.muxer = Muxer(guest_cid, metrics)
+        self.call_again: Callable[[], None] = _nobody
         self._owes_reset_event = False
 
     @contextmanager
@@ -52,8 +60,8 @@ class VirtioVsock(VirtioDevice):
         """The muxer, for the host's half, on the loop; what is ready for the guest is on its way at the end."""
         with self.session() as alive:
             yield self.muxer
-            if alive:
-                self._deliver()
+            if alive and self._deliver():
+                self.call_again()
 
     # -- what the transport calls --------------------------------------------------------------------------------------
 
