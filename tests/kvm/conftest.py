@@ -20,6 +20,7 @@ import anyio
 import attrs
 import pytest
 
+from asyncvmm.device_list import DeviceConfig
 from asyncvmm.effects import Effect, ExitStatistics, SerialOutput, Stopped
 from asyncvmm.machine.base import BootPlan
 from asyncvmm.machine.kvm.machine import KvmMachine
@@ -28,19 +29,27 @@ from tests.support.requirements import require
 
 SOURCES = Path(__file__).parents[1] / "guests" / "kvm"
 CACHE = Path(__file__).parents[2] / ".cache" / "guests"
+_SHARED = ("machine.inc", "virtio.inc", "guest.ld")
 IN_LAB = bool(os.environ.get("ASYNCVMM_LAB"))
 PATIENCE_S = 100.0 if IN_LAB else 20.0
 """A guest that has not done by then what a test waits for never will."""
 NAME = "kvmtest"
 
+_WITH_DEFINES = ("end", "echo", "ring3", "virtio", "virtio_reset", "virtio_hostile")
+
 VARIANTS: dict[str, tuple[str, dict[str, int]]] = {
-    **{path.stem: (path.stem, {}) for path in SOURCES.glob("*.S") if path.stem not in ("end", "echo", "ring3")},
+    **{path.stem: (path.stem, {}) for path in SOURCES.glob("*.S") if path.stem not in _WITH_DEFINES},
     "reset-i8042": ("end", {"PORT": 0x64, "VALUE": 0xFE}),
     "reset-acpi": ("end", {"PORT": 0x602, "VALUE": 0x01}),
     "shutdown-s5": ("end", {"PORT": 0x600, "VALUE": 0x34}),
     "debug-exit": ("end", {"PORT": 0xF4, "VALUE": 0x5C}),
     "echo-ioapic": ("echo", {"CHIP": 0}),
     "echo-pic": ("echo", {"CHIP": 1}),
+    "virtio": ("virtio", {"EVENT_IDX": 0, "REQUESTS": 3}),
+    "virtio-more": ("virtio", {"EVENT_IDX": 0, "REQUESTS": 9}),
+    "virtio-event-idx": ("virtio", {"EVENT_IDX": 1, "REQUESTS": 3}),
+    "virtio-reset": ("virtio_reset", {"EVENT_IDX": 0, "ROUNDS": 30}),
+    **{f"virtio-hostile-{how}": ("virtio_hostile", {"EVENT_IDX": 0, "HOW": how}) for how in range(1, 7)},
     "ring3": ("ring3", {"RING0_ROUNDS": 20_000, "RING3_ROUNDS": 20_000_000}),
 }
 """Guests by name: the source and what is defined for it."""
@@ -52,7 +61,7 @@ VARIANTS: dict[str, tuple[str, dict[str, int]]] = {
 def guest_path(name: str) -> Path:
     """Where the guest is, or would be."""
     source, defines = VARIANTS[name]
-    inputs = [(SOURCES / file).read_bytes() for file in (f"{source}.S", "machine.inc", "guest.ld")]
+    inputs = [(SOURCES / file).read_bytes() for file in (f"{source}.S", *_SHARED)]
     digest = hashlib.sha256(b"\0".join([*inputs, repr(sorted(defines.items())).encode()]))
     return CACHE / f"{name}-{digest.hexdigest()[:16]}.elf"
 
@@ -166,9 +175,24 @@ Boot = Callable[..., AbstractAsyncContextManager[Run]]
 def make(guest: Callable[[str], Path]) -> Make:
     """A machine that has not been started, with a guest by name or path."""
 
-    def make(name: str | Path, *, memory_mib: int = 4, vcpus: int = 1, cmdline: str = "") -> Run:
+    def make(
+        name: str | Path,
+        *,
+        memory_mib: int = 4,
+        vcpus: int = 1,
+        cmdline: str = "",
+        devices: DeviceConfig | None = None,
+    ) -> Run:
         kernel = guest(name) if isinstance(name, str) else name
-        plan = BootPlan(name=NAME, memory_mib=memory_mib, vcpus=vcpus, kernel=kernel, initrd=None, cmdline=cmdline)
+        plan = BootPlan(
+            name=NAME,
+            memory_mib=memory_mib,
+            vcpus=vcpus,
+            kernel=kernel,
+            initrd=None,
+            cmdline=cmdline,
+            devices=devices or DeviceConfig(),
+        )
         run = Run()
         run.machine = KvmMachine(plan, Timeline(), run.take)
         return run
@@ -181,8 +205,10 @@ def boot(make: Make) -> Boot:
     """Boot a guest for a block of code."""
 
     @asynccontextmanager
-    async def boot(name: str, *, memory_mib: int = 4, vcpus: int = 1) -> AsyncIterator[Run]:
-        run = make(name, memory_mib=memory_mib, vcpus=vcpus)
+    async def boot(
+        name: str, *, memory_mib: int = 4, vcpus: int = 1, devices: DeviceConfig | None = None
+    ) -> AsyncIterator[Run]:
+        run = make(name, memory_mib=memory_mib, vcpus=vcpus, devices=devices)
         try:
             await run.machine.start()
             yield run
