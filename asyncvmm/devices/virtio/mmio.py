@@ -280,8 +280,7 @@ class VirtioMmio:
             self._fail("activate_fails", fault)
 
     def _kick_what_waits(self) -> None:
-        """Chains that nobody will kick for any more: made available before DRIVER_OK, as Linux' balloon driver does, or
-        before a snapshot."""
+        """Chains that nobody will kick for any more: made available before DRIVER_OK, as Linux' balloon driver does."""
         for index, queue in enumerate(self.device.queues):
             if queue.available():
                 self._notify(index)
@@ -433,13 +432,18 @@ class VirtioMmio:
             for queue, record in zip(device.queues, saved, strict=True):
                 queue.restore(record, self._memory, **rings)
             device.restore(mapping(state, "device"))
-            if self.running:
-                self._kick_what_waits()
         except GuestFault as fault:
             raise ConfigError("saved queue", expected="one in guest RAM", found=str(fault)) from None
         self._select_queue(self._queue_sel)
         self._show_config()
         self._words[CONFIG_GENERATION // 4] = integer(state, "config_generation", _LOW)
+        self._kick_all()
+
+    def _kick_all(self) -> None:
+        """Chains may wait, or rings be broken; both is seen where a kick is answered."""
+        for index, queue in enumerate(self.device.queues):
+            if queue.ready and self.running:
+                self._notify(index)
 
     def _restore_registers(self, state: Mapping[str, Any]) -> None:
         if (found := state.get("device_id")) != self.device.device_id:

@@ -54,3 +54,14 @@ def test_a_queue_size_beyond_reason_does_not_spoil_the_snapshot_as_long_as_the_q
     driver.transport = transport
     driver.write(QUEUE_READY, 1)
     assert driver.needs_reset
+
+
+def test_a_ring_index_that_jumped_does_not_spoil_the_snapshot_but_asks_for_a_reset_once_it_is_seen() -> None:
+    driver = Driver(rng())
+    driver.queue(0).set_avail_index(0x8000)
+    transport = driver.new_transport(rng())
+    transport.restore(driver.transport.state())
+    driver.transport = transport
+    assert not driver.needs_reset
+    driver.work()
+    assert driver.needs_reset
