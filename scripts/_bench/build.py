@@ -34,16 +34,24 @@ def build_floor_library(bench: Bench, name: str) -> Path:
     return _build(bench, HERE / f"{name}.c", (*_FLOOR_FLAGS, "-shared", "-fPIC"))
 
 
+def build_static(bench: Bench, source: Path) -> Path:
+    """A C program that runs in any guest. Raises Skipped without a compiler."""
+    if shutil.which("musl-gcc") is None:
+        raise Skipped("no musl-gcc to build it with")
+    # The kernel's headers, behind musl's own.
+    headers = [f"-idirafter{path}" for path in ("/usr/include", "/usr/include/x86_64-linux-gnu")]
+    return _build(bench, source, (*_FLOOR_FLAGS, "-static", *headers), compiler="musl-gcc")
+
+
 def build_guest(bench: Bench, name: str, **defines: int) -> Path:
     """The guest ``name``, an ELF with a PVH note; ``defines`` are the assembler's macros. Raises Skipped."""
     flags = [f"-D{key}={value}" for key, value in sorted(defines.items())]
     return _build(bench, HERE / "guests" / f"{name}.S", (*_GUEST_FLAGS, *flags))
 
 
-def _build(bench: Bench, source: Path, flags: Sequence[str]) -> Path:
-    compiler = shutil.which("gcc")
-    if compiler is None:
-        raise Skipped("no gcc to build it with")
+def _build(bench: Bench, source: Path, flags: Sequence[str], compiler: str = "gcc") -> Path:
+    if shutil.which(compiler) is None:
+        raise Skipped(f"no {compiler} to build it with")
     bench.cache.mkdir(parents=True, exist_ok=True)
     target = bench.cache / f"{source.stem}-{_key(source, flags)}"
     if not target.exists():

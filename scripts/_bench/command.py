@@ -30,10 +30,13 @@ FIGURES = {
     "event_stream": ("stream", "events a second into a file, beside plain orjson and write"),
     "telemetry_cost": ("telemetry", "a boot with its events in a file, beside one that nobody listens to"),
     "linux_exits_to_ready": ("linux_exits", "userspace exits of a stock Linux until READY, in the lab (--lab)"),
+    "linux_disk": ("beside_qemu:measure_disk", "a Linux guest's disk, beside QEMU's, in the lab (--lab)"),
+    "linux_net": ("beside_qemu:measure_net", "a Linux guest's network on a TAP, beside QEMU's, in the lab (--lab)"),
+    "linux_vsock": ("beside_qemu:measure_vsock", "a Linux guest's vsock, beside QEMU's, in the lab (--lab)"),
 }
-"""Name: the module that measures it, and what it is."""
+"""Name: the module that measures it (and its function, if that is not ``measure``), and what it is."""
 
-ONLY_IN_THE_LAB = {"linux_exits_to_ready"}
+ONLY_IN_THE_LAB = {"linux_exits_to_ready", "linux_disk", "linux_net", "linux_vsock"}
 
 
 def main(root: Path, arguments: list[str]) -> int:
@@ -80,7 +83,8 @@ def _run_facts(quick: bool) -> dict[str, Any]:
 
 def _measure(bench: Bench, name: str, run: dict[str, Any]) -> int:
     """Measure one name, print its lines, return how many."""
-    measure: Measure = importlib.import_module(f"_bench.{FIGURES[name][0]}").measure
+    module, _, function = FIGURES[name][0].partition(":")
+    measure: Measure = getattr(importlib.import_module(f"_bench.{module}"), function or "measure")
     bench.say(f"{name} ...")
     begin, load = time.monotonic(), round(os.getloadavg()[0], 2)
     try:

@@ -51,7 +51,7 @@ def _build(directory: Path, scratch: Path, report: Callable[[str], None]) -> Non
         raise ImageError("kernel package", expected=KERNEL_PACKAGE, found="none")
     with unpacked(apt.download(package)) as root, publish_directory(directory) as aside:
         kernel = next((root / "boot").glob("vmlinuz-*"))
-        modules = collect_modules(root / "lib" / "modules", [(module, None) for module in MODULES])
+        modules = collect_modules(root / "lib" / "modules", [(module, "") for module in MODULES])
         (aside / "vmlinuz").write_bytes(kernel.read_bytes())
         (aside / "initrd").write_bytes(_initramfs(busybox.data, modules))
 
