@@ -7,3 +7,12 @@ void load_modules(void)
 	sleep_ms(300);
 	say("nap ends");
 }
+
+void load_filesystem(const char *type)
+{
+	(void)type;
+}
+
+void forget_modules(void)
+{
+}
