@@ -160,8 +160,7 @@ class GuestError(AsyncVMMError):
     ``emulation-failure``, ``entry-failure``, ``machine``, ``init-error``); ``last_exit`` names the last KVM exit and
     ``rip`` is the instruction pointer then (both None on QEMU, which does not say); ``exits`` is the histogram,
     ``phases`` maps each host phase to its nanoseconds, those under way to what they took until then, ``serial_tail`` is
-    the last 4 KiB of
-    console output.
+    the last 4 KiB of console output.
     """
 
     def __init__(

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from asyncvmm.machine.kvm.trace import ExitTrace
     from asyncvmm.metrics.control import VmMetricsControl
     from asyncvmm.upkeep import Upkeep
-    from asyncvmm.vsock.host import VsockHost
+    from asyncvmm.vsock.of_vm import Vsock
 
 State = Literal["new", "starting", "booting", "ready", "paused", "stopped", "failed"]
 
@@ -170,14 +170,12 @@ class VM:
 
         return Balloon(lambda: self._machine.balloon if self._machine else None, self.config.memory_mib)
 
-    @property
-    def vsock(self) -> VsockHost:
-        """The guest's sockets: ``connect(port)``, ``listen(port)``. Raises StateError before boot() has started the
-        machine, and without a vsock device."""
-        vsock = self._machine.vsock if self._machine else None
-        if vsock is None:
-            raise StateError("vsock", expected="a started VM with a vsock device", state=self._state)
-        return vsock
+    @cached_property
+    def vsock(self) -> Vsock:
+        """The guest's sockets; its calls raise StateError before the machine is started, and without a vsock device."""
+        from asyncvmm.vsock.of_vm import Vsock
+
+        return Vsock(lambda: self._machine.vsock if self._machine else None)
 
     @property
     def ports(self) -> Mapping[str, ByteStream]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import orjson
 import pytest
 
-from asyncvmm import VM
+from asyncvmm import VM, VMConfig
 from tests.support.readme import README, block_with, blocks
 
 pytestmark = pytest.mark.requires("qemu", "image")
@@ -63,6 +63,7 @@ def test_the_python_program_runs_and_prints_milliseconds_and_machine(directory: 
 def test_readme_shows_the_commands_that_are_run_here() -> None:
     assert [command.split()[1] for command in commands()] == [
         *("doctor", "image", "boot", "run"),
+        *("-s", "run"),
         *("boot", "boot", "timeline", "metrics"),
     ]
 
@@ -70,11 +71,13 @@ def test_readme_shows_the_commands_that_are_run_here() -> None:
 def test_the_shell_commands_do_what_is_said_of_them(directory: Path) -> None:
     outputs: dict[str, str] = {}
     for command in commands():
-        outputs.setdefault(command.split()[1], run(command, directory))
+        outputs.setdefault(command.split()[1] + " --drive" * ("--drive" in command), run(command, directory))
     assert orjson.loads(outputs["doctor"])["kvm"]["verdict"] in ("fast", "slow", "unusable", "absent")
     assert Path(outputs["image"].strip()).is_dir()
     assert [orjson.loads(line)["v"] for line in outputs["boot"].splitlines()]
     assert outputs["run"].startswith("Linux ")
+    assert "inet 10." in outputs["run --drive"]
+    assert any((directory / "data.img").read_bytes()[:512])
     assert "against [1]" in outputs["timeline"]
     assert "boot_wait" in outputs["timeline"]
     assert "</html>" in (directory / "t.html").read_text()
@@ -103,13 +106,17 @@ def test_the_json_line_shown_has_the_schemas_form() -> None:
 
 
 def test_the_public_names_in_the_table_exist() -> None:
-    from asyncvmm import VM, VMConfig
-
     vm = VM(VMConfig(workload=("uname", "-a")))
     for name in set(re.findall(r"\bvm\.([a-z_.]+)", README)):
         thing: object = vm
         for part in name.rstrip(".").split("."):
             thing = getattr(thing, part)
+
+
+def test_the_devices_shown_can_be_asked_for() -> None:
+    names: dict[str, VMConfig] = {}
+    exec(block_with("python", "DriveConfig"), names)
+    assert names["config"].devices.count == 6
 
 
 def test_the_collectors_shown_take_a_vm() -> None:
