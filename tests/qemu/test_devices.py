@@ -121,12 +121,12 @@ def make_drives(directory: Path) -> tuple[DriveResource, ...]:
     return tuple(resources)
 
 
-def vsock_echo(directory: Path) -> bytes:
-    """guests/vsock_echo.c as an archive that puts it into the guest's /bin."""
-    require("gcc")
-    target = directory / "vsock_echo"
-    subprocess.run(["gcc", "-static", "-Os", "-s", "-o", target, GUESTS / "vsock_echo.c"], check=True, timeout=60)
-    return cpio.write([cpio.file("bin/vsock_echo", target.read_bytes(), 0o755)])
+def vsock_program(directory: Path) -> bytes:
+    """guests/vsock.c, as an archive that puts it into the guest's /bin."""
+    require("musl-gcc")
+    target = directory / "vsock"
+    subprocess.run(["musl-gcc", "-static", "-Os", "-s", "-o", target, GUESTS / "vsock.c"], check=True, timeout=60)
+    return cpio.write([cpio.file("bin/vsock", target.read_bytes(), 0o755)])
 
 
 def plan_of(directory: Path, machine_type: str, net_fd: int) -> BootPlan:
@@ -139,7 +139,7 @@ def plan_of(directory: Path, machine_type: str, net_fd: int) -> BootPlan:
         vcpus=1,
         kernel=image.kernel,
         initrd=image.initrd,
-        appended=workload_archive(("sh", "-c", AGENT), ()) + vsock_echo(directory),
+        appended=workload_archive(("sh", "-c", AGENT), ()) + vsock_program(directory),
         cmdline="console=ttyS0 8250.nr_uarts=1 panic=-1 quiet",
         tsc_khz=tsc_khz() if machine_type == "microvm" else None,
         devices=DeviceConfig(
@@ -290,10 +290,10 @@ async def test_bulk_goes_through_a_port_whole_in_both_directions(guest: Guest) -
     with anyio.fail_after(PATIENCE_S):
         await guest.run(f"head -c {len(data)} $(port bulk.1) > /tmp/bulk & true")
         await port.send(data)
-        assert (await guest.run("wait; md5sum < /tmp/bulk")).startswith(digest)
+        assert (await guest.run("wait $!; md5sum < /tmp/bulk")).startswith(digest)
         await guest.run("cat /tmp/bulk > $(port bulk.1) & true")
         assert hashlib.md5(await read_exactly(port, len(data))).hexdigest() == digest
-        await guest.run("wait; rm /tmp/bulk")
+        await guest.run("wait $!; rm /tmp/bulk")
 
 
 async def test_hvc0_is_the_port_named_console(guest: Guest) -> None:
@@ -303,7 +303,7 @@ async def test_hvc0_is_the_port_named_console(guest: Guest) -> None:
         assert (await read_until(port, b"\n")).strip() == b"hello from hvc0"
         await guest.run("(head -n1 < /dev/hvc0 > /tmp/heard) & true")
         await port.send(b"hello hvc0\n")
-        assert (await guest.run("wait; cat /tmp/heard")).startswith("hello hvc0")
+        assert (await guest.run("wait $!; cat /tmp/heard")).startswith("hello hvc0")
 
 
 async def is_echoed(stream: ByteStream, data: bytes) -> bool:
@@ -317,7 +317,7 @@ async def is_echoed(stream: ByteStream, data: bytes) -> bool:
 
 async def test_the_host_connects_to_the_guests_sockets(guest: Guest) -> None:
     assert guest.machine.vsock is not None
-    await guest.run("vsock_echo listen 1234 & sleep 0.3")
+    await guest.run("vsock echo 1234 & sleep 0.3")
     for _ in range(2):
         async with await guest.machine.vsock.connect(1234) as stream:
             assert await is_echoed(stream, os.urandom(MIB))
@@ -328,31 +328,32 @@ async def test_the_host_connects_to_the_guests_sockets(guest: Guest) -> None:
 async def test_the_guest_connects_to_the_hosts(guest: Guest) -> None:
     assert guest.machine.vsock is not None
     async with guest.machine.vsock.listen(5000) as listener:
-        await guest.run("vsock_echo connect 5000 & true")
+        await guest.run("(vsock call 5000 hello > /tmp/answer) & true")
         with anyio.fail_after(PATIENCE_S):
-            stream = await listener.accept()
-        async with stream:
-            assert stream.extra(VsockAttribute.peer_cid) == 42
-            assert await is_echoed(stream, b"hello" * 1000)
-    assert (await guest.run("vsock_echo connect 5001")).endswith("status=3"), "nobody listens there"
+            async with await listener.accept() as stream:
+                assert stream.extra(VsockAttribute.peer_cid) == 42
+                assert b"".join([data async for data in stream]) == b"hello"
+                await stream.send(b"hello to you")
+    assert (await guest.run("wait $!; cat /tmp/answer")).startswith("answer: hello to you")
+    assert (await guest.run("vsock call 5001 hello")).endswith("status=1"), "nobody listens there"
 
 
 async def test_a_unix_socket_leads_to_the_guest_and_another_from_it(guest: Guest) -> None:
-    await guest.run("vsock_echo listen 4321 & sleep 0.3")
+    await guest.run("vsock echo 4321 & sleep 0.3")
     async with await anyio.connect_unix(guest.uds_path) as client:
         await client.send(b"CONNECT 4321\n")
         assert (await read_until(client, b"\n")).startswith(b"OK ")
         assert await is_echoed(client, b"by a unix socket")
     async with await anyio.create_unix_listener(f"{guest.uds_path}_6000") as listener:
-        await guest.run("vsock_echo connect 6000 & true")
+        await guest.run("vsock call 6000 'the other way' & true")
         with anyio.fail_after(PATIENCE_S):
             async with await listener.accept() as client:
-                assert await is_echoed(client, b"the other way")
+                assert await read_exactly(client, 13) == b"the other way"
 
 
 async def test_a_paused_guest_goes_on_with_its_connections(guest: Guest) -> None:
     assert guest.machine.vsock is not None
-    await guest.run("vsock_echo listen 7000 & sleep 0.3")
+    await guest.run("vsock echo 7000 & sleep 0.3")
     with anyio.fail_after(PATIENCE_S):
         async with await guest.machine.vsock.connect(7000) as stream, anyio.create_task_group() as tasks:
             assert await is_echoed(stream, b"before")

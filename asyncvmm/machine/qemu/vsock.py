@@ -9,16 +9,12 @@ import logging
 import socket
 
 from asyncvmm.device_config import VsockConfig
-from asyncvmm.devices.virtio.queue import Queue
 from asyncvmm.devices.virtio.vsock.device import VirtioVsock
 from asyncvmm.errors import MachineError
 from asyncvmm.machine.qemu.vhost_user.server import VhostUserServer
 from asyncvmm.metrics.virtio import VsockMetrics
 from asyncvmm.vsock.host import VsockHost
 from asyncvmm.vsock.uds import UnixSockets
-
-QUEUE_SIZE = 1024
-"""QEMU's virtio-mmio lets a guest have as many descriptors (VIRTQUEUE_MAX_SIZE), whatever its device says."""
 
 _log = logging.getLogger("asyncvmm.devices")
 
@@ -35,7 +31,6 @@ class QemuVsock:
         except OSError as error:
             raise MachineError("socket pair", expected="two free descriptors", found=error.strerror) from error
         device = VirtioVsock(config.cid, metrics)
-        device.queues[:] = [Queue(QUEUE_SIZE) for _ in device.queues]
         self._server = VhostUserServer(device, ours, on_end=self._on_end)
         self.host = VsockHost(device)
         self._sockets: UnixSockets | None = None
