@@ -7,6 +7,8 @@ Documentation/driver-api/early-userspace/buffer-format.rst in the Linux tree.
 from __future__ import annotations
 
 import stat
+import struct
+from binascii import unhexlify
 from collections.abc import Iterable
 
 import attrs
@@ -16,6 +18,8 @@ HEADER_SIZE = 110
 TRAILER = "TRAILER!!!"
 MAX_NAME = 4096
 MAX_FILE = 0xFFFFFFFF
+
+_FIELDS = struct.Struct(">13I")
 
 
 class CpioError(ValueError):
@@ -123,7 +127,7 @@ def _read_entry(archive: bytes, offset: int) -> tuple[Entry, int]:
     if len(header) < HEADER_SIZE or header[:6] != MAGIC:
         raise CpioError(f"no newc header at byte {offset}")
     try:
-        fields = [int(header[at : at + 8], 16) for at in range(6, HEADER_SIZE, 8)]
+        fields = _FIELDS.unpack(unhexlify(header[6:]))  # int() would take a sign
     except ValueError:
         raise CpioError(f"a field of the header at byte {offset} is not hexadecimal") from None
     mode, size, rdev, name_size = fields[1], fields[6], (fields[9], fields[10]), fields[11]
