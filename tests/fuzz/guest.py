@@ -348,6 +348,7 @@ class Play:
     def _saved(self) -> Any:
         self.target.settle()
         self._work()
+        self.target.settle()
         self.watch.end()
         assert self.driver.device.drain(), "something is under way for ever"
         return orjson.loads(orjson.dumps(self.driver.transport.state()))

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -165,6 +166,10 @@ def _network_namespaces() -> Problem:
     return None if done.returncode == 0 else done.stderr.strip()
 
 
+def _atheris() -> Problem:
+    return None if find_spec("atheris") else "./scripts/fuzz installs it"
+
+
 def _programs(*names: str) -> Callable[[], Problem]:
     def check() -> Problem:
         missing = [name for name in names if shutil.which(name) is None]
@@ -191,6 +196,7 @@ CHECKS: dict[str, Callable[[], Problem]] = {
     "chromium": _chromium,
     "root": _root,
     "unprivileged": _unprivileged,
+    "atheris": _atheris,
     "mount-namespaces": _mount_namespaces,
     "network-namespaces": _network_namespaces,
     "tun": _tun,
