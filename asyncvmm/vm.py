@@ -391,7 +391,8 @@ class VM:
     async def _ask_to_power_off(self, machine: Machine) -> None:
         """By PID 1's control line if it is there, which always listens; else by the power button."""
         if self._watch.contract.ready_on_control:
-            await machine.write("control", b"poweroff\n")
+            # A machine without ACPI cannot be switched off, only reset, which ends it as well.
+            await machine.write("control", b"poweroff\n" if self.config.acpi else b"reboot\n")
         else:
             await machine.request_shutdown()
 

@@ -38,6 +38,23 @@ def test_a_vmlinux_boots_and_runs_a_workload(live: Live, kernel: Path, vcpus: in
     assert (story.code, story.end) == (3, "shutdown")
 
 
+def test_without_acpi_devices_are_found_on_the_command_line(live: Live, small_kernel: Path, tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(b"found".ljust(1 << 20, b"\0"))
+    config = VMConfig(
+        kernel=small_kernel,
+        initrd=find_image().initrd,
+        accel="kvm",
+        acpi=False,
+        drives=[image],
+        rng=True,
+        workload=("sh", "-c", "head -c 5 /dev/vda; grep -c virtio /proc/interrupts; test ! -e /sys/firmware/acpi/tables"),
+    )
+    story = live(config)
+    assert "found1\n" in story.console
+    assert (story.code, story.end) == (0, "reset")
+
+
 def without_notes(image: bytes) -> bytes:
     """An ELF file whose PT_NOTE program headers are void (ELF-64: e_phoff at 32, e_phnum at 56, 56 bytes each)."""
     patched = bytearray(image)
