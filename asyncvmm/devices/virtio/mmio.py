@@ -233,6 +233,7 @@ class VirtioMmio:
     def _write_config(self, offset: int, data: bytes) -> None:
         if offset + len(data) > len(self.device.config):
             self.bad_writes += 1
+            self.device.count_failure("cfg_fails")
             return
         try:
             self.device.write_config(offset, data)
