@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from _bench.figure import Figure, Target
 TIMEOUT_S = 900
 ROUND_MS = 1500
 GOAL = 0.5
+DISK_BYTES = 128 << 20
 HERE = Path(__file__).parent / "peers"
 FIRMWARE = (
     *(f"/usr/share/qemu/{name}.bin" for name in ("bios-microvm", "linuxboot_dma", "pvh", "kvmvapic")),
@@ -78,7 +80,7 @@ def _run_in_lab(bench: Bench, kind: str) -> str:
     """The program's last line."""
     work = build_static(bench, HERE / "io_work.c")
     carried = [work, *_qemu()]
-    words = [str(bench.root / "scripts" / "lab"), "--timeout", str(TIMEOUT_S)]
+    words = [str(bench.root / "scripts" / "lab"), "--timeout", str(TIMEOUT_S), "--qemu", shlex.join(_disks(bench))]
     words += [word for path in carried for word in ("--with", str(path))]
     words += [sys.executable, str(HERE / "inside.py"), kind, str(work), str(bench.rounds(5, 1)), str(ROUND_MS)]
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, timeout=TIMEOUT_S + 60, check=False)
@@ -86,6 +88,18 @@ def _run_in_lab(bench: Bench, kind: str) -> str:
     if done.returncode or not lines:
         raise Skipped(f"the lab ended with {done.returncode}")
     return lines[-1]
+
+
+def _disks(bench: Bench) -> list[str]:
+    """Words for the outer machine: a disk for each guest, /dev/vdc and /dev/vdd in the lab."""
+    words = []
+    for index in range(2):
+        path = bench.cache / f"disk{index}"
+        with path.open("wb") as disk:
+            disk.truncate(DISK_BYTES)
+        drive = f"if=none,id=bench{index},file={path},format=raw,cache=unsafe"
+        words += ["-drive", drive, "-device", f"virtio-blk-pci,drive=bench{index}"]
+    return words
 
 
 def _qemu() -> Iterator[Path]:

@@ -29,6 +29,8 @@ FIGURES = {
     "event_cost": ("events", "one event that nobody hears, or that goes to a file; one phase"),
     "event_stream": ("stream", "events a second into a file, beside plain orjson and write"),
     "telemetry_cost": ("telemetry", "a boot with its events in a file, beside one that nobody listens to"),
+    "kick_to_loop": ("kicks", "a guest's kick to the loop, and the loop's interrupt to the guest, beside C"),
+    "virtqueue_request": ("virtqueue", "a request popped from and pushed back to a virtqueue"),
     "linux_exits_to_ready": ("linux_exits", "userspace exits of a stock Linux until READY, in the lab (--lab)"),
     "linux_disk": ("beside_qemu:measure_disk", "a Linux guest's disk, beside QEMU's, in the lab (--lab)"),
     "linux_net": ("beside_qemu:measure_net", "a Linux guest's network on a TAP, beside QEMU's, in the lab (--lab)"),

@@ -202,7 +202,7 @@ static void prepare(const char *path, const char *mib)
 }
 
 /* One sample for each line on stdin, its nanoseconds on stdout. */
-static int serve(int count, char **words, uint64_t (*sample)(void))
+static inline int serve(int count, char **words, uint64_t (*sample)(void))
 {
     char line[64];
     if (count != 3 && count != 4)

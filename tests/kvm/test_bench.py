@@ -58,11 +58,22 @@ def test_telemetry_is_clocked_and_counted() -> None:
     assert counted["detail"]["events"] > 20
 
 
+@pytest.mark.requires("kvm", "gcc")
+def test_kicks_and_interrupts_are_timed_beside_a_thread_in_c() -> None:
+    done = _bench("--quick", "kick_to_loop", "virtqueue_request")
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {record["name"] for record in records} == {"kick_to_loop", "loop_to_interrupt", "virtqueue_request"}
+    assert all(record.keys() == KEYS and record["peer"] > 0 for record in records)
+    assert all(record["ours_spread"]["p99"] >= record["ours"] > 0 for record in records)
+
+
 def test_the_list_names_every_figure() -> None:
     done = _bench("--list")
     assert done.returncode == 0
     assert "create_to_first_exit" in done.stdout
     assert "linux_exits_to_ready" in done.stdout
+    assert "linux_disk" in done.stdout
 
 
 def test_an_unknown_figure_is_refused() -> None:
