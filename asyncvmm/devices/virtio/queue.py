@@ -10,7 +10,7 @@ neither written to nor given back, for the guest may have made something else of
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from asyncvmm.devices.checks import boolean, integer
@@ -25,6 +25,9 @@ USED_F_NO_NOTIFY: Final = 1
 
 MOST_DESCRIPTORS: Final = 1024
 """Descriptors one chain may have: what bounds the time it takes to look at it."""
+
+DESCRIPTORS_A_TURN: Final = 512
+"""Once so many were looked at, others have their turn: a few milliseconds, with the longest of chains."""
 
 MOST_BYTES: Final = 1 << 32
 """Bytes one chain may have (section 2.7.4.2: less than that)."""
@@ -94,6 +97,7 @@ class Queue:
     def __init__(self, max_size: int) -> None:
         self.max_size = max_size
         self.generation = 0
+        self.walked = 0
         self._forget()
 
     def _forget(self) -> None:
@@ -157,6 +161,14 @@ class Queue:
         self._next_avail = (self._next_avail + 1) & _WRAP
         self.in_flight += 1
         return chain
+
+    def turn(self, most: int) -> Iterator[None]:
+        """The steps of a loop that pops: at most ``most``, fewer once DESCRIPTORS_A_TURN were looked at meanwhile."""
+        end = self.walked + DESCRIPTORS_A_TURN
+        for _ in range(most):
+            if self.walked >= end:
+                break
+            yield
 
     def undo_pop(self) -> None:
         """Take back the newest pop, of which nothing was used: its chain is the next again."""
@@ -259,6 +271,7 @@ class Queue:
                 raise GuestFault(f"a descriptor loop, or a chain longer than {count}")
             self._add(chain, self._memory, address, length, flags)
             if not flags & DESC_F_NEXT:
+                self.walked += len(chain.readable) + len(chain.writable)
                 return chain
             index = following
 

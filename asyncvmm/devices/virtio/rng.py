@@ -20,7 +20,7 @@ from asyncvmm.metrics.groups import EntropyMetrics
 QUEUE_SIZES: Final = (256,)
 
 MOST_CHAINS: Final = 16
-"""Requests handled in one go."""
+"""Requests handled in one go, if they are not of many parts."""
 
 MOST_BYTES: Final = 1 << 16
 """Bytes given for one request; the driver asks again for more."""
@@ -59,7 +59,7 @@ class VirtioRng(VirtioDevice):
     def process(self, index: int) -> bool:
         """A bounded number of requests, as far as the limit allows. Raises GuestFault."""
         queue = self.queues[index]
-        for _ in range(MOST_CHAINS):
+        for _ in queue.turn(MOST_CHAINS):
             chain = queue.pop()
             if chain is None:
                 return False

@@ -51,7 +51,7 @@ CMD_ID_DONE: Final = 1
 CMD_ID_FIRST: Final = 2
 
 MOST_CHAINS: Final = 16
-"""Requests handled in one go."""
+"""Requests handled in one go, if they are not of many parts."""
 
 MOST_RELEASED: Final = 32 << 20
 """Bytes given back in one go: freeing 8192 pages takes milliseconds."""
@@ -226,7 +226,7 @@ class VirtioBalloon(VirtioDevice):
 
     def _release(self, part: int, queue: Queue) -> bool:
         size_left, count_left = MOST_RELEASED, MOST_RANGES
-        for _ in range(MOST_CHAINS):
+        for _ in queue.turn(MOST_CHAINS):
             release = self._current(part, queue)
             if release is None:
                 return False
@@ -345,7 +345,7 @@ def _features(config: BalloonConfig) -> int:
 
 def _chains(queue: Queue) -> Iterator[Chain]:
     """The next chains, MOST_CHAINS at the most."""
-    for _ in range(MOST_CHAINS):
+    for _ in queue.turn(MOST_CHAINS):
         chain = queue.pop()
         if chain is None:
             return

@@ -93,7 +93,7 @@ class VirtioConsole(VirtioDevice):
         queue = self.queues[_receive_queue(port.number)]
         if not port.guest_open:
             return False
-        for _ in range(MOST_CHAINS):
+        for _ in queue.turn(MOST_CHAINS):
             if not port.input:
                 return False
             chain = queue.pop()
@@ -162,7 +162,7 @@ class VirtioConsole(VirtioDevice):
     def _take_output(self, port: ConsolePort) -> bool:
         queue = self.queues[_receive_queue(port.number) + 1]
         left = MOST_BYTES
-        for _ in range(MOST_CHAINS):
+        for _ in queue.turn(MOST_CHAINS):
             if port.room <= 0:
                 self._throttle(port, queue)
                 return False
@@ -209,15 +209,14 @@ class VirtioConsole(VirtioDevice):
     def _process_control(self) -> bool:
         self.metrics.control_queue_event_count += 1
         queue = self.queues[CONTROL_TRANSMIT]
-        for _ in range(MOST_CHAINS):
-            self._deliver()
+        self._deliver()
+        for _ in queue.turn(MOST_CHAINS):
             chain = queue.pop() if len(self._messages) < MOST_CONTROL else None
             if chain is None:
-                return False
+                break
             self._hear(chain.read(control.MOST_BYTES))
             queue.push(chain, 0)
-        self._deliver()
-        return queue.available() > 0 and len(self._messages) < MOST_CONTROL
+        return self._deliver() or (queue.available() > 0 and len(self._messages) < MOST_CONTROL)
 
     def _hear(self, data: bytes) -> None:
         try:
@@ -284,21 +283,22 @@ class VirtioConsole(VirtioDevice):
 
     def _send(self, message: Control) -> None:
         self._messages.append(message.to_bytes())
-        self._deliver()
 
-    def _deliver(self) -> None:
+    def _deliver(self) -> bool:
+        """Give the driver its messages; True if there are both messages and buffers left."""
         if not self.multiport or not self.running:
-            return
+            return False
         queue = self.queues[CONTROL_RECEIVE]
-        for _ in range(MOST_CHAINS):
+        for _ in queue.turn(MOST_CHAINS):
             chain = queue.pop() if self._messages else None
             if chain is None:
-                return
+                return False
             if chain.writable_size < len(self._messages[0]):
                 self.metrics.control_fails += 1
                 queue.push(chain, 0)
             else:
                 queue.push(chain, chain.write(self._messages.popleft()))
+        return bool(self._messages) and queue.available() > 0
 
     # -- snapshots -----------------------------------------------------------------------------------------------------
 

@@ -103,11 +103,12 @@ class VirtioVsock(VirtioDevice):
     def _work_off(self) -> bool:
         """Take packets of the guest's, and send what they gave rise to. True if there is more of either to be done."""
         queue = self.queues[TX]
-        taken = 0
-        while taken < TURN and not self.muxer.is_full and (chain := queue.pop()) is not None:
+        for _ in queue.turn(TURN):
+            chain = None if self.muxer.is_full else queue.pop()
+            if chain is None:
+                break
             self._take(chain)
             queue.push(chain, 0)
-            taken += 1
         more_to_send = self._deliver()
         return more_to_send or (not self.muxer.is_full and queue.available() > 0)
 
@@ -135,7 +136,7 @@ class VirtioVsock(VirtioDevice):
         """Fill the guest's buffers. True if there are both packets and buffers left."""
         self._tell_reset()
         queue = self.queues[RX]
-        for _ in range(TURN):
+        for _ in queue.turn(TURN):
             if not self.muxer.has_packet:
                 return False
             chain = queue.pop()
