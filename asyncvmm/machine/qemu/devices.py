@@ -143,6 +143,8 @@ def _json(value: Mapping[str, Any]) -> str:
 
 
 def _net(config: NetConfig, resources: Resources, transport: Transport, version: tuple[int, ...]) -> list[str]:
+    from asyncvmm.net.addresses import MTU  # with it come the records of devices, which few need
+
     fd = resources.net_fd
     if config.mode == "tap":
         backend = f"tap,id=net0,fd={fd}"
@@ -154,6 +156,8 @@ def _net(config: NetConfig, resources: Resources, transport: Transport, version:
     mac = resources.mac or config.mac
     if mac is not None:
         card += f",mac={mac}"
+    if config.mode == "user":
+        card += f",host_mtu={MTU}"  # no wire is in between: larger packets are fewer
     if transport == "pci":
         card += ",romfile="  # else QEMU loads a boot ROM, which nobody runs
     return ["-netdev", backend, "-device", card]

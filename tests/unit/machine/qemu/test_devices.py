@@ -121,7 +121,7 @@ def test_a_user_network_is_a_helpers_stream_socket() -> None:
     plan = plan_of(Resources(net_fd=12, mac="02:00:00:00:00:07"), net=NetConfig())
     assert words_of(plan) == [
         *("-netdev", "stream,id=net0,server=off,addr.type=fd,addr.str=12"),
-        *("-device", "virtio-net-device,id=net0,netdev=net0,mac=02:00:00:00:00:07"),
+        *("-device", "virtio-net-device,id=net0,netdev=net0,mac=02:00:00:00:00:07,host_mtu=65520"),
     ]
 
 
