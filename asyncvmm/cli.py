@@ -223,10 +223,10 @@ def make_config(*, memory: int, timeout: float, **asked: Any) -> Any:
     """The VMConfig of the shared options. Raises ConfigError."""
     with signals_held():
         from asyncvmm.config import VMConfig
-        from asyncvmm.device_options import NAMES, device_records
+        from asyncvmm.device_options import DEFAULTS, device_records
 
-    devices = {name: asked.pop(name) for name in NAMES}
-    if any(value and value != "none" for value in devices.values()) or devices["balloon"] is not None:
+    devices = {name: asked.pop(name) for name in DEFAULTS}
+    if devices != DEFAULTS:
         asked |= device_records(**devices)
     return VMConfig(memory_mib=memory, boot_timeout_s=timeout, **asked)
 

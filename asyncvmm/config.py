@@ -39,6 +39,10 @@ MAX_MEMORY_MIB = 16 * 1024 * 1024
 """Most guest memory (16 TiB); what the host has is checked when the VM starts."""
 
 
+MAX_METRICS_INTERVAL_S = 86400
+"""Longest time between two ``metrics`` events: a day."""
+
+
 def _is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -90,6 +94,12 @@ def _check_seconds(_: object, attribute: attrs.Attribute[float], value: object) 
         raise ConfigError(attribute.name, expected="seconds above 0", found=repr(value))
 
 
+def _check_interval(_: object, attribute: attrs.Attribute[float], value: object) -> None:
+    if not (_is_int(value) or isinstance(value, float)) or not 0 < value <= MAX_METRICS_INTERVAL_S:
+        expected = f"seconds above 0, at most {MAX_METRICS_INTERVAL_S}"
+        raise ConfigError(attribute.name, expected=expected, found=repr(value))
+
+
 def _check_words(_: object, attribute: attrs.Attribute[tuple[str, ...]], value: tuple[object, ...]) -> None:
     for word in value:
         if not isinstance(word, str):
@@ -130,9 +140,14 @@ def _path(value: str | Path | None) -> Path | None:
         path = Path(value)
     except TypeError:
         raise ConfigError("kernel or initrd", expected="a path", found=repr(value)) from None
-    if "\0" in str(path) or not _is_encodable(str(path)):
+    if not can_be_path(str(path)):
         raise ConfigError("kernel or initrd", expected="a path that a file can have", found=repr(value))
     return path
+
+
+def can_be_path(text: str) -> bool:
+    """Whether the system can be asked for a file of that name."""
+    return "\0" not in text and _is_encodable(text)
 
 
 # The records of devices are imported by who asks for a device: a VM without any does not pay for them.
@@ -154,36 +169,33 @@ def _net(value: Any) -> NetConfig | None:
     return to_net(value)
 
 
-def _balloon(value: Any) -> BalloonConfig | None:
+def _device(what: str, kind: str, value: Any) -> Any:
+    """The record of a device, of class ``kind``; None for no device."""
     if value is None or value is False:
         return None
-    from asyncvmm.device_config import BalloonConfig, to_record
+    from asyncvmm import device_config
 
-    return to_record("balloon", BalloonConfig, value)
+    return device_config.to_record(what, getattr(device_config, kind), value)
+
+
+def _balloon(value: Any) -> BalloonConfig | None:
+    record: BalloonConfig | None = _device("balloon", "BalloonConfig", value)
+    return record
 
 
 def _vsock(value: Any) -> VsockConfig | None:
-    if value is None or value is False:
-        return None
-    from asyncvmm.device_config import VsockConfig, to_record
-
-    return to_record("vsock", VsockConfig, value)
+    record: VsockConfig | None = _device("vsock", "VsockConfig", value)
+    return record
 
 
 def _rng(value: Any) -> RngConfig | None:
-    if value is None or value is False:
-        return None
-    from asyncvmm.device_config import RngConfig, to_record
-
-    return to_record("rng", RngConfig, value)
+    record: RngConfig | None = _device("rng", "RngConfig", value)
+    return record
 
 
 def _console(value: Any) -> ConsoleConfig | None:
-    if value is None or value is False:
-        return None
-    from asyncvmm.device_config import ConsoleConfig, to_record
-
-    return to_record("virtio_console", ConsoleConfig, value)
+    record: ConsoleConfig | None = _device("virtio_console", "ConsoleConfig", value)
+    return record
 
 
 @attrs.frozen(kw_only=True)
@@ -226,7 +238,11 @@ class VMConfig:
     rng: RngConfig | None = attrs.field(default=None, converter=_rng)
     virtio_console: ConsoleConfig | None = attrs.field(default=None, converter=_console)
     acpi: bool = attrs.field(default=True, validator=_check_bool)
-    metrics_interval_s: float = attrs.field(default=60.0, validator=_check_seconds)
+    metrics_interval_s: float = attrs.field(default=60.0, validator=_check_interval)
+
+    def __attrs_post_init__(self) -> None:
+        if self.balloon is not None and self.balloon.mib > self.memory_mib:
+            raise ConfigError("balloon", expected=f"at most {self.memory_mib} MiB", found=f"{self.balloon.mib} MiB")
 
     @property
     def devices(self) -> DeviceConfig:
@@ -243,5 +259,4 @@ class VMConfig:
     @property
     def has_devices(self) -> bool:
         """Whether there is a virtio device at all."""
-        others = (self.net, self.balloon, self.vsock, self.rng, self.virtio_console)
-        return bool(self.drives) or any(record is not None for record in others)
+        return self.devices.count > 0

@@ -8,11 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from ipaddress import IPv4Address, IPv4Interface
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 import attrs
 
+from asyncvmm.config import can_be_path
 from asyncvmm.device_list import DeviceConfig as DeviceConfig
 from asyncvmm.errors import ConfigError
 
@@ -22,12 +24,21 @@ NetMode = Literal["none", "user", "tap"]
 Ipv4 = Literal["dhcp", "none"] | IPv4Interface
 
 MAX_DRIVES = 8
+"""Drives that can be asked for; the root of a guest image comes on top."""
+
 MAX_PORTS = 15
 """Named ports of the virtio console beside port 0."""
 
+MAX_UDS_PATH = 107 - len("_4294967295")
+"""Longest ``uds_path``, bytes: sun_path of unix(7) must hold it with a port behind it and a NUL."""
+
 _ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,19}")
-_INTERFACE = re.compile(r"[^\s/]{1,15}")
+_INTERFACE = re.compile(r"(?!\.{1,2}$)[!-~]{1,15}")
+_NOT_IN_INTERFACE = frozenset("/:%")
+"""The first two are no part of a name to Linux; the third would have it make up another one."""
+
 _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
+_NO_MAC = "00:00:00:00:00:00"
 _MOST_PORT = 65535
 _LEAST_CID, _MOST_CID = 3, 2**32 - 2
 
@@ -43,18 +54,22 @@ def _of(what: str, *kinds: type) -> Check:
     return check
 
 
-def _path(value: str | Path) -> Path:
-    if not isinstance(value, str | Path) or not str(value) or "\0" in str(value):
-        raise ConfigError("path", expected="a path", found=repr(value))
+def _path(what: str, value: object) -> Path:
+    if not isinstance(value, str | Path) or not can_be_path(str(value)) or Path(value) == Path():
+        raise ConfigError(what, expected="a path that a file can have", found=repr(value))
     return Path(value)
 
 
-def _optional_path(value: str | Path | None) -> Path | None:
-    return None if value is None else _path(value)
+def _image(value: str | Path) -> Path:
+    return _path("drive path", value)
 
 
 def _overlay(value: bool | str | Path) -> bool | Path:
-    return value if isinstance(value, bool) else _path(value)
+    return value if isinstance(value, bool) else _path("drive overlay", value)
+
+
+def _socket(value: str | Path | None) -> Path | None:
+    return None if value is None else _path("vsock uds_path", value)
 
 
 def _lower(value: str | None) -> str | None:
@@ -99,7 +114,7 @@ class DriveConfig:
     Raises ConfigError.
     """
 
-    path: Path = attrs.field(converter=_path)
+    path: Path = attrs.field(converter=_image)
     id: str | None = attrs.field(default=None, validator=attrs.validators.optional(_check_id("drive id")))
     read_only: bool = attrs.field(default=False, validator=_of("drive", bool))
     root: bool = attrs.field(default=False, validator=_of("drive", bool))
@@ -111,22 +126,40 @@ class DriveConfig:
     def __attrs_post_init__(self) -> None:
         if self.read_only and self.overlay is not False:
             raise ConfigError("drive overlay", expected="a drive that can be written", found="read_only")
+        if self.overlay == self.path:
+            raise ConfigError("drive overlay", expected="another file than its image", found=self.overlay)
+        if self.root_type != "auto" and not self.root:
+            raise ConfigError("root_type", expected="a drive with root=True", found=f"{self.root_type} without it")
+
+
+def _ip(what: str, value: object) -> IPv4Address:
+    try:
+        if not isinstance(value, str | IPv4Address):
+            raise ValueError
+        return IPv4Address(value)
+    except ValueError:
+        raise ConfigError(what, expected="an IPv4 address", found=repr(value)) from None
+
+
+def _host_address(value: str | IPv4Address) -> str:
+    return str(_ip("published address", value))
 
 
 @attrs.frozen(kw_only=True)
 class Publish:
-    """One guest TCP port made reachable on the host: ``host_address:host_port`` leads to ``guest_port``."""
+    """One guest TCP port made reachable on the host: ``host_address:host_port`` leads to ``guest_port``.
+
+    Raises ConfigError.
+    """
 
     host_port: int = attrs.field(validator=_within("published host port", 1, _MOST_PORT))
     guest_port: int = attrs.field(validator=_within("published guest port", 1, _MOST_PORT))
-    host_address: str = attrs.field(default="127.0.0.1")
+    host_address: str = attrs.field(default="127.0.0.1", converter=_host_address)
 
-    @host_address.validator
-    def _check_address(self, _: object, value: object) -> None:
-        try:
-            IPv4Address(str(value))
-        except ValueError:
-            raise ConfigError("published address", expected="an IPv4 address", found=repr(value)) from None
+    def clashes_with(self, other: Publish) -> bool:
+        """Whether both want the same host port: 0.0.0.0 stands for every address."""
+        addresses = {self.host_address, other.host_address}
+        return self.host_port == other.host_port and (len(addresses) == 1 or "0.0.0.0" in addresses)
 
 
 def _publishes(value: Iterable[Publish | tuple[int, int]]) -> tuple[Publish, ...]:
@@ -145,23 +178,32 @@ def _publish(entry: object) -> Publish:
 
 
 def _ipv4(value: str | IPv4Interface) -> Ipv4:
-    if isinstance(value, IPv4Interface):
-        return value
     if value in ("dhcp", "none"):
         return "dhcp" if value == "dhcp" else "none"
     try:
-        if not isinstance(value, str) or "/" not in value:
+        if not isinstance(value, IPv4Interface) and (not isinstance(value, str) or "/" not in value):
             raise ValueError
-        return IPv4Interface(value)
+        interface = IPv4Interface(value)
     except ValueError:
         raise ConfigError("guest address", expected="dhcp, none or ADDRESS/PREFIX", found=repr(value)) from None
+    if not _is_host(interface):
+        raise ConfigError("guest address", expected="a host's address in its network", found=interface)
+    return interface
 
 
-def _address(value: str | IPv4Address | None) -> IPv4Address | None:
-    try:
-        return None if value is None else IPv4Address(value)
-    except ValueError:
-        raise ConfigError("network", expected="an IPv4 address", found=repr(value)) from None
+def _is_host(interface: IPv4Interface) -> bool:
+    ip, network = interface.ip, interface.network
+    if ip.is_unspecified or ip.is_loopback or ip.is_multicast:
+        return False
+    return network.prefixlen > 30 or ip not in (network.network_address, network.broadcast_address)
+
+
+def _gateway(value: str | IPv4Address | None) -> IPv4Address | None:
+    return None if value is None else _ip("gateway", value)
+
+
+def _dns(value: str | IPv4Address | None) -> IPv4Address | None:
+    return None if value is None else _ip("dns", value)
 
 
 @attrs.frozen(kw_only=True)
@@ -170,8 +212,8 @@ class NetConfig:
 
     mode: ``user`` (a helper process without privileges, passt or gvproxy, whichever is found) or ``tap`` (an existing
     or new TAP interface ``tap``, which wants CAP_NET_ADMIN). mac: ``aa:bb:cc:dd:ee:ff``, None draws one. address:
-    what PID 1 gives the card: ``dhcp``, ``none``, or ``ADDRESS/PREFIX`` with ``gateway`` and ``dns``; ``user`` mode
-    serves DHCP. publish: guest ports reachable on the host, in ``user`` mode.
+    what PID 1 gives the card: ``dhcp``, ``none``, or ``ADDRESS/PREFIX``, with ``gateway`` and ``dns``; in ``user`` mode
+    DHCP says these, too. publish: guest ports reachable on the host, in ``user`` mode.
 
     Raises ConfigError.
     """
@@ -180,13 +222,13 @@ class NetConfig:
     tap: str | None = attrs.field(default=None)
     mac: str | None = attrs.field(default=None, converter=_lower)
     address: Ipv4 = attrs.field(default="dhcp", converter=_ipv4)
-    gateway: IPv4Address | None = attrs.field(default=None, converter=_address)
-    dns: IPv4Address | None = attrs.field(default=None, converter=_address)
+    gateway: IPv4Address | None = attrs.field(default=None, converter=_gateway)
+    dns: IPv4Address | None = attrs.field(default=None, converter=_dns)
     publish: tuple[Publish, ...] = attrs.field(default=(), converter=_publishes)
 
     @tap.validator
     def _check_tap(self, _: object, value: object) -> None:
-        if self.mode == "tap" and (not isinstance(value, str) or not _INTERFACE.fullmatch(value)):
+        if self.mode == "tap" and not _is_interface(value):
             raise ConfigError("tap", expected="an interface's name of at most 15 characters", found=repr(value))
         if self.mode == "user" and value is not None:
             raise ConfigError("tap", expected='none with mode="user"', found=repr(value))
@@ -195,15 +237,21 @@ class NetConfig:
     def _check_mac(self, _: object, value: object) -> None:
         if value is None:
             return
-        if not isinstance(value, str) or not _MAC.fullmatch(value) or int(value[:2], 16) & 1:
+        if not isinstance(value, str) or not _MAC.fullmatch(value) or int(value[:2], 16) & 1 or value == _NO_MAC:
             raise ConfigError("mac", expected="six hex bytes of a unicast address", found=repr(value))
 
     def __attrs_post_init__(self) -> None:
         if self.mode == "tap" and self.publish:
             raise ConfigError("published ports", expected='mode="user"', found="tap")
-        ports = [(entry.host_address, entry.host_port) for entry in self.publish]
-        if len(set(ports)) != len(ports):
-            raise ConfigError("published ports", expected="each host port once", found=ports)
+        if self.mode == "tap" and isinstance(self.address, str) and (self.gateway or self.dns):
+            raise ConfigError("gateway and dns", expected="ADDRESS/PREFIX beside them", found=self.address)
+        for one, other in combinations(self.publish, 2):
+            if one.clashes_with(other):
+                raise ConfigError("published ports", expected="each host port once", found=f"{one.host_port} twice")
+
+
+def _is_interface(value: object) -> bool:
+    return isinstance(value, str) and bool(_INTERFACE.fullmatch(value)) and _NOT_IN_INTERFACE.isdisjoint(value)
 
 
 @attrs.frozen(kw_only=True)
@@ -235,7 +283,13 @@ class VsockConfig:
     """
 
     cid: int = attrs.field(default=3, validator=_within("vsock cid", _LEAST_CID, _MOST_CID))
-    uds_path: Path | None = attrs.field(default=None, converter=_optional_path)
+    uds_path: Path | None = attrs.field(default=None, converter=_socket)
+
+    @uds_path.validator
+    def _check_length(self, _: object, value: Path | None) -> None:
+        size = len(str(value).encode("utf-8", "surrogateescape"))
+        if value is not None and size > MAX_UDS_PATH:
+            raise ConfigError("vsock uds_path", expected=f"at most {MAX_UDS_PATH} bytes", found=f"{size} bytes")
 
 
 @attrs.frozen(kw_only=True)
@@ -297,13 +351,18 @@ def to_net(value: object) -> NetConfig | None:
 
 
 def to_drives(value: object) -> tuple[DriveConfig, ...]:
-    """Drive records, or paths of images to write to; each gets an id. Raises ConfigError for two of one name."""
+    """Drive records, or paths of images to write to; each gets an id. Raises ConfigError."""
     if not isinstance(value, Iterable) or isinstance(value, str | bytes):
         raise ConfigError("drives", expected="a sequence of DriveConfig or paths", found=repr(value))
     drives = [entry if isinstance(entry, DriveConfig) else DriveConfig(path=entry) for entry in value]
     named = tuple(attrs.evolve(drive, id=drive.id or f"drive{index}") for index, drive in enumerate(drives))
-    if len({drive.id for drive in named}) != len(named) or len(named) > MAX_DRIVES:
-        raise ConfigError("drives", expected=f"at most {MAX_DRIVES}, of different ids", found=[d.id for d in named])
+    if len(named) > MAX_DRIVES:
+        raise ConfigError("drives", expected=f"at most {MAX_DRIVES}", found=len(named))
+    if len({drive.id for drive in named}) != len(named):
+        raise ConfigError("drives", expected="different ids", found=[drive.id for drive in named])
+    overlays = [drive.overlay for drive in named if isinstance(drive.overlay, Path)]
+    if len(set(overlays)) != len(overlays):
+        raise ConfigError("drives", expected="an overlay each", found=[str(path) for path in overlays])
     if sum(drive.root for drive in named) > 1:
         raise ConfigError("drives", expected="one root at the most", found=[d.id for d in named if d.root])
     return named

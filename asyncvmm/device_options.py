@@ -1,8 +1,8 @@
 """The command line's options for devices, and what they mean: words in, records of device_config out.
 
---drive PATH[,ro][,overlay][,root][,id=NAME][,cache=MODE]
---net none|user|tap=NAME
---publish [ADDR:]HOST:GUEST
+--drive PATH[,ro][,overlay][,root][,root_type=TYPE][,id=NAME][,cache=MODE]
+--net none|user|tap=NAME, --address dhcp|none|ADDR/BITS, --publish [ADDR:]HOST:GUEST
+--balloon MIB, --vsock PATH|none, --rng, --port NAME
 """
 
 from __future__ import annotations
@@ -19,8 +19,17 @@ if TYPE_CHECKING:
 
 Command = Callable[..., None]
 
-NAMES = ("drives", "net", "address", "publish", "balloon", "vsock", "rng", "ports")
-"""What the options are passed on as."""
+DEFAULTS: dict[str, Any] = {
+    "drives": (),
+    "net": "none",
+    "address": None,
+    "publish": (),
+    "balloon": None,
+    "vsock": None,
+    "rng": False,
+    "ports": (),
+}
+"""What the options are passed on as, where none is given."""
 
 _FLAGS = {"ro": "read_only", "root": "root", "overlay": "overlay"}
 _VALUES = ("id", "cache", "root_type")
@@ -69,18 +78,27 @@ def parse_drive(text: str) -> DriveConfig:
     """``PATH,word,name=value``. A comma in the path is written twice. Raises ConfigError."""
     from asyncvmm.device_config import DriveConfig
 
-    path, *words = text.replace(",,", "\0").split(",")
-    fields: dict[str, Any] = {"path": path.replace("\0", ",")}
+    if "\0" in text:
+        raise ConfigError("--drive", expected="text without NUL", found=repr(text))
+    path, *words = (word.replace("\0", ",") for word in text.replace(",,", "\0").split(","))
+    fields: dict[str, Any] = {"path": path}
     for word in words:
-        name, _, value = word.partition("=")
-        if name in _FLAGS and not value:
-            fields[_FLAGS[name]] = True
-        elif name in _VALUES and value:
-            fields[name] = value
-        else:
-            expected = ", ".join([*_FLAGS, *(f"{key}=..." for key in _VALUES)])
-            raise ConfigError("--drive", expected=f"PATH and any of {expected}", found=repr(word))
+        name, value = _drive_word(word)
+        if name in fields:
+            raise ConfigError("--drive", expected="each word once", found=repr(word))
+        fields[name] = value
     return DriveConfig(**fields)
+
+
+def _drive_word(word: str) -> tuple[str, str | bool]:
+    """The record's field that a word means, and its value."""
+    if word in _FLAGS:
+        return _FLAGS[word], True
+    name, _, value = word.partition("=")
+    if name in _VALUES and value:
+        return name, value
+    expected = ", ".join([*_FLAGS, *(f"{key}=..." for key in _VALUES)])
+    raise ConfigError("--drive", expected=f"PATH and any of {expected}", found=repr(word))
 
 
 def parse_net(text: str, address: str | None, publish: Sequence[str]) -> NetConfig | None:
@@ -89,13 +107,14 @@ def parse_net(text: str, address: str | None, publish: Sequence[str]) -> NetConf
 
     mode, _, tap = text.partition("=")
     if mode == "none" and not tap:
-        if publish or address:
+        if publish or address is not None:
             raise ConfigError("--net", expected="user, to publish a port or give an address", found="none")
         return None
     if mode not in ("user", "tap") or bool(tap) != (mode == "tap"):
         raise ConfigError("--net", expected="none, user or tap=NAME", found=repr(text))
     ports = tuple(parse_publish(entry) for entry in publish)
-    return NetConfig(mode=mode, tap=tap or None, address=address or "dhcp", publish=ports)  # type: ignore[arg-type]
+    address = "dhcp" if address is None else address
+    return NetConfig(mode=mode, tap=tap or None, address=address, publish=ports)  # type: ignore[arg-type]
 
 
 def parse_publish(text: str) -> Publish:

@@ -173,6 +173,96 @@ def test_more_memory_than_the_host_has_is_refused(refused: Refused, kernel: Path
     assert "the host" in refused("boot", "--accel", accel, "--kernel", kernel, "--memory", 16 << 20)
 
 
+# -- devices -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--drive", ""), "drive path"),
+        (("--drive", "image,rw"), "'rw'"),
+        (("--drive", "image,id="), "'id='"),
+        (("--drive", "image,cache=fast"), "writeback or none or unsafe"),
+        (("--drive", "image,ro,overlay"), "read_only"),
+        (("--drive", "a,root", "--drive", "b,root"), "one root"),
+        (("--drive", "a,id=x", "--drive", "b,id=x"), "different ids"),
+        (("--drive", "a") * 9, "at most 8"),
+        (("--net", ""), "none, user or tap=NAME"),
+        (("--net", "bridge"), "none, user or tap=NAME"),
+        (("--net", "tap=a/b"), "interface"),
+        (("--address", "10.0.0.5/24"), "--net"),
+        (("--net", "user", "--address", "10.0.0.5"), "ADDRESS/PREFIX"),
+        (("--net", "user", "--address", "10.0.0.255/24"), "10.0.0.255/24"),
+        (("--publish", "80:80"), "--net"),
+        (("--net", "user", "--publish", "80"), "[ADDR:]HOST:GUEST"),
+        (("--net", "user", "--publish", "0:80"), "1 to 65535"),
+        (("--net", "user", "--publish", "80:80", "--publish", "80:81"), "80 twice"),
+        (("--balloon", "-1"), "balloon"),
+        (("--balloon", "257"), "at most 256 MiB"),
+        (("--balloon", "much"), "--balloon"),
+        (("--vsock", ""), "vsock uds_path"),
+        (("--vsock", "x" * 120), "at most 96 bytes"),
+        (("--port", ""), "console port"),
+        (("--port", "console"), "console"),
+        (("--port", "a", "--port", "a"), "different names"),
+    ],
+    ids=lambda value: " ".join(word[:20] for word in value[:4]) if isinstance(value, tuple) else "",
+)
+def test_a_device_that_cannot_be_asked_for_is_refused(
+    refused: Refused, kernel: Path, words: tuple[str, ...], said: str
+) -> None:
+    assert said in refused("boot", "--accel", "qemu", "--kernel", kernel, *words)
+
+
+@pytest.mark.requires("kvm", "qemu")
+@pytest.mark.parametrize("accel", ["kvm", "qemu"])
+@pytest.mark.parametrize(
+    ("drive", "said"),
+    [
+        ("{0}/nosuch", "/nosuch"),
+        ("{0}/nosuch,ro", "/nosuch"),
+        ("{0}/nosuch,overlay", "/nosuch"),
+        ("{0}", "block device"),
+        ("{0}/fifo", "/fifo"),
+        ("/dev/null", "/dev/null"),
+        ("{0}/nothing,overlay", "not empty"),
+    ],
+)
+def test_a_drive_that_is_none_is_refused(
+    refused: Refused, kernel: Path, tmp_path: Path, drive: str, said: str, accel: str
+) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "nothing").touch()
+    assert said in refused("boot", "--accel", accel, "--kernel", kernel, "--drive", drive.format(tmp_path))
+
+
+@pytest.mark.requires("kvm", "qemu")
+@pytest.mark.parametrize("accel", ["kvm", "qemu"])
+def test_a_place_where_no_socket_can_be_is_refused(refused: Refused, kernel: Path, accel: str) -> None:
+    line = refused("boot", "--accel", accel, "--kernel", kernel, "--vsock", kernel)
+    assert str(kernel) in line
+    assert "/nonexistent/s" in refused("boot", "--accel", accel, "--kernel", kernel, "--vsock", "/nonexistent/s")
+
+
+def test_a_user_network_without_a_helper_is_told_what_to_install(
+    refused: Refused, kernel: Path, tmp_path: Path
+) -> None:
+    bare = {"PATH": str(tmp_path)}
+    line = refused("boot", "--accel", "kvm", "--kernel", kernel, "--net", "user", env=bare)
+    assert "passt" in line
+    assert "gvproxy" in line
+
+
+@pytest.mark.requires("root", "setpriv", "kvm")
+def test_a_tap_without_permission_is_refused(refused: Refused, kernel: Path) -> None:
+    prefix = ("setpriv", "--bounding-set", "-all", "--inh-caps", "-all")
+    line = refused("boot", "--accel", "kvm", "--kernel", kernel, "--net", "tap=asyncvmm9", prefix=prefix)
+    assert "tun" in line or "CAP_NET_ADMIN" in line
+
+
+# -- other words -------------------------------------------------------------------------------------------------------
+
+
 def test_run_without_a_command_is_refused(refused: Refused) -> None:
     assert "COMMAND" in refused("run")
 
