@@ -13,6 +13,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
+from asyncvmm.devices.virtio.queue import DESCRIPTORS_A_TURN
+
 if TYPE_CHECKING:
     from asyncvmm.devices.virtio.net import GuestOffloads, VirtioNet
 
@@ -47,6 +49,8 @@ class Link(ABC):
         self._backlog: deque[memoryview] = deque()
         self._waiting = 0
         self._reading = self._writing = False
+        self._turn_ends = 0
+        self._next_turn: asyncio.Handle | None = None
         self.down = False
 
     @property
@@ -64,6 +68,8 @@ class Link(ABC):
         self.down = True
         self._read_on(False)
         self._write_on(False)
+        if self._next_turn is not None:
+            self._next_turn.cancel()
         self._backlog.clear()
         self._waiting = 0
 
@@ -88,6 +94,7 @@ class Link(ABC):
 
     def receive(self) -> None:
         """See NetBackend."""
+        self._begin_turn()
         if not self.down and self._deliver_pending():
             self._read_on(True)
 
@@ -105,9 +112,26 @@ class Link(ABC):
         try:
             with self.device.session() as alive:
                 self.device.metrics.rx_tap_event_count += 1
+                self._begin_turn()
                 self._read_on(alive and self._deliver_pending() and self._read())
         except Exception as error:
             self._failed(error)
+
+    def _begin_turn(self) -> None:
+        self._turn_ends = self.device.receive_walked + DESCRIPTORS_A_TURN
+
+    def _may_go_on(self) -> bool:
+        """Whether this turn may deliver more. If not, the next one will: the guest makes its buffers of many parts."""
+        if self.device.receive_walked < self._turn_ends:
+            return True
+        if self._next_turn is None:
+            self._next_turn = self._loop.call_soon(self._go_on)
+        return False
+
+    def _go_on(self) -> None:
+        self._next_turn = None
+        if not self.down:
+            self._readable()
 
     def _read_on(self, wanted: bool) -> None:
         """Look for what the host has, or no more."""

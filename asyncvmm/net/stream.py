@@ -40,7 +40,7 @@ class StreamLink(Link):
         frames, device = self._frames, self.device
         try:
             while (frame := frames.peek()) is not None:
-                if not device.deliver(frame):
+                if not self._may_go_on() or not device.deliver(frame):
                     return False
                 frames.skip()
         except FramingError as error:

@@ -53,6 +53,8 @@ class TapLink(Link):
 
     def _read(self) -> bool:
         for _ in range(FRAMES_A_TURN):
+            if not self._may_go_on():
+                return False
             try:
                 self._held = os.readv(self._fd, [self._packet])
             except BlockingIOError:

@@ -239,6 +239,11 @@ class VirtioNet(VirtioDevice):
 
     # -- to the guest ----------------------------------------------------------------------------------------------
 
+    @property
+    def receive_walked(self) -> int:
+        """Descriptors of receive buffers that were looked at until now; it only grows."""
+        return self._receive.walked
+
     def deliver(self, frame: memoryview | bytes, header: memoryview | bytes | None = None) -> bool:
         """Give the guest a frame. False: it has no buffer for it; keep the frame until ``receive`` is called.
 
