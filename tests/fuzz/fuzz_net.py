@@ -15,6 +15,7 @@ from asyncvmm.devices.virtio.net import (
     GuestOffloads,
     VirtioNet,
 )
+from asyncvmm.devices.virtio.queue import DESCRIPTORS_A_TURN
 from asyncvmm.metrics.groups import NetMetrics
 from asyncvmm.testing import Driver
 from tests.fuzz.guest import play
@@ -67,7 +68,8 @@ class NetTarget(Target):
 
     def receive(self) -> None:
         """See NetBackend."""
-        while self.pending and self.device.deliver(self.pending[0]):
+        end = self.device.receive_walked + DESCRIPTORS_A_TURN
+        while self.pending and self.device.receive_walked < end and self.device.deliver(self.pending[0]):
             self.pending.pop(0)
 
     # -- the script ------------------------------------------------------------------------------------------------

@@ -307,13 +307,18 @@ class Play:
             if not self.driver.kicks:
                 return
             index = self.driver.kicks.pop(0)
-            self.watch.pops = 0
+            self.watch.pops, walked = 0, self._walked()
             if self.driver.transport.kick(index):
                 self.driver.kicks.append(index)
             else:
                 self._served(index)
             assert self.watch.pops <= self.target.most_pops, f"{self.watch.pops} chains taken in one go"
+            walked = self._walked() - walked
+            assert walked <= self.target.most_walked, f"{walked} descriptors looked at in one go"
         raise AssertionError("the device never has enough")
+
+    def _walked(self) -> int:
+        return sum(queue.walked for queue in self.driver.device.queues)
 
     def _served(self, index: int) -> None:
         transport, queue = self.driver.transport, self.driver.device.queues[index]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from asyncvmm.devices.virtio.device import VirtioDevice
+from asyncvmm.devices.virtio.queue import DESCRIPTORS_A_TURN, MOST_DESCRIPTORS
 from asyncvmm.testing import Driver
 from tests.fuzz.memory import ObservedView
 from tests.fuzz.script import Script
@@ -20,6 +21,9 @@ class Target:
 
     most_pops = 1024
     """Chains that one call of ``process`` may take."""
+
+    most_walked = 2 * (DESCRIPTORS_A_TURN + MOST_DESCRIPTORS)
+    """Descriptors that one call of ``process`` may look at."""
 
     most_turns = 2048
     """Calls of ``process`` after which a kick must have been worked off."""
