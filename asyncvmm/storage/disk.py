@@ -27,8 +27,9 @@ from asyncvmm.storage.opening import open_image
 from asyncvmm.storage.overlay import Overlay
 from asyncvmm.storage.work import merged, work_on
 
-MOST_READ_NOW: Final = 256 << 10
-"""Bytes of a read that the loop makes by itself if it need not wait; a larger one takes its time."""
+MOST_READ_NOW: Final = 1 << 20
+"""Bytes of a read that the loop makes by itself if it need not wait; a larger one takes its time. A thread is handed a
+copy of its own for each, and new memory for that costs more than the copy."""
 
 HOLD_NS: Final = 500_000
 """How long a request that is done waits for the others of its batch, at the most.

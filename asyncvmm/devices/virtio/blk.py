@@ -63,8 +63,9 @@ MOST_REQUESTS_OUT: Final = QUEUE_SIZE
 MOST_BYTES_OUT: Final = 32 << 20
 
 _BATCH_CHAINS: Final = 64
-_BATCH_COST: Final = 1024
-"""Buffers one ``process`` looks at, and KiB it reads at once: 1 MiB may be 256 pages that the guest never touched."""
+_BATCH_BUFFERS: Final = 1024
+_BATCH_BYTES: Final = 1 << 20
+"""Buffers one ``process`` looks at, and bytes it reads at once: 1 MiB may be 256 pages that the guest never touched."""
 
 _HEADER = struct.Struct("<IIQ")
 _SEGMENT = struct.Struct("<QII")
@@ -117,7 +118,7 @@ class VirtioBlk(VirtioDevice):
         self._waiting: deque[BlockRequest] = deque()
         self._requests_out = self._bytes_out = 0
         self._unfinished = False
-        self._cost = 0
+        self._buffers_seen = self._bytes_read = 0
         self._takers: dict[int, Callable[[Chain, int], int | None]] = {
             VIRTIO_BLK_T_IN: self._take_read,
             VIRTIO_BLK_T_OUT: self._take_write,
@@ -134,7 +135,7 @@ class VirtioBlk(VirtioDevice):
         queue, metrics = self.queues[index], self.metrics
         metrics.queue_event_count += not self._unfinished
         found = self._unfinished
-        self._cost, self._unfinished = 0, False
+        self._buffers_seen, self._bytes_read, self._unfinished = 0, 0, False
         try:
             for _ in range(_BATCH_CHAINS):
                 chain = queue.pop()
@@ -142,7 +143,7 @@ class VirtioBlk(VirtioDevice):
                     break
                 found = True
                 self._take(chain)
-                if self._cost > _BATCH_COST:
+                if self._buffers_seen > _BATCH_BUFFERS or self._bytes_read >= _BATCH_BYTES:
                     break
             self._unfinished = queue.available() > 0
         finally:
@@ -152,7 +153,7 @@ class VirtioBlk(VirtioDevice):
         return self._unfinished
 
     def _take(self, chain: Chain) -> None:
-        self._cost += len(chain.readable) + len(chain.writable)
+        self._buffers_seen += len(chain.readable) + len(chain.writable)
         if chain.readable_size < _HEADER.size or not chain.writable_size:
             self.metrics.invalid_reqs_count += 1  # nothing to be known, or nowhere to say so
             self.queues[0].push(chain, 0)
@@ -176,13 +177,12 @@ class VirtioBlk(VirtioDevice):
         return self._wait(BlockRequest(chain, Operation.READ, offset=offset, size=size, began_ns=began_ns))
 
     def _read_now(self, chain: Chain, offset: int, size: int) -> bool:
-        cost = size >> 10
-        if self.backend is None or cost + self._cost > _BATCH_COST:
+        if self.backend is None or self._bytes_read + size > _BATCH_BYTES:
             return False
         data = self.backend.read_now(offset, size)
         if data is None:
             return False
-        self._cost += cost
+        self._bytes_read += size
         chain.write(data)
         return True
 
@@ -289,7 +289,7 @@ class VirtioBlk(VirtioDevice):
             self._answer(chain, VIRTIO_BLK_S_IOERR)
             return
         if request.operation is Operation.READ:
-            chain.write(request.result)
+            chain.write(memoryview(request.result))  # slices of which are no copies
             self._count_read(request.size, request.began_ns)
         elif request.operation is Operation.WRITE:
             self.metrics.write_count += 1

@@ -16,7 +16,7 @@ from asyncvmm.device_config import DriveConfig
 from asyncvmm.devices.virtio.block_io import BlockRequest, Operation
 from asyncvmm.devices.virtio.queue import Chain
 from asyncvmm.errors import DriveBusy
-from asyncvmm.storage.disk import Disk, open_disk
+from asyncvmm.storage.disk import MOST_READ_NOW, Disk, open_disk
 from asyncvmm.storage.image import Buffer
 from asyncvmm.storage.overlay import make_overlay
 from asyncvmm.storage.raw import RawImage
@@ -196,7 +196,8 @@ async def test_what_is_in_the_page_cache_is_there_at_once(path: Path) -> None:
     await delivered.wait(1)
     assert bytes(disk.read_now(512, 1024) or b"") == CONTENT[512:1536]
     assert bytes(disk.read_now(0, 512) or b"") == CONTENT[:512]
-    assert disk.read_now(0, len(CONTENT)) is None
+    assert bytes(disk.read_now(0, len(CONTENT)) or b"") == CONTENT
+    assert disk.read_now(0, MOST_READ_NOW + 512) is None
     assert await disk.aclose()
 
 
