@@ -20,7 +20,8 @@ from asyncvmm.devices.virtio.ids import (
     VIRTIO_F_VERSION_1,
 )
 from asyncvmm.devices.virtio.memory import GuestView
-from asyncvmm.devices.virtio.mmio import (
+from asyncvmm.devices.virtio.mmio import VirtioMmio
+from asyncvmm.devices.virtio.registers import (
     CONFIG,
     DEVICE_FEATURES,
     DEVICE_FEATURES_SEL,
@@ -37,7 +38,6 @@ from asyncvmm.devices.virtio.mmio import (
     QUEUE_READY,
     QUEUE_SEL,
     STATUS,
-    VirtioMmio,
 )
 from asyncvmm.testing.rings import DriverQueue, Used
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import orjson
 
-from asyncvmm.devices.virtio import mmio
+from asyncvmm.devices.virtio import mmio, registers
 from asyncvmm.devices.virtio.device import VirtioDevice
 from asyncvmm.devices.virtio.queue import DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE
 from asyncvmm.errors import ConfigError
@@ -104,6 +104,7 @@ class Play:
     def _look(self, interrupts: int) -> None:
         self.watch.end()
         assert not self.watch.wants_interrupt() or self.driver.interrupts > interrupts, "the driver was not interrupted"
+        assert self.driver.kicks or not self.watch.is_deaf(), "the driver will not kick for the next chain"
         self.target.check()
 
     def _end(self) -> None:
@@ -129,7 +130,7 @@ class Play:
     def write_register(self) -> None:
         """Any value to any place."""
         script = self.script
-        offset = script.pick(REGISTERS) if script.flag() else script.number(2) % (mmio.PAGE_BYTES - 8)
+        offset = script.pick(REGISTERS) if script.flag() else script.number(2) % (registers.PAGE_BYTES - 8)
         size = script.pick((4, 4, 4, 1, 2, 8))
         self.driver.write(offset, script.number(size) if script.flag() else script.byte(), size)
         self._work()
@@ -138,35 +139,35 @@ class Play:
         """Somewhere in the configuration space."""
         script = self.script
         size = script.pick((1, 2, 4, 8))
-        self.driver.write(mmio.CONFIG + script.byte() % 72, script.number(size), size)
+        self.driver.write(registers.CONFIG + script.byte() % 72, script.number(size), size)
 
     def negotiate(self) -> None:
         """Anew, with other features, and the status bits in any order."""
         script = self.script
-        self.driver.write(mmio.STATUS, 0)
+        self.driver.write(registers.STATUS, 0)
         self._check_untouched()
         self.driver.accept(script.number(8) if script.flag() else self.driver.offered() & ~(1 << script.byte() % 40))
         for _ in range(1 + script.byte() % 4):
-            self.driver.write(mmio.STATUS, script.pick(_STATUSES))
+            self.driver.write(registers.STATUS, script.pick(_STATUSES))
         self._work()
 
     def set_up_queue(self) -> None:
         """Stop a queue, and start it elsewhere, or in another size."""
         script = self.script
-        self.driver.write(mmio.QUEUE_SEL, script.byte() % (len(self.driver.queues) + 1))
-        self.driver.write(mmio.QUEUE_READY, 0)
+        self.driver.write(registers.QUEUE_SEL, script.byte() % (len(self.driver.queues) + 1))
+        self.driver.write(registers.QUEUE_READY, 0)
         self._check_untouched()
-        self.driver.write(mmio.QUEUE_NUM, script.pick((1, 2, 4, 8, 16, 3, 0, 0x8000)))
-        for register in (mmio.QUEUE_DESC_LOW, mmio.QUEUE_DRIVER_LOW, mmio.QUEUE_DEVICE_LOW):
+        self.driver.write(registers.QUEUE_NUM, script.pick((1, 2, 4, 8, 16, 3, 0, 0x8000)))
+        for register in (registers.QUEUE_DESC_LOW, registers.QUEUE_DRIVER_LOW, registers.QUEUE_DEVICE_LOW):
             address = script.number(2)
             self.driver.write(register, address & ~15 if script.byte() % 8 else address)
             self.driver.write(register + 4, int(script.byte() % 8 == 0))
-        self.driver.write(mmio.QUEUE_READY, script.pick((1, 1, 1, 0, 2)))
+        self.driver.write(registers.QUEUE_READY, script.pick((1, 1, 1, 0, 2)))
         self._work()
 
     def read_register(self) -> None:
         """What stands anywhere."""
-        self.driver.read(self.script.number(2) % (mmio.PAGE_BYTES - 8), self.script.pick((1, 2, 4, 8)))
+        self.driver.read(self.script.number(2) % (registers.PAGE_BYTES - 8), self.script.pick((1, 2, 4, 8)))
 
     def write_memory(self) -> None:
         """Any bytes anywhere."""
@@ -195,7 +196,7 @@ class Play:
         self.cursor += len(entries)
         queue.put_available(head)
         self.driver.view.sync()
-        self.driver.write(mmio.QUEUE_NOTIFY, index)
+        self.driver.write(registers.QUEUE_NOTIFY, index)
         self._work()
 
     def _descriptor(self, count: int) -> tuple[int, int, int, int]:
@@ -274,7 +275,7 @@ class Play:
         if self.script.flag():
             self.driver.kicks.append(index)
         else:
-            self.driver.write(mmio.QUEUE_NOTIFY, index)
+            self.driver.write(registers.QUEUE_NOTIFY, index)
         self._work()
 
     def strike_later(self) -> None:

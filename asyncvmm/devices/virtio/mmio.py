@@ -11,8 +11,8 @@ its rings. The second bit, configuration change, is acknowledged here, for a cha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Final
 
 from asyncvmm.devices.checks import hex_bytes, integer, mapping
@@ -29,42 +29,42 @@ from asyncvmm.devices.virtio.ids import (
 )
 from asyncvmm.devices.virtio.memory import GuestFault, GuestView
 from asyncvmm.devices.virtio.queue import Queue
+from asyncvmm.devices.virtio.registers import (
+    CONFIG,
+    CONFIG_GENERATION,
+    DEVICE_FEATURES,
+    DEVICE_FEATURES_SEL,
+    DEVICE_ID,
+    DRIVER_FEATURES,
+    DRIVER_FEATURES_SEL,
+    INTERRUPT_ACK,
+    INTERRUPT_CONFIG_CHANGE,
+    INTERRUPT_STATUS,
+    INTERRUPT_USED_BUFFER,
+    MAGIC,
+    MAGIC_VALUE,
+    PAGE_BYTES,
+    QUEUE_DESC_HIGH,
+    QUEUE_DESC_LOW,
+    QUEUE_DEVICE_HIGH,
+    QUEUE_DEVICE_LOW,
+    QUEUE_DRIVER_HIGH,
+    QUEUE_DRIVER_LOW,
+    QUEUE_NOTIFY,
+    QUEUE_NUM,
+    QUEUE_NUM_MAX,
+    QUEUE_READY,
+    QUEUE_SEL,
+    SHM_BASE_HIGH,
+    SHM_LEN_LOW,
+    STATUS,
+    VENDOR_ID,
+    VENDOR_ID_REGISTER,
+    VERSION,
+    VERSION_REGISTER,
+)
+from asyncvmm.devices.virtio.service import QueueService
 from asyncvmm.errors import ConfigError
-
-MAGIC: Final = 0x74726976
-VERSION: Final = 2
-VENDOR_ID: Final = 0x6D6D7661
-PAGE_BYTES: Final = 0x1000
-
-MAGIC_VALUE: Final = 0x000
-VERSION_REGISTER: Final = 0x004
-DEVICE_ID: Final = 0x008
-VENDOR_ID_REGISTER: Final = 0x00C
-DEVICE_FEATURES: Final = 0x010
-DEVICE_FEATURES_SEL: Final = 0x014
-DRIVER_FEATURES: Final = 0x020
-DRIVER_FEATURES_SEL: Final = 0x024
-QUEUE_SEL: Final = 0x030
-QUEUE_NUM_MAX: Final = 0x034
-QUEUE_NUM: Final = 0x038
-QUEUE_READY: Final = 0x044
-QUEUE_NOTIFY: Final = 0x050
-INTERRUPT_STATUS: Final = 0x060
-INTERRUPT_ACK: Final = 0x064
-STATUS: Final = 0x070
-QUEUE_DESC_LOW: Final = 0x080
-QUEUE_DESC_HIGH: Final = 0x084
-QUEUE_DRIVER_LOW: Final = 0x090
-QUEUE_DRIVER_HIGH: Final = 0x094
-QUEUE_DEVICE_LOW: Final = 0x0A0
-QUEUE_DEVICE_HIGH: Final = 0x0A4
-SHM_LEN_LOW: Final = 0x0B0
-SHM_BASE_HIGH: Final = 0x0BC
-CONFIG_GENERATION: Final = 0x0FC
-CONFIG: Final = 0x100
-
-INTERRUPT_USED_BUFFER: Final = 1
-INTERRUPT_CONFIG_CHANGE: Final = 2
 
 _LOW: Final = (1 << 32) - 1
 _KNOWN_STATUS: Final = 0xCF
@@ -78,7 +78,7 @@ _ADDRESSES: Final = {
 }
 
 
-class VirtioMmio:
+class VirtioMmio(QueueService):
     """One device behind its registers.
 
     page: where the registers are kept, PAGE_BYTES long. lock: the device's; it must be one that its holder can take
@@ -103,7 +103,7 @@ class VirtioMmio:
         self.last_fault = ""
         self._memory = memory
         self._lock = lock
-        self._interrupt, self._notify, self._changed = interrupt, notify, changed
+        self._interrupt, self._notify_loop, self._changed = interrupt, notify, changed
         self._page = memoryview(bytearray(PAGE_BYTES)) if page is None else page
         self._words = self._page.cast("I")
         self._offered = device.features | TRANSPORT_FEATURES
@@ -299,48 +299,20 @@ class VirtioMmio:
 
     # -- from the loop ---------------------------------------------------------------------------------------------
 
-    def kick(self, index: int) -> bool:
-        """Let the device work on queue ``index``; True if there is more to do. Takes the lock."""
-        with self.session() as running:
-            if not running:
-                return False
-            queue = self.device.queues[index]
-            queue.disable_notification()
-            queue.look()
-            if self.device.process(index):
-                return True
-            queue.enable_notification()
-            return queue.has_unseen
-        return False
+    def _queues(self) -> Sequence[Queue]:
+        return self.device.queues
 
-    @contextmanager
-    def session(self) -> Iterator[bool]:
-        """See device.Transport."""
-        with self._lock:
-            if not self.running:
-                yield False
-                return
-            try:
-                yield True
-                self._rearm()
-            except GuestFault as fault:
-                self._fail("event_fails", fault)
-            finally:
-                self._interrupt_for_used()
-
-    def _rearm(self) -> None:
-        """A chain may have been popped outside of ``kick``."""
-        for index, queue in enumerate(self.device.queues):
-            if queue.rearm():
-                self._notify(index)
-
-    def _interrupt_for_used(self) -> None:
-        wanted = False
-        for queue in self.device.queues:
-            wanted |= queue.take_interrupt()
-        if wanted and self.running:
+    def _tell_used(self, indices: Sequence[int]) -> None:
+        """One interrupt for all of them: the driver looks which it was."""
+        if self.running:
             self._words[INTERRUPT_STATUS // 4] |= INTERRUPT_USED_BUFFER
             self._interrupt()
+
+    def _notify(self, index: int) -> None:
+        self._notify_loop(index)
+
+    def _fault(self, fault: GuestFault) -> None:
+        self._fail("event_fails", fault)
 
     def config_changed(self) -> None:
         """See device.Transport."""

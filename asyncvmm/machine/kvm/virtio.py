@@ -16,7 +16,13 @@ from collections.abc import Callable
 
 from asyncvmm.devices.virtio.device import VirtioDevice
 from asyncvmm.devices.virtio.memory import GuestView
-from asyncvmm.devices.virtio.mmio import INTERRUPT_ACK, INTERRUPT_USED_BUFFER, QUEUE_NOTIFY, VirtioMmio
+from asyncvmm.devices.virtio.mmio import VirtioMmio
+from asyncvmm.devices.virtio.registers import (
+    INTERRUPT_ACK,
+    INTERRUPT_USED_BUFFER,
+    QUEUE_NOTIFY,
+)
+from asyncvmm.errors import HostError
 from asyncvmm.machine.kvm.abi import KVM_IOEVENTFD_FLAG_DATAMATCH, KvmIoeventfd, KvmIrqfd, Request
 from asyncvmm.machine.kvm.fds import ioctl
 from asyncvmm.x86.layout import MMIO_SIZE, mmio_device
@@ -38,7 +44,7 @@ def fence_of(lock: threading.Lock) -> Callable[[], None]:
 class VirtioSlot:
     """A device at place ``index`` among a VM's virtio-mmio devices; ``page`` has its registers.
 
-    Made on any thread; ``watch`` and ``close`` are for the loop.
+    Made on any thread; ``watch`` and ``close`` are for the loop. Raises HostError without descriptors for it.
     """
 
     def __init__(self, index: int, device: VirtioDevice, memory: GuestView, page: memoryview, name: str) -> None:
@@ -49,9 +55,7 @@ class VirtioSlot:
         self.kicks_seen = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._fail: Callable[[Exception], None] = lambda error: None
-        self._interrupt_fd = _eventfd()
-        self._acknowledged_fd = _eventfd()
-        self._kick_fds = [_eventfd() for _ in device.queues]
+        self._interrupt_fd, self._acknowledged_fd, *self._kick_fds = _eventfds(2 + len(device.queues))
         self.transport = VirtioMmio(
             device,
             memory,
@@ -100,10 +104,16 @@ class VirtioSlot:
 
     def work_off(self) -> None:
         """Serve what the guest left behind when it ended: its last kicks may not have been heard yet."""
-        for index in range(len(self.device.queues)):
-            for _ in range(MOST_TURNS):
-                if not self.transport.kick(index):
-                    break
+        try:
+            for index in range(len(self.device.queues)):
+                self._work_off(index)
+        except Exception as error:  # as in _work; and nothing must keep a VM from being freed
+            self._fail(error)
+
+    def _work_off(self, index: int) -> None:
+        for _ in range(MOST_TURNS):
+            if not self.transport.kick(index):
+                break
 
     def close(self) -> None:
         """Serve no more, let go of guest memory. No vCPU thread may run any more."""
@@ -131,5 +141,13 @@ def registers_of(page: memoryview, index: int) -> memoryview:
     return page[index * MMIO_SIZE : (index + 1) * MMIO_SIZE]
 
 
-def _eventfd() -> int:
-    return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+def _eventfds(count: int) -> list[int]:
+    fds: list[int] = []
+    try:
+        while len(fds) < count:
+            fds.append(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+    except OSError as error:
+        for fd in fds:
+            os.close(fd)
+        raise HostError("virtio device", expected=f"{count} free descriptors", found=error.strerror) from error
+    return fds

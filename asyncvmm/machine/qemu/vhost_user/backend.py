@@ -9,8 +9,8 @@ where they stopped, at the same addresses, were paused; anything else is a new d
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Final, Protocol
 
 import attrs
@@ -22,6 +22,8 @@ from asyncvmm.devices.virtio.ids import (
     VIRTIO_F_INDIRECT_DESC,
 )
 from asyncvmm.devices.virtio.memory import GuestFault, GuestView
+from asyncvmm.devices.virtio.queue import Queue
+from asyncvmm.devices.virtio.service import QueueService
 from asyncvmm.machine.qemu.vhost_user.message import (
     F_PROTOCOL_FEATURES,
     PROTOCOL_F_CONFIG,
@@ -84,7 +86,7 @@ class Ring:
     stopped_at: tuple[int, RingAddresses | None] | None = None
 
 
-class Backend:
+class Backend(QueueService):
     """The transport of ``device``, to be driven by the messages of one front end.
 
     rings: how many of the device's queues the front end leaves to us, from the first on.
@@ -97,6 +99,7 @@ class Backend:
         self._shell = shell
         self._rings = [Ring() for _ in range(rings)]
         self._regions: list[Region] = []
+        self._lock = nullcontext()  # everything is done on the loop
         self._memory: GuestView | None = None
         self._protocol_features = 0
         self._starts_enabled = True
@@ -136,40 +139,6 @@ class Backend:
     def config_changed(self) -> None:
         """See device.Transport. There is no way to say so: no device here changes its configuration."""
 
-    @contextmanager
-    def session(self) -> Iterator[bool]:
-        """See device.Transport."""
-        if not self._running:
-            yield False
-            return
-        try:
-            yield True
-            self._rearm()
-        except GuestFault as fault:
-            self._fail(fault)
-        finally:
-            self._interrupt_for_used()
-
-    def kick(self, index: int) -> bool:
-        """Let the device work on queue ``index``; True if there is more to do."""
-        with self.session() as running:
-            if not running:
-                return False
-            queue = self.device.queues[index]
-            queue.disable_notification()
-            queue.look()
-            if self.device.process(index):
-                return True
-            queue.enable_notification()
-            return queue.has_unseen
-        return False
-
-    def _rearm(self) -> None:
-        """A chain may have been popped outside of ``kick``."""
-        for index in range(len(self._rings)):
-            if self.device.queues[index].rearm():
-                self._shell.work(index)
-
     def close(self) -> None:
         """The front end has gone, and with it the guest."""
         self._running = False
@@ -179,12 +148,17 @@ class Backend:
         if self._memory is not None:
             self._memory.close()
 
-    def _interrupt_for_used(self) -> None:
-        for index in range(len(self._rings)):
-            if self.device.queues[index].take_interrupt():
-                self._shell.call(index)
+    def _queues(self) -> Sequence[Queue]:
+        return self.device.queues[: len(self._rings)]
 
-    def _fail(self, fault: GuestFault) -> None:
+    def _notify(self, index: int) -> None:
+        self._shell.work(index)
+
+    def _tell_used(self, indices: Sequence[int]) -> None:
+        for index in indices:
+            self._shell.call(index)
+
+    def _fault(self, fault: GuestFault) -> None:
         """The guest asked for something impossible: nothing more is done for it until its driver starts anew."""
         self.faults += 1
         self.last_fault = str(fault)
@@ -257,7 +231,7 @@ class Backend:
         try:
             queue.restore(queue.state(), memory, **self._ring_features())
         except GuestFault as fault:
-            self._fail(fault)
+            self._fault(fault)
 
     def _guest_address(self, user_address: int) -> int:
         for region in self._regions:
@@ -374,7 +348,7 @@ class Backend:
             self.device.activate()
         except GuestFault as fault:
             self.device.count_failure("activate_fails")
-            self._fail(fault)
+            self._fault(fault)
             return
         self._running = True
         for index in range(len(self._rings)):

@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 
 from asyncvmm.device_config import RngConfig
-from asyncvmm.devices.virtio.mmio import QUEUE_NUM, QUEUE_READY
+from asyncvmm.devices.virtio.registers import (
+    QUEUE_NUM,
+    QUEUE_READY,
+)
 from asyncvmm.devices.virtio.rng import VirtioRng
 from asyncvmm.errors import ConfigError
 from asyncvmm.metrics.groups import EntropyMetrics

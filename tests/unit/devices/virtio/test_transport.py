@@ -15,7 +15,8 @@ from asyncvmm.devices.virtio.ids import (
     VIRTIO_F_VERSION_1,
 )
 from asyncvmm.devices.virtio.memory import GuestFault
-from asyncvmm.devices.virtio.mmio import (
+from asyncvmm.devices.virtio.queue import Chain
+from asyncvmm.devices.virtio.registers import (
     CONFIG,
     CONFIG_GENERATION,
     DEVICE_ID,
@@ -32,7 +33,6 @@ from asyncvmm.devices.virtio.mmio import (
     SHM_LEN_LOW,
     STATUS,
 )
-from asyncvmm.devices.virtio.queue import Chain
 from asyncvmm.errors import ConfigError
 from asyncvmm.testing import Driver
 

@@ -14,7 +14,8 @@ from asyncvmm.devices.virtio.ids import (
     STATUS_FEATURES_OK,
     VIRTIO_F_VERSION_1,
 )
-from asyncvmm.devices.virtio.mmio import (
+from asyncvmm.devices.virtio.queue import Chain
+from asyncvmm.devices.virtio.registers import (
     CONFIG,
     CONFIG_GENERATION,
     DRIVER_FEATURES,
@@ -30,7 +31,6 @@ from asyncvmm.devices.virtio.mmio import (
     QUEUE_SEL,
     STATUS,
 )
-from asyncvmm.devices.virtio.queue import Chain
 from asyncvmm.testing import Driver
 
 RAM = 1 << 16

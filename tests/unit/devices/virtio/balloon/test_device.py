@@ -33,8 +33,11 @@ from asyncvmm.devices.virtio.balloon.device import (
 )
 from asyncvmm.devices.virtio.balloon.pages import PAGE_BYTES, Range
 from asyncvmm.devices.virtio.ids import STATUS_ACKNOWLEDGE, STATUS_DRIVER, STATUS_DRIVER_OK, STATUS_FEATURES_OK
-from asyncvmm.devices.virtio.mmio import CONFIG, STATUS
 from asyncvmm.devices.virtio.queue import DESC_F_WRITE
+from asyncvmm.devices.virtio.registers import (
+    CONFIG,
+    STATUS,
+)
 from asyncvmm.errors import ConfigError
 from asyncvmm.metrics.counters import kinds
 from asyncvmm.metrics.groups import BalloonMetrics
