@@ -145,6 +145,13 @@ class QueueWatch:
         last = first + 6 + 2 * self.queue.size
         return any(address < last and first < address + size for address, size in self.watch.allowed)
 
+    def is_deaf(self) -> bool:
+        """Whether the driver could offer the next chain and would not kick, for it was told of another place."""
+        queue = self.queue
+        if not queue.ready or not queue.event_idx or queue._avail[1] != queue._next_avail:
+            return False
+        return bool(queue._armed != queue._next_avail)
+
     def offered(self) -> list[Range]:
         """What the device may write at any time."""
         return [part for chain in self.out.values() for part in _writable(chain)]
@@ -184,6 +191,10 @@ class Watch:
     def wants_interrupt(self) -> bool:
         """Whether the driver must have been interrupted since ``begin``, as far as that can be told."""
         return self.calm and self.running and any(queue.wants_interrupt() for queue in self.queues)
+
+    def is_deaf(self) -> bool:
+        """Whether a driver could wait for ever for what it offers next."""
+        return self.calm and self.running and any(queue.is_deaf() for queue in self.queues)
 
     def _offered(self) -> list[Range]:
         return [part for queue in self.queues for part in queue.offered()]
