@@ -54,14 +54,22 @@ def _with_devices(plan: BootPlan, config: VMConfig, image: Image | None) -> Boot
     root = None if image is None else image.root
     if not config.has_devices and root is None:
         return plan
-    devices = config.devices
-    if root is not None and not any(drive.root for drive in devices.drives):
-        devices = attrs.evolve(devices, drives=(_image_root(root), *devices.drives))
+    devices = config.devices if root is None else _with_image_root(config.devices, root)
     archive = b""
     if plan.initrd is not None:
         ports = devices.console.ports if devices.console is not None else ()
         archive = workload_archive(config.workload, config.env, root=_root(devices), net=_net(devices), ports=ports)
     return attrs.evolve(plan, devices=devices, appended=archive)
+
+
+def _with_image_root(devices: DeviceConfig, path: Path) -> DeviceConfig:
+    """The image's root is the first drive, unless another one was asked for."""
+    if any(drive.root for drive in devices.drives):
+        return devices
+    root = _image_root(path)
+    if any(drive.id == root.id for drive in devices.drives):
+        raise ConfigError("drive id", expected="another one than the image's root has", found=repr(root.id))
+    return attrs.evolve(devices, drives=(root, *devices.drives))
 
 
 def _image_root(path: Path) -> DriveConfig:

@@ -5,8 +5,9 @@ The same for both machines. It belongs to one boot attempt, and is freed after t
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,9 @@ from asyncvmm.machine.waiting import in_thread
 from asyncvmm.timing.timeline import Timeline
 
 if TYPE_CHECKING:
-    from asyncvmm.net.user import UserNet
+    from asyncvmm.storage.overlay import Overlay
+
+_log = logging.getLogger("asyncvmm.resources")
 
 
 class HostResources:
@@ -26,13 +29,13 @@ class HostResources:
 
     def __init__(self) -> None:
         self.record = Resources()
-        self._freeing: list[Callable[[], None]] = []
-        self._helper: UserNet | None = None
+        self._undo = AsyncExitStack()
 
     async def make_ready(self, devices: DeviceConfig, accel: AccelName, timeline: Timeline) -> None:
         """Make overlays and the network.
 
-        Raises ConfigError and HostError, with their kinds: what was asked for cannot be had.
+        Cancelled or failed, it leaves to ``aclose`` what is there. Raises ConfigError and HostError, with their kinds:
+        what was asked for cannot be had.
         """
         await self._make_overlays(devices, accel, timeline)
         if devices.net is not None:
@@ -47,39 +50,47 @@ class HostResources:
         self.record = attrs.evolve(self.record, drives=tuple(drives))
 
     def _ready(self, drive: DriveConfig, accel: AccelName) -> DriveResource:
+        """On a worker thread."""
         from asyncvmm.storage.overlay import make_overlay
 
         if drive.overlay is False:
             return DriveResource(drive, drive.path)
         target = drive.overlay if isinstance(drive.overlay, Path) else None
         overlay = make_overlay(drive.path, target, for_qemu=accel == "qemu")
-        self._freeing.append(overlay.remove)
+        self._undo.push_async_callback(in_thread, lambda: _remove(overlay))
         return DriveResource(drive, overlay.path or drive.path, overlay.format, overlay)
 
     async def _connect(self, net: NetConfig, timeline: Timeline) -> None:
         from asyncvmm.net.mac import draw_mac, format_mac
 
         mac = net.mac or format_mac(draw_mac())
-        if net.mode == "user":
+        if (tap := net.tap) is not None:
+            fd = await in_thread(lambda: self._open_tap(tap))
+        else:
             from asyncvmm.net.user import start_user_net
 
             with timeline.phase("network_helper"):
-                self._helper = await start_user_net(net, mac)
-            fd = self._helper.fd
-        else:
-            from asyncvmm.net.tap import open_tap
-
-            assert net.tap is not None
-            fd = open_tap(net.tap)
-            self._freeing.append(lambda: os.close(fd))
+                helper = await start_user_net(net, mac)
+            self._undo.push_async_callback(helper.aclose)
+            fd = helper.fd
         self.record = attrs.evolve(self.record, net_fd=fd, mac=mac)
+
+    def _open_tap(self, name: str) -> int:
+        """On a worker thread: making an interface takes its time."""
+        from asyncvmm.net.tap import open_tap
+
+        fd = open_tap(name)
+        self._undo.callback(os.close, fd)
+        return fd
 
     async def aclose(self) -> None:
         """Free everything. May be called again."""
-        helper, self._helper = self._helper, None
-        try:
-            if helper is not None:
-                await helper.aclose()
-        finally:
-            while self._freeing:
-                self._freeing.pop()()
+        await self._undo.pop_all().aclose()
+
+
+def _remove(overlay: Overlay) -> None:
+    """On a worker thread: the file system may have gigabytes to free."""
+    try:
+        overlay.remove()
+    except OSError as error:
+        _log.error("the overlay %s stays: %s", overlay.path, error.strerror)

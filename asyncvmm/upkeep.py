@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import TYPE_CHECKING
 
 from asyncvmm.metrics.control import VmMetricsControl
@@ -10,6 +11,8 @@ from asyncvmm.metrics.flusher import MetricsFlusher
 
 if TYPE_CHECKING:
     from asyncvmm.balloon import Balloon
+
+_log = logging.getLogger("asyncvmm.upkeep")
 
 
 class Upkeep:
@@ -20,11 +23,11 @@ class Upkeep:
         self._polling: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """From the boot on. May be called again."""
+        """From now on. May be called again: a VM may need several attempts to boot."""
         self._flusher.start()
 
     def poll(self, balloon: Balloon, interval_s: float) -> None:
-        """Ask for the guest's memory statistics, from now on."""
+        """Ask for the guest's memory statistics every ``interval_s`` seconds, from now on. Once."""
         self._polling = asyncio.get_running_loop().create_task(balloon.poll(interval_s))
 
     async def rest(self) -> None:
@@ -33,6 +36,8 @@ class Upkeep:
         if polling is not None:
             polling.cancel()
             await asyncio.wait([polling])
+            if not polling.cancelled():
+                _log.error("the balloon was not asked to the end", exc_info=polling.exception())
 
     def stop(self) -> None:
         """Tell the metrics a last time."""

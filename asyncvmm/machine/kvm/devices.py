@@ -71,7 +71,7 @@ class DeviceSet:
     # -- on the loop, with a VM that does not run yet ------------------------------------------------------------------
 
     def fit(self, vm: KvmVm, fail: Fail) -> None:
-        """Make the devices, each at its place. ``fail`` hears of an error of ours. Raises ConfigError."""
+        """Make the devices, each at its place. ``fail`` hears of an error of ours. Raises ConfigError, HostError."""
         self._view = GuestView(vm.memory.views(), fence=fence_of(threading.Lock()))
         loop = asyncio.get_running_loop()
         self._fit_drives(vm, loop, fail)
