@@ -82,7 +82,6 @@ _FEATURES: Final = (
     | 1 << VIRTIO_BLK_F_TOPOLOGY
     | 1 << VIRTIO_BLK_F_CONFIG_WCE
 )
-_STATUSES: Final = tuple(bytes((status,)) for status in range(3))
 
 
 class VirtioBlk(VirtioDevice):
@@ -306,7 +305,7 @@ class VirtioBlk(VirtioDevice):
 
     def _answer(self, chain: Chain, status: int) -> None:
         """The status is the last byte there is. The length covers it, and whatever lies before it."""
-        chain.write(_STATUSES[status], chain.writable_size - 1)
+        chain.writable[-1][-1] = status
         self.queues[0].push(chain, chain.writable_size)
 
     # -- cache mode (5.2.5.2, 5.2.6.2) -----------------------------------------------------------------------------
