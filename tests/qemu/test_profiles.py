@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import pytest
 
 from asyncvmm import VM, VMConfig
+from asyncvmm.device_config import DriveConfig
 from asyncvmm.errors import BootError
 from tests.support.profile_table import boot_whole, check
 
@@ -17,6 +19,19 @@ async def test_a_boot_on_qemu_has_every_field_that_applies() -> None:
     async with VM(VMConfig(accel="qemu")) as vm:
         await boot_whole(vm)
         check(vm, "qemu")
+
+
+@pytest.mark.requires("qemu", "image", "passt")
+@pytest.mark.anyio
+async def test_an_overlay_and_a_network_helper_are_measured(tmp_path: Path) -> None:
+    (tmp_path / "image").write_bytes(bytes(1 << 20))
+    drive = DriveConfig(path=tmp_path / "image", overlay=True)
+    async with VM(VMConfig(accel="qemu", drives=[drive], net="user")) as vm:
+        await boot_whole(vm)
+        check(vm, "qemu")
+        assert vm.timing is not None
+        assert vm.timing.overlay_ms is not None
+        assert vm.timing.gvproxy_start_ms
 
 
 @pytest.mark.requires("qemu", "image")

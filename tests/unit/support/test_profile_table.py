@@ -7,7 +7,7 @@ import pytest
 from asyncvmm import VmTiming
 from asyncvmm.timing.boot_profile import BootProfile
 from asyncvmm.timing.profiles import CreateVmProfile, GuestBootProfile, VcpuSetupProfile
-from tests.support.profile_table import ANY, SOME, TABLE, ZERO, Absent, Record, Rule, objection, values
+from tests.support.profile_table import ANY, MEASURED, SOME, TABLE, ZERO, Absent, Record, Rule, objection, values
 
 KINDS: dict[str, type[Record]] = {
     kind.__name__: kind for kind in (VmTiming, GuestBootProfile, BootProfile, CreateVmProfile, VcpuSetupProfile)
@@ -18,6 +18,10 @@ KINDS: dict[str, type[Record]] = {
 def test_every_field_and_total_of_every_profile_has_its_row(kind: str) -> None:
     assert TABLE[kind].keys() == values(KINDS[kind]()).keys()
     assert TABLE.keys() == KINDS.keys()
+
+
+def test_what_is_measured_where_there_is_something_to_measure_has_a_row_for_where_there_is_not() -> None:
+    assert TABLE["VmTiming"].keys() >= MEASURED.keys()
 
 
 @pytest.mark.parametrize("kind", KINDS)
