@@ -53,6 +53,7 @@ class VirtioSlot:
         self.device = device
         self.lock = threading.RLock()
         self.kicks_seen = 0
+        self._due: set[int] = set()  # queues with a turn to come: a kick meanwhile must not give them another one
         self._loop: asyncio.AbstractEventLoop | None = None
         self._fail: Callable[[Exception], None] = lambda error: None
         self._interrupt_fd, self._acknowledged_fd, *self._kick_fds = _eventfds(2 + len(device.queues))
@@ -88,10 +89,12 @@ class VirtioSlot:
     def _kicked(self, index: int, fd: int) -> None:
         os.eventfd_read(fd)
         self.kicks_seen += 1
-        self._work(index)
+        if index not in self._due:
+            self._work(index)
 
     def _work(self, index: int) -> None:
         """One turn of a queue; the rest waits for the loop's next turn, behind everybody else's."""
+        self._due.discard(index)
         if self._loop is None:
             return
         try:
@@ -100,6 +103,7 @@ class VirtioSlot:
             self._fail(error)
             return
         if more:
+            self._due.add(index)
             self._loop.call_soon(self._work, index)
 
     def work_off(self) -> None:

@@ -163,7 +163,8 @@ class VhostUserServer:
     def _kicked(self, index: int) -> None:
         with suppress(BlockingIOError):
             os.read(self._kicks[index], 8)
-        self._work(index)
+        if index not in self._due:  # else its turn comes anyway, and two would go on for ever
+            self._work(index)
 
     def _work(self, index: int) -> None:
         self._due.discard(index)

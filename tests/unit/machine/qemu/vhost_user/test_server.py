@@ -18,6 +18,7 @@ from asyncvmm.machine.qemu.vhost_user.backend import MOST_DESCRIPTORS
 from asyncvmm.machine.qemu.vhost_user.message import MAX_PAYLOAD, Request
 from asyncvmm.machine.qemu.vhost_user.server import VhostUserServer
 from asyncvmm.metrics.groups import VsockMetrics
+from tests.support.endless import EndlessDevice
 from tests.support.holdings import Holdings
 from tests.support.vhost_user_front import GUEST_ADDRESS, SIZE, USER_ADDRESS, FrontEnd, addresses, table
 from tests.support.vsock_guest import CID, header
@@ -202,6 +203,17 @@ async def test_a_guest_that_breaks_its_ring_is_left_alone_until_its_next_driver(
         started.front.start_ring(index, 0)
     await started.connected()
     assert not started.ends
+
+
+async def test_a_guest_that_kicks_again_and_again_gets_one_turn_at_a_time(anyio_backend: object) -> None:
+    ours, theirs = socket.socketpair()
+    device = EndlessDevice(2)
+    server, front = VhostUserServer(device, ours), FrontEnd(theirs)
+    await front.start()
+    for index in (RX, TX):
+        assert 0 < await device.calls_a_turn(lambda index=index: front.kick(index)) <= 2.5  # type: ignore[misc]
+    server.close()
+    front.close()
 
 
 async def test_a_front_end_that_goes_is_noticed(started: Bench) -> None:
