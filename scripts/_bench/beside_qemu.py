@@ -59,7 +59,7 @@ def _figure(kind: str, name: str, machines: dict[str, list[dict[str, float]]], f
         name=f"linux_{kind}",
         unit=unit,
         ours=[sample[field] for sample in machines["kvm"]],
-        peer_name="QEMU on the same KVM",
+        peer_name="QEMU on the same KVM" + (", the host kernel's vhost-vsock" if kind == "vsock" else ""),
         peer=[sample[field] for sample in machines["qemu"]],
         target=Target("ratio", ">=", GOAL),
         conditions={"work": name, "where": "lab", "vcpus": 1, "memory_mib": 256},
