@@ -30,7 +30,7 @@ class Echo(VirtioDevice):
     def process(self, index: int) -> bool:
         """See VirtioDevice."""
         queue = self.queues[index]
-        for _ in range(4):
+        for _ in queue.turn(4):
             chain = queue.pop()
             if chain is None:
                 return False

@@ -16,7 +16,7 @@ from tests.fuzz.target import Request, Target
 
 CID = 7
 MOST = 6
-BUFFER = 256
+BUFFER = 128
 REPLIES = 4
 _ACCEPTED, _REFUSED, _LATER = range(3)
 

@@ -192,10 +192,6 @@ class Watch:
         """Whether the driver must have been interrupted since ``begin``, as far as that can be told."""
         return self.calm and self.running and any(queue.wants_interrupt() for queue in self.queues)
 
-    def is_deaf(self) -> bool:
-        """Whether a driver could wait for ever for what it offers next."""
-        return self.calm and self.running and any(queue.is_deaf() for queue in self.queues)
-
     def _offered(self) -> list[Range]:
         return [part for queue in self.queues for part in queue.offered()]
 
