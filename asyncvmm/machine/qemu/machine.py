@@ -33,7 +33,7 @@ from asyncvmm.machine.qemu.control import QmpControl
 from asyncvmm.machine.qemu.counts import QemuCounts
 from asyncvmm.machine.qemu.files import check_readable, join_initrd
 from asyncvmm.machine.qemu.guest_tsc import GuestTsc
-from asyncvmm.machine.qemu.ordering import split_before_exit
+from asyncvmm.machine.qemu.ordering import split_before_end
 from asyncvmm.machine.qemu.ports import ChannelStream
 from asyncvmm.machine.qemu.qmp import QmpEvent
 from asyncvmm.machine.qemu.reasons import debug_exit_code, is_contention, reason_of_halt, reason_of_shutdown
@@ -271,9 +271,9 @@ class QemuMachine:
     def _hand_out_ports(self) -> bool:
         """Hand out what both ports have, in the order in which the guest wrote it, as far as that can be known.
 
-        The sockets do not say. PID 1 drains its console before each line that begins or ends the workload: so of
-        lines and console bytes found together, the end comes after the bytes, everything else before them. The
-        console is read second: what the guest wrote on it before such an end is there by then.
+        The sockets do not say. PID 1 drains its console before each line that begins or ends the workload, or that
+        ends the boot: so of lines and console bytes found together, the end comes after the bytes, everything else
+        before them. The console is read second: what the guest wrote on it before such an end is there by then.
         """
         control = self._take("control")
         console: list[SerialOutput] = []
@@ -282,7 +282,7 @@ class QemuMachine:
             if not taken:
                 break
             console += taken
-        before, after = split_before_exit(control)
+        before, after = split_before_end(control)
         effects = [*before, *console, *after]
         self._deliver(effects)
         return bool(effects)

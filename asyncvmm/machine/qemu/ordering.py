@@ -8,14 +8,15 @@ import attrs
 
 from asyncvmm.effects import SerialOutput
 
-EXIT_LINE = b"workload-exit"
+END_LINES = (b"workload-exit", b"init-error")
+"""Before each of these PID 1 drains its console."""
 
 
-def split_before_exit(control: Sequence[SerialOutput]) -> tuple[list[SerialOutput], list[SerialOutput]]:
-    """Cut the control line's output before a line that ends the workload, or may become one when its rest arrives."""
+def split_before_end(control: Sequence[SerialOutput]) -> tuple[list[SerialOutput], list[SerialOutput]]:
+    """Cut the control line's output before a line that ends workload or boot, or may become one with its rest."""
     before: list[SerialOutput] = []
     for index, output in enumerate(control):
-        start = _exit_starts(output.data)
+        start = _end_starts(output.data)
         if start is None:
             before.append(output)
             continue
@@ -26,10 +27,10 @@ def split_before_exit(control: Sequence[SerialOutput]) -> tuple[list[SerialOutpu
     return before, []
 
 
-def _exit_starts(data: bytes) -> int | None:
+def _end_starts(data: bytes) -> int | None:
     start = 0
     for line in data.splitlines(keepends=True):
-        if line.startswith(EXIT_LINE) or (line and not line.endswith(b"\n") and EXIT_LINE.startswith(line)):
+        if line.startswith(END_LINES) or (not line.endswith(b"\n") and any(end.startswith(line) for end in END_LINES)):
             return start
         start += len(line)
     return None
