@@ -7,7 +7,9 @@ from pathlib import Path
 import anyio
 import pytest
 
+from asyncvmm import VM, VMConfig
 from asyncvmm.device_config import BalloonConfig, ConsoleConfig, DeviceConfig, DriveConfig
+from asyncvmm.events.types import Metrics
 from asyncvmm.guest.archive import workload_archive
 from asyncvmm.machine.base import BootPlan, DriveResource, Resources
 from asyncvmm.machine.qemu.binary import find_qemu
@@ -84,3 +86,27 @@ async def test_the_last_flush_tells_what_the_guest_did(plan: BootPlan, qemu: Qem
     assert (groups["uart"]["write_count"], groups["uart"]["read_count"]) == (said, len(b"typed ahead"))
     assert (groups["console"]["tx_bytes_count"], groups["console"]["rx_bytes_count"]) == (len(bulk), 5)
     assert groups["balloon"]["stats_updates_count"] == 2
+
+
+@pytest.mark.requires("qemu", "image")
+async def test_a_vm_tells_its_metrics_every_so_often_and_at_the_end() -> None:
+    config = VMConfig(accel="qemu", metrics_interval_s=0.5, balloon=BalloonConfig(stats_interval_s=1))
+    async with VM(config) as vm:
+        told: list[Metrics] = []
+        vm.events.attach(lambda event: told.append(event) if isinstance(event, Metrics) else None)
+        await vm.boot()
+        assert told, "a boot takes longer than that"
+        async with vm.events.subscribe(types=[Metrics]) as metrics:
+            with anyio.fail_after(PATIENCE_S):
+                while vm.balloon.latest is None:
+                    await anext(metrics)
+        await vm.pause()
+        latencies = vm.metrics.flush().groups["latencies_us"]
+        assert isinstance(latencies["pause_vm"], int)
+        assert latencies["pause_vm"] > 0
+        await vm.resume()
+        before = len(told)
+    assert len(told) > before
+    assert sum(int(str(event.groups["balloon"]["stats_updates_count"])) for event in told) >= 1
+    said = sum(int(str(event.groups["uart"]["write_count"])) for event in told)
+    assert said >= len(vm.console.tail)

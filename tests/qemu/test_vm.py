@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import orjson
 import pytest
 from jsonschema import Draft202012Validator
 
-from asyncvmm import VM, GuestStopped, StateError, VMConfig, VmTiming
+from asyncvmm import VM, BootError, GuestStopped, StateError, VMConfig, VmTiming
+from asyncvmm.device_config import DriveConfig
 from asyncvmm.events.schema import schema
 from asyncvmm.events.types import (
     Event,
@@ -273,3 +275,15 @@ async def test_two_vms_live_in_one_program_and_end_in_whatever_state(end: str) -
                 await vms[0].events.exit
             await vms[1].shutdown()
     assert await vms[1].events.stopped == "shutdown"
+
+
+@pytest.mark.anyio
+async def test_a_root_without_a_file_system_fails_the_boot_and_says_so(tmp_path: Path) -> None:
+    (tmp_path / "image").write_bytes(b"nonsense" * 65536)
+    vm = VM(VMConfig(accel="qemu", drives=[DriveConfig(path=tmp_path / "image", root=True, read_only=True)]))
+    with anyio.fail_after(PATIENCE_S), pytest.raises(BootError) as caught:
+        await vm.boot()
+    assert caught.value.reason == "init-error"
+    assert caught.value.found == f"init-error (root={errno.EINVAL})"
+    assert b"no root on vda: Invalid argument" in caught.value.serial_tail
+    assert vm.state == "failed"
