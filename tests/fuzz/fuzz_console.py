@@ -18,7 +18,7 @@ from tests.fuzz.limits import lowered
 from tests.fuzz.script import Script
 from tests.fuzz.target import Request, Target
 
-BACKLOG = 256
+BACKLOG = 32
 _CONTROL = 8
 _CONFIGS = (ConsoleConfig(ports=("data",)), ConsoleConfig())
 
