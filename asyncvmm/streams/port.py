@@ -20,7 +20,7 @@ from anyio.lowlevel import checkpoint
 
 from asyncvmm.devices.virtio.console.device import VirtioConsole
 from asyncvmm.devices.virtio.console.port import ConsolePort
-from asyncvmm.waiters import Waiters
+from asyncvmm.news import News
 
 
 class PortStream(ByteStream):
@@ -33,11 +33,11 @@ class PortStream(ByteStream):
     def __init__(self, device: VirtioConsole, port: ConsolePort) -> None:
         self._device = device
         self._port = port
-        self._changes = Waiters()
+        self._changes = News()
         self._receive_guard = anyio.ResourceGuard("reading from")
         self._send_guard = anyio.ResourceGuard("writing to")
         self._closed = self._ended = self._sent_eof = False
-        port.changed = self._changes.wake
+        port.changed = self._changes.tell
         with device.session():
             device.open_port(port)
 
@@ -58,7 +58,7 @@ class PortStream(ByteStream):
             self._check_open()
             if self._ended:
                 raise anyio.EndOfStream
-            await self._changes.join().wait()
+            await self._changes.next()
 
     async def receive(self, max_bytes: int = 65536) -> bytes:
         """The next bytes, at least one.
@@ -77,7 +77,7 @@ class PortStream(ByteStream):
                 if self._at_end and not self._port.backlog:
                     raise anyio.EndOfStream
                 if not self._port.backlog:
-                    await self._changes.join().wait()
+                    await self._changes.next()
 
     def _take(self, most: int) -> bytes:
         """What is there; the guest may write as much again."""
@@ -113,7 +113,7 @@ class PortStream(ByteStream):
             if more:
                 await checkpoint()
             else:
-                await self._changes.join().wait()
+                await self._changes.next()
             self._check_sendable()
 
     async def send_eof(self) -> None:
@@ -129,13 +129,13 @@ class PortStream(ByteStream):
             with self._device.session():
                 self._device.close_port(self._port)
             self._port.changed = _nothing
-            self._changes.wake()
+            self._changes.tell()
         await checkpoint()
 
     def end(self) -> None:
         """The guest has stopped for good. For the machine, before guest memory is gone."""
         self._ended = True
-        self._changes.wake()
+        self._changes.tell()
 
     @property
     def _at_end(self) -> bool:

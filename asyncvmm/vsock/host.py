@@ -16,8 +16,8 @@ from asyncvmm.devices.virtio.vsock.connection import Connection, State
 from asyncvmm.devices.virtio.vsock.device import VirtioVsock
 from asyncvmm.devices.virtio.vsock.muxer import MAX_CONNECTIONS, TooManyConnections
 from asyncvmm.errors import ConfigError, StateError, VsockRefused, VsockTimeout
+from asyncvmm.news import News
 from asyncvmm.vsock.listener import VsockListener
-from asyncvmm.vsock.news import News
 from asyncvmm.vsock.stream import VsockStream
 
 CONNECT_TIMEOUT_S: Final = 10.0

@@ -10,7 +10,7 @@ import anyio
 from anyio.abc import Listener, TaskGroup
 from anyio.lowlevel import checkpoint
 
-from asyncvmm.vsock.news import News
+from asyncvmm.news import News
 from asyncvmm.vsock.stream import VsockStream
 
 

@@ -16,7 +16,7 @@ from anyio.lowlevel import checkpoint
 
 from asyncvmm.devices.virtio.vsock.connection import Connection, State
 from asyncvmm.devices.virtio.vsock.device import VirtioVsock
-from asyncvmm.vsock.news import News
+from asyncvmm.news import News
 
 RECEIVE_SIZE: Final = 64 * 1024
 

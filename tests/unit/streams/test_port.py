@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import anyio
+import anyio.to_thread
 import pytest
 from anyio.lowlevel import checkpoint
 
@@ -196,6 +198,18 @@ async def test_a_guest_whose_driver_goes_away_has_closed_the_port(guest: Guest) 
     guest.driver.reset()
     with pytest.raises(anyio.EndOfStream):
         await guest.port.receive()
+
+
+async def test_who_waits_when_a_driver_goes_away_on_a_vcpu_s_thread_is_told(guest: Guest) -> None:
+    reading = asyncio.ensure_future(guest.port.receive())
+    writing = asyncio.ensure_future(guest.port.send(b"x"))
+    await anyio.sleep(0.01)
+    await anyio.to_thread.run_sync(guest.driver.reset)
+    async with at_once():
+        with pytest.raises(anyio.EndOfStream):
+            await reading
+        with pytest.raises(anyio.BrokenResourceError):
+            await writing
 
 
 # -- sending -----------------------------------------------------------------------------------------------------------

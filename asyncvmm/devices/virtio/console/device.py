@@ -121,6 +121,7 @@ class VirtioConsole(VirtioDevice):
         self._messages.clear()
         for port in self.ports:
             port.forget_driver()
+            port.changed()
 
     def process(self, index: int) -> bool:
         """A bounded number of buffers. Raises GuestFault."""

@@ -18,12 +18,13 @@ BACKLOG_BYTES: Final = 1 << 20
 
 
 class ConsolePort:
-    """Both directions. All of it belongs to the loop and is used with the device's lock held.
+    """Both directions. All of it is used with the device's lock held, and belongs to the loop but for
+    ``forget_driver``.
 
     name: the port's, in the guest too. is_console: it is hvc0. host_open: somebody on the host has it. reading:
     somebody reads it. guest_open: somebody in the guest has it; was_open: somebody had. input: what the guest is still
     to get. lost: bytes from the guest that nobody took. changed: called when there are bytes to read, ``input`` has
-    been taken, or the guest has opened or closed it.
+    been taken, or the guest has opened or closed it; from any thread, since a driver goes on a vCPU's.
     """
 
     __slots__ = (

@@ -9,7 +9,7 @@ from contextlib import suppress
 
 
 class News:
-    """Tasks that wait for a condition to come true. Made on the loop on which they wait."""
+    """Tasks that wait for something to change, or a condition to come true. Made on the loop on which they wait."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -27,13 +27,19 @@ class News:
     async def until(self, condition: Callable[[], object]) -> None:
         """Return when ``condition`` holds: at once, or after something was told."""
         while not condition():
-            # Nothing can slip in between: what another thread tells is heard on the loop, behind this.
-            waiter = self._loop.create_future()
-            self._waiters.add(waiter)
-            try:
-                await waiter
-            finally:
-                self._waiters.discard(waiter)
+            await self.next()
+
+    async def next(self) -> None:
+        """Return after the next time something was told.
+
+        Nothing slips in between a look and this: what another thread tells is heard on the loop, behind it.
+        """
+        waiter = self._loop.create_future()
+        self._waiters.add(waiter)
+        try:
+            await waiter
+        finally:
+            self._waiters.discard(waiter)
 
     def _wake(self) -> None:
         for waiter in self._waiters:
