@@ -16,7 +16,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from functools import cached_property
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import anyio
 import anyio.to_thread
@@ -34,6 +34,7 @@ from asyncvmm.events.types import VmError, VmState, exit_counts
 from asyncvmm.machine.base import AccelName, Evidence, Machine
 from asyncvmm.machine.choose import trace_exits
 from asyncvmm.machine.waiting import wait_out
+from asyncvmm.readiness import GuestFacts, Readiness, complete, describe_end
 from asyncvmm.report import BootReport
 from asyncvmm.timing.boot_profile import BootProfile
 from asyncvmm.timing.guest_clock import GuestClock
@@ -60,18 +61,6 @@ _RETRY_PAUSE_S = 0.2
 _ORDINARY_ENDS = ("shutdown", "reset", "debug-exit")
 
 
-class GuestFacts(TypedDict):
-    """The evidence every GuestError carries; see errors.GuestError."""
-
-    reason: str
-    last_exit: str | None
-    rip: int | None
-    exits: ExitStatistics | None
-    phases: Mapping[str, int]
-    serial_tail: bytes
-    state: str
-
-
 class VM:
     """One microVM. ``boot`` starts it and returns when the guest is ready; ``stop`` (or leaving the block) frees it.
 
@@ -93,9 +82,8 @@ class VM:
         self._ending: asyncio.Task[None] | None = None
         self._freed = False
         self._ended = False
-        self._early_end: BootError | None = None
+        self._readiness = Readiness(self.events, self._facts, self.config.boot_timeout_s, self.config.stall_timeout_s)
         self._upkeep: Upkeep | None = None
-        self._waiting: anyio.CancelScope | None = None
         self._boot_scope: anyio.CancelScope | None = None
         self._boot_done: anyio.Event | None = None
 
@@ -305,7 +293,7 @@ class VM:
                 self._report.tell_phases()
                 if self._state == "starting":
                     self._go("booting")
-                await self._wait_ready(machine)
+                await self._readiness.wait(machine)
         if not self._ended:
             self._go("ready")
             self._poll_balloon()
@@ -322,27 +310,6 @@ class VM:
     def _poll_balloon(self) -> None:
         if self._upkeep is not None and self.config.balloon is not None and self.config.balloon.stats_interval_s:
             self._upkeep.poll(self.balloon, self.config.balloon.stats_interval_s)
-
-    async def _wait_ready(self, machine: Machine) -> None:
-        """Until READY; the guest is given up when it shows no life for a while, or when its time is over."""
-        deadline = anyio.current_time() + self.config.boot_timeout_s
-        seen = -1
-        while (left := deadline - anyio.current_time()) > 0:
-            with anyio.move_on_after(min(left, self.config.stall_timeout_s)) as self._waiting:
-                if self._early_end is None:
-                    await self.events.ready
-                    return
-            if self._early_end is not None:
-                raise self._early_end
-            progress = machine.progress()
-            if progress == seen and left > self.config.stall_timeout_s:
-                raise await self._unready(machine, "stalled", f"no sign of life for {self.config.stall_timeout_s:g} s")
-            seen = progress
-        raise await self._unready(machine, "timeout", f"not ready within {self.config.boot_timeout_s:g} s")
-
-    async def _unready(self, machine: Machine, reason: str, found: str) -> BootError:
-        evidence = await machine.evidence()
-        return BootError("boot", expected="READY", found=found, **self._facts(reason, evidence))
 
     def _facts(self, reason: str, evidence: Evidence) -> GuestFacts:
         return {
@@ -362,26 +329,16 @@ class VM:
         if self._ended or self._freed:
             return
         self._ended = True
-        evidence = Evidence(stopped.last_exit, stopped.rip)
-        facts = self._facts(stopped.reason, evidence)
-        found = f"{stopped.reason} ({stopped.detail})" if stopped.detail else stopped.reason
-        if stopped.reason == "debug-exit":
-            found = f"debug exit with {stopped.code}"
+        found, facts = describe_end(stopped), self._facts(stopped.reason, Evidence(stopped.last_exit, stopped.rip))
         self.console.end()
         if not self.events.ready.done:
-            self._end_boot(BootError("boot", expected="READY", found=found, **facts))
+            self._readiness.end(BootError("boot", expected="READY", found=found, **facts))
         elif stopped.reason in _ORDINARY_ENDS:
             self._go("stopped")
             self.events.close(stopped.reason)
         else:
             self._go("failed")
             self._end_events(GuestStopped("guest", expected="an orderly end", found=found, **facts))
-
-    def _end_boot(self, error: BootError) -> None:
-        """Have boot() raise the error. It looks for the evidence that is missing before anybody else hears of it."""
-        self._early_end = error
-        if self._waiting is not None:
-            self._waiting.cancel()
 
     def _end_events(self, error: AsyncVMMError) -> None:
         if self.events.listening:
@@ -429,16 +386,9 @@ class VM:
         await wait_out(self._ending)
         self._ending.result()
 
-    async def _complete(self, error: BootError) -> None:
-        """What a guest's last words do not say: where it stands."""
-        if self._machine is not None and (error.rip is None or error.last_exit is None):
-            evidence = await self._machine.evidence()
-            error.rip = evidence.rip if error.rip is None else error.rip
-            error.last_exit = error.last_exit or evidence.last_exit
-
     async def _stop(self, final: Literal["stopped", "failed"], error: AsyncVMMError | None) -> None:
         if isinstance(error, BootError):
-            await self._complete(error)
+            await complete(error, self._machine)
         if error is not None and not self.events.stopped.done:
             self._end_events(error)
         self._freed = True
