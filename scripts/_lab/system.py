@@ -38,7 +38,9 @@ _NOT_OF_THE_PACKAGES = (
 )
 """Patterns of names: what no test in the lab uses, hundreds of megabytes of it."""
 
-_PROGRAMS = ("setpriv",)
+_PROGRAMS = ("setpriv", "passt", "passt.avx2", "mke2fs", "debugfs", "e2fsck")
+"""What tests in the lab run, as far as it is installed here. passt starts the variant of its name that fits the CPU."""
+
 _ETC = {
     "passwd": "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/nonexistent:/bin/false\n",
     "group": "root:x:0:\nkvm:x:106:\nnogroup:x:65534:\n",
@@ -62,9 +64,9 @@ def system_disk(cache: Path, root: Path, report: Callable[[str], None]) -> Path:
 
 
 def _key(root: Path) -> str:
-    """What the disk is made of, told by its builder's source, Python's build, and the packages' own records."""
+    """What the disk is made of: its builder's source, Python's build, the packages' own records, the programs found."""
     key = hashlib.sha256(b"".join(Path(__file__).with_name(name).read_bytes() for name in ("system.py", "files.py")))
-    key.update(f"{root} {sys.version} {sys.base_prefix}".encode())
+    key.update(f"{root} {sys.version} {sys.base_prefix} {_programs()}".encode())
     for record in sorted(Path(sysconfig.get_path("purelib")).glob("*.dist-info/RECORD")):
         key.update(record.read_bytes())
     return key.hexdigest()[:16]
@@ -76,11 +78,16 @@ def _fill(tree: Path, root: Path, scratch: Path, report: Callable[[str], None]) 
     put(tree, "/usr/bin/busybox", busybox.data, 0o755)
     _python(tree)
     _virtual_environment(tree, root)
-    for program in filter(None, map(shutil.which, _PROGRAMS)):
+    for program in _programs():
         _copy(tree, Path(program))
     _shared_libraries(tree)
     for applet in busybox.applets:
         _link(tree, Path("/", applet), Path("/usr/bin/busybox"))
+
+
+def _programs() -> list[str]:
+    path = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
+    return [found for name in _PROGRAMS if (found := shutil.which(name, path=path))]
 
 
 def _skeleton(tree: Path) -> None:

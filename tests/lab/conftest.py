@@ -11,8 +11,8 @@ import pytest
 
 from asyncvmm import VM, ExitStatistics, VMConfig
 from asyncvmm.timing.profiles import GuestBootProfile
+from tests.support import guest_root, slow_init
 from tests.support.requirements import require
-from tests.support.slow_init import build_if_possible
 
 SMALL_KERNEL = Path(__file__).parents[2] / ".cache" / "kernel" / "vmlinux"
 
@@ -22,7 +22,8 @@ PATIENCE_S = 150
 
 def pytest_collection_finish() -> None:
     """Build what is not there, so that a run in the lab finds it."""
-    build_if_possible()
+    slow_init.build_if_possible()
+    guest_root.build_if_possible()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
