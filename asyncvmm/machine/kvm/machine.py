@@ -1,38 +1,35 @@
 """The in-process KVM machine: a KvmVm, its Board, its vCPU threads, and the loop's side of them.
 
 vCPU threads answer register accesses on their own. What those cause reaches the loop through one mailbox as a *notice*:
-this port has output, this port has room, the guest has stopped. Output without a newline may wait ``PARTIAL_LINE_S``
-for one, so that a guest that prints byte by byte does not wake the loop's consumers for each.
+this port has output, this port has room, the guest has stopped.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 import anyio
 import anyio.to_thread
 import attrs
 
-from asyncvmm.effects import Effect, ExitStatistics, Port, Stopped
+from asyncvmm.effects import ExitStatistics, Port, Stopped
 from asyncvmm.errors import KvmIoctlError, MachineError, StateError
 from asyncvmm.machine.base import AccelName, BootPlan, EffectSink, Evidence
 from asyncvmm.machine.kvm.devices import DeviceSet
-from asyncvmm.machine.kvm.exits import Exit
 from asyncvmm.machine.kvm.fastpath.binding import Fastpath
 from asyncvmm.machine.kvm.fastpath.binding import load as load_library
 from asyncvmm.machine.kvm.guest_tsc import GuestTsc
-from asyncvmm.machine.kvm.interleave import Taken, interleave
 from asyncvmm.machine.kvm.loading import Prepared, prepare
+from asyncvmm.machine.kvm.output import Output
 from asyncvmm.machine.kvm.platform import Board, Outlets, SerialPort
 from asyncvmm.machine.kvm.statistics import VcpuCounters, collect, posted_counters
+from asyncvmm.machine.kvm.tracing import TracedExit, TraceSink, Tracing
 from asyncvmm.machine.kvm.vm import KvmVm
-from asyncvmm.machine.pacing import Pacer
 from asyncvmm.machine.waiting import wait_out
 from asyncvmm.mailbox import Mailbox
 from asyncvmm.metrics.groups import I8042Metrics, UartMetrics
@@ -48,9 +45,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("asyncvmm.machine")
 
-PARTIAL_LINE_S = 0.002
-"""Seconds that output without a newline may wait for one."""
-
 _FEED_BYTES = 1 << 13
 """Bytes offered to a port at a time: twice what its backlog holds, so that it always says when there is room again."""
 
@@ -59,35 +53,16 @@ _PARK_TIMEOUT_S = 5.0
 
 
 @attrs.frozen
-class _Output:
+class _HasOutput:
     port: Port
 
 
 @attrs.frozen
-class _Room:
+class _HasRoom:
     port: Port
 
 
-@attrs.frozen
-class TracedExit:
-    """One exit as ``trace_exits`` shows it: the vCPU's index, CLOCK_MONOTONIC ns, and the decoded exit."""
-
-    vcpu: int
-    t_ns: int
-    exit: Exit
-
-
-class TraceSink(Protocol):
-    """Who takes the traced exits."""
-
-    def put(self, traced: TracedExit) -> None:
-        """One more."""
-
-    def end(self) -> None:
-        """No more will come."""
-
-
-_Notice = _Output | _Room | Stopped | TracedExit
+_Notice = _HasOutput | _HasRoom | Stopped | TracedExit
 _State = Literal["new", "running", "paused", "ended", "closed"]
 
 
@@ -104,20 +79,17 @@ class KvmMachine:
         self._plan = plan
         self._devices = DeviceSet(plan, metrics) if plan.devices.count else None
         self._timeline = timeline
-        self._pacer = Pacer(on_effects, self._take_waiting)
-        self._output_waits = False
+        self._output = Output(on_effects)
         self._state: _State = "new"
         self._prepared: Prepared | None = None
         self._vm: KvmVm | None = None
         self._board: Board | None = None
         self._final_exits: ExitStatistics | None = None
-        self._partial: asyncio.TimerHandle | None = None
         self._room: dict[Port, anyio.Event] = {}
         self._writing: dict[Port, anyio.Lock] = {}
-        self._trace: TraceSink | None = None
+        self._tracing = Tracing(lambda traced: self._mailbox.post(traced, droppable=True))
         self._fastpath: Fastpath | None = None
         self._guest_tsc: GuestTsc | None = None
-        self._posted_fd = -1
         self._building = threading.Lock()
         self._freeing: asyncio.Task[None] | None = None
         self.meter(metrics)
@@ -158,7 +130,7 @@ class KvmMachine:
         self._writing = {"console": anyio.Lock(), "control": anyio.Lock()}
         self._mailbox: Mailbox[_Notice] = Mailbox(lambda: self._loop.call_soon_threadsafe(self._drain))
         try:
-            self._open_posted()
+            self._output.open()
             if self._devices is not None:
                 await self._build_with_devices(self._devices)
             else:
@@ -224,8 +196,7 @@ class KvmMachine:
         """Stop the vCPUs, join their threads, hand out what output is left, free everything."""
         self._state = "closed"
         self._wake_writers()
-        if self._trace is not None:
-            self._trace.end()
+        self._tracing.end()
         if self._freeing is None:
             self._freeing = asyncio.get_running_loop().create_task(self._free())
         await wait_out(self._freeing)
@@ -234,13 +205,10 @@ class KvmMachine:
     async def _free(self) -> None:
         """A task of its own: every stop waits for it, and a cancelled one does not end it half-way."""
         vm = await anyio.to_thread.run_sync(self._end_threads)
-        self._close_posted()
+        self._output.close()
         if vm is not None:
             self._drain()
-            self._pacer.put(self._take_output())
-            await self._pacer.finish()
-            if self._partial is not None:
-                self._partial.cancel()
+            await self._output.finish()
             self._final_exits = self.exits()
             self._vm = None
         freed = self._devices is None or await self._devices.aclose()
@@ -278,15 +246,9 @@ class KvmMachine:
 
     def trace(self, trace: TraceSink) -> None:
         """Hand every exit from now on to ``trace``, on the loop; a former one ends. Tracing slows the guest."""
-        vm = self._running_vm()
-        if self._trace is not None:
-            self._trace.end()
-        self._trace = trace
+        self._tracing.begin(trace, self._running_vm().vcpus)
         if self._state == "ended":
             trace.end()
-        for vcpu in vm.vcpus:
-            vcpu.trace = self._post_trace
-            vcpu.kick()
 
     @property
     def dropped_notices(self) -> int:
@@ -295,11 +257,7 @@ class KvmMachine:
 
     def untrace(self, trace: TraceSink) -> None:
         """End what ``trace`` began, unless another took over."""
-        if self._trace is trace:
-            self._trace = None
-            for vcpu in self._vm.vcpus if self._vm else ():
-                vcpu.trace = None
-                vcpu.kick()  # so that it enters by the native run loop again
+        self._tracing.leave(trace, self._vm.vcpus if self._vm else ())
 
     def _counters(self) -> list[VcpuCounters]:
         if self._vm is None:
@@ -352,8 +310,9 @@ class KvmMachine:
         """Let the guest run: here, so that it need not wait for the loop, nor the loop for its threads to start."""
         library = load_library()
         if library is not None:
-            self._fastpath = Fastpath(library, self._posted_fd)
+            self._fastpath = Fastpath(library, self._output.posted_fd)
         self._board = Board(self._outlets(vm), self._fastpath)
+        self._output.connect(self._board, self._fastpath)
         if self._devices is not None:
             with self._timeline.phase("device_attach"):
                 self._devices.attach(vm, self._board.bus)
@@ -381,21 +340,6 @@ class KvmMachine:
         if self._state == "new":
             self._state = "running"
 
-    def _open_posted(self) -> None:
-        self._posted_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._loop.add_reader(self._posted_fd, self._on_posted)
-
-    def _close_posted(self) -> None:
-        if self._posted_fd >= 0:
-            self._loop.remove_reader(self._posted_fd)
-            os.close(self._posted_fd)
-            self._posted_fd = -1
-
-    def _on_posted(self) -> None:
-        """The native run loop has output: it rings once for the first byte and once when it has become urgent."""
-        os.eventfd_read(self._posted_fd)
-        self._output_ready()
-
     def _outlets(self, vm: KvmVm) -> Outlets:
         return Outlets(
             irq=vm.set_irq_line,
@@ -411,28 +355,14 @@ class KvmMachine:
 
     def _drain(self) -> None:
         for notice in self._mailbox.drain():
-            if isinstance(notice, _Output):
-                self._output_ready()
-            elif isinstance(notice, _Room):
+            if isinstance(notice, _HasOutput):
+                self._output.ready()
+            elif isinstance(notice, _HasRoom):
                 self._wake_writer(notice.port)
             elif isinstance(notice, TracedExit):
-                self._hand_trace(notice)
+                self._tracing.hand(notice)
             else:
-                self._pacer.put([*self._take_output(), *self._end(notice)])
-
-    def _output_ready(self) -> None:
-        """A port has output: now, when a newline comes, or when what was taken before has been handed out."""
-        if self._pacer.busy:
-            self._output_waits = True
-        elif self._is_urgent():
-            self._pacer.put(self._take_output())
-        elif self._partial is None:
-            self._partial = self._loop.call_later(PARTIAL_LINE_S, self._flush_partial)
-
-    def _take_waiting(self) -> None:
-        if self._output_waits:
-            self._output_waits = False
-            self._output_ready()
+                self._output.put([*self._output.take(), *self._end(notice)])
 
     def _wake_writers(self) -> None:
         for event in self._room.values():
@@ -441,10 +371,6 @@ class KvmMachine:
     def _wake_writer(self, port: Port) -> None:
         if port in self._room:
             self._room[port].set()
-
-    def _hand_trace(self, traced: TracedExit) -> None:
-        if self._trace is not None:
-            self._trace.put(traced)
 
     def _end(self, stopped: Stopped) -> Sequence[Stopped]:
         """The first reason counts; who waits to write is woken to learn of it."""
@@ -455,32 +381,8 @@ class KvmMachine:
         self._wake_writers()
         if self._devices is not None:
             self._devices.guest_ended()
-        if self._trace is not None:
-            self._trace.end()
+        self._tracing.end()
         return (stopped,)
-
-    def _is_urgent(self) -> bool:
-        assert self._board is not None
-        posted = self._fastpath is not None and self._fastpath.data.urgent
-        return bool(posted) or self._board.console.device.urgent or self._board.control.device.urgent
-
-    def _flush_partial(self) -> None:
-        self._partial = None
-        if self._pacer.busy:
-            self._output_waits = True
-        else:
-            self._pacer.put(self._take_output())
-
-    def _take_output(self) -> Sequence[Effect]:
-        """Take both ports' output. Control first: its marks then never point beyond the console's bytes."""
-        board = self._board
-        if board is None:
-            return ()
-        with board.control.lock:
-            control = Taken(*board.control.device.take_output())
-            marks, board.control_marks = board.control_marks, []
-        console = board.console.take()
-        return interleave(console, control, marks)
 
     def _serial(self, port: Port) -> SerialPort:
         self._running_vm()
@@ -507,10 +409,7 @@ class KvmMachine:
         self._mailbox.post(stopped)
 
     def _announce_output(self, port: Port) -> None:
-        self._mailbox.post(_Output(port))
+        self._mailbox.post(_HasOutput(port))
 
     def _announce_room(self, port: Port) -> None:
-        self._mailbox.post(_Room(port))
-
-    def _post_trace(self, vcpu: int, t_ns: int, traced: Exit) -> None:
-        self._mailbox.post(TracedExit(vcpu, t_ns, traced), droppable=True)
+        self._mailbox.post(_HasRoom(port))

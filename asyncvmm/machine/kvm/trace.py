@@ -7,7 +7,8 @@ from collections import deque
 import anyio
 
 from asyncvmm.errors import ConfigError
-from asyncvmm.machine.kvm.machine import KvmMachine, TracedExit
+from asyncvmm.machine.kvm.machine import KvmMachine
+from asyncvmm.machine.kvm.tracing import TracedExit
 
 
 class ExitTrace:
