@@ -213,7 +213,8 @@ class NetConfig:
     mode: ``user`` (a helper process without privileges, passt or gvproxy, whichever is found) or ``tap`` (an existing
     or new TAP interface ``tap``, which wants CAP_NET_ADMIN). mac: ``aa:bb:cc:dd:ee:ff``, None draws one. address:
     what PID 1 gives the card: ``dhcp``, ``none``, or ``ADDRESS/PREFIX``, with ``gateway`` and ``dns``; in ``user`` mode
-    DHCP says these, too. publish: guest ports reachable on the host, in ``user`` mode.
+    DHCP says these, too, and the host's resolver where ``dns`` is not given. publish: guest ports reachable on the
+    host, in ``user`` mode.
 
     Raises ConfigError.
     """

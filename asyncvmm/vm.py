@@ -216,11 +216,11 @@ class VM:
 
         A cancellation is heard once it is done.
         """
-        await self._change("ready", "paused", lambda machine: self._timed("pause_vm", machine.pause()))
+        await self._timed("pause_vm", self._change("ready", "paused", self._pause))
 
     async def resume(self) -> None:
         """Let the vCPUs run on. Raises StateError unless the VM is paused. A cancellation is heard once it is done."""
-        await self._change("paused", "ready", lambda machine: self._timed("resume_vm", machine.resume()))
+        await self._timed("resume_vm", self._change("paused", "ready", self._resume))
 
     async def shutdown(self, timeout_s: float = 30.0) -> None:
         """Ask the guest to power off, wait ``timeout_s`` seconds for it at the most, then stop it in any case."""
@@ -366,11 +366,16 @@ class VM:
         task.result()
         self._require(after)
 
-    async def _timed(self, name: Literal["pause_vm", "resume_vm"], work: Coroutine[Any, Any, None]) -> None:
-        """Do it, and have the metrics say how long that took."""
+    async def _pause(self, machine: Machine) -> None:
+        await self._timed("vmm_pause_vm", machine.pause())
+
+    async def _resume(self, machine: Machine) -> None:
+        await self._timed("vmm_resume_vm", machine.resume())
+
+    async def _timed(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        """Do it, and have the metrics' ``latencies_us`` say under ``name`` how long that took."""
         begin = self.timeline.clock()
         await work
-        setattr(self.metrics.groups.latencies_us, f"vmm_{name}", (self.timeline.clock() - begin) // 1000)
         setattr(self.metrics.groups.latencies_us, name, (self.timeline.clock() - begin) // 1000)
 
     async def _end(self) -> None:

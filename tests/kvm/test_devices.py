@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from asyncvmm import VM, VMConfig
-from asyncvmm.device_config import ConsoleConfig, DriveConfig, NetConfig, RngConfig, VsockConfig
+from asyncvmm.device_config import MAX_DRIVES, ConsoleConfig, DriveConfig, NetConfig, RngConfig, VsockConfig
 from asyncvmm.device_list import DeviceConfig
 from asyncvmm.devices.virtio.memory import GuestView
 from asyncvmm.devices.virtio.rng import VirtioRng
@@ -110,6 +110,39 @@ async def test_a_guest_that_ends_itself_leaves_nothing_either(
         await vm.boot()
         await vm.console.write(b"!")
         assert await vm.events.stopped == "shutdown"
+    assert holdings(MEMORY_MIB << 20) == before
+
+
+async def test_as_many_devices_as_can_be_asked_for_have_their_places(
+    new_vm: NewVm, every: dict[str, Any], place: Path
+) -> None:
+    images = [place / f"image{index}" for index in range(MAX_DRIVES)]
+    for path in images:
+        path.write_bytes(bytes(4096))
+    async with new_vm(**{**every, "drives": images}) as vm:
+        await vm.boot()
+        places = [slot.place for slot in device_set(vm).slots]
+    assert len({found.address for found in places}) == len({found.gsi for found in places}) == MAX_DRIVES + 4
+
+
+async def test_a_device_that_fails_at_its_guests_end_keeps_nothing(
+    new_vm: NewVm,
+    every: dict[str, Any],
+    holdings: Callable[..., Holdings],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(index: int) -> bool:
+        raise ZeroDivisionError
+
+    async with new_vm(**every) as vm:
+        await vm.boot()
+    before = holdings(MEMORY_MIB << 20)
+    async with new_vm(**every) as vm:
+        await vm.boot()
+        for slot in device_set(vm).slots:
+            monkeypatch.setattr(slot.transport, "kick", fail)
+    assert "ZeroDivisionError" in caplog.text
     assert holdings(MEMORY_MIB << 20) == before
 
 
