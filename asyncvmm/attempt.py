@@ -9,6 +9,7 @@ import attrs
 
 from asyncvmm.accel import AccelChoice
 from asyncvmm.config import VMConfig
+from asyncvmm.device_imports import import_devices
 from asyncvmm.machine.base import BootPlan, EffectSink, Machine
 from asyncvmm.machine.choose import import_machine, make_machine
 from asyncvmm.plan import make_plan
@@ -61,7 +62,9 @@ class Attempt:
             import asyncvmm.metrics.control
             import asyncvmm.upkeep  # noqa: F401
         with self._timeline.phase("plan"):
-            return make_plan(self._config, self._name, self._choice.accel, self._choice.tsc_khz)
+            plan = make_plan(self._config, self._name, self._choice.accel, self._choice.tsc_khz)
+            import_devices(plan.devices, self._choice.accel)
+            return plan
 
     async def _with_resources(self, plan: BootPlan) -> BootPlan:
         from asyncvmm.resources import HostResources
