@@ -203,6 +203,15 @@ static int all(int fd, char *buffer, size_t size, int writing)
     return 0;
 }
 
+/* Slow start to the end, on both sides: CUBIC's HyStart gives it up when the round trip varies, as it does under
+ * emulation, and then a connection of some seconds shows little but how early that was. */
+static void prepare_tcp(int fd)
+{
+    int yes = 1;
+    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &yes, sizeof yes);
+    setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, "reno", 4);
+}
+
 static int stream_socket(const char *kind, const char *where, const char *port, int serving)
 {
     union {
@@ -229,7 +238,7 @@ static int stream_socket(const char *kind, const char *where, const char *port, 
     if (fd < 0)
         return failed("socket");
     if (family == AF_INET) {
-        setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &yes, sizeof yes);
+        prepare_tcp(fd);
         setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof yes);
     }
     if (serving ? bind(fd, &address.any, size) || listen(fd, 16) : connect(fd, &address.any, size)) {
@@ -276,8 +285,7 @@ static void serve_one(int fd)
     static char buffer[1 << 16];
     char kind = 0;
     ssize_t got;
-    int yes = 1;
-    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &yes, sizeof yes);
+    prepare_tcp(fd);
     if (all(fd, &kind, 1, 0))
         return;
     if (kind == 't')
