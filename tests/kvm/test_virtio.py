@@ -165,7 +165,7 @@ async def test_the_last_metrics_line_says_what_the_device_did(guest: Callable[[s
     async with VM(config) as vm:
         vm.stream_to(lines)
         await vm.boot()
-        with anyio.fail_after(20):
+        with anyio.fail_after(100):
             await vm.events.stopped
     events = [json.loads(line) for line in lines.read_text().splitlines()]
     metrics = [event for event in events if event["event"] == "metrics"]
