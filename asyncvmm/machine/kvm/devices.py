@@ -225,9 +225,10 @@ class DeviceSet:
         self.guest_ended()
         while self._closing:
             await self._closing.pop()()
-        done = [await drive.aclose() for drive in self._drives]
-        done += [await disk.aclose() for disk in self._disks[len(self._drives) :]]
+        drives, disks = self._drives, self._disks[len(self._drives) :]
         self._drives, self._disks = [], []
+        # All at once: each may take as long as a disk that hangs is given.
+        done = await asyncio.gather(*(drive.aclose() for drive in drives), *(disk.aclose() for disk in disks))
         while self._at_close:
             self._at_close.pop()()
         for slot in self.slots:
