@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import struct
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from asyncvmm.cli import main
+from asyncvmm.storage.lock import lock_image
 from tests.support.requirements import ROOT
 
 ASYNCVMM = Path(sys.executable).with_name("asyncvmm")
@@ -251,6 +253,25 @@ def test_a_user_network_without_a_helper_is_told_what_to_install(
     line = refused("boot", "--accel", "kvm", "--kernel", kernel, "--net", "user", env=bare)
     assert "passt" in line
     assert "gvproxy" in line
+
+
+@pytest.mark.requires("passt", "kvm")
+def test_a_port_that_somebody_has_is_not_published(refused: Refused, kernel: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as somebody:
+        port = somebody.getsockname()[1]
+        line = refused("boot", "--accel", "kvm", "--kernel", kernel, "--net", "user", "--publish", f"{port}:80")
+    assert str(port) in line
+
+
+@pytest.mark.requires("kvm", "qemu")
+@pytest.mark.parametrize("accel", ["kvm", "qemu"])
+def test_a_drive_that_somebody_writes_is_refused(refused: Refused, kernel: Path, tmp_path: Path, accel: str) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(bytes(1 << 20))
+    with image.open("r+b") as somebody:
+        lock_image(somebody.fileno(), image, writer=True)
+        for words in (f"{image}", f"{image},ro", f"{image},overlay"):
+            assert f"{image} in use" in refused("boot", "--accel", accel, "--kernel", kernel, "--drive", words)
 
 
 @pytest.mark.requires("root", "setpriv", "kvm")
