@@ -41,6 +41,25 @@ def test_exits_of_a_vm_that_does_not_run_cannot_be_traced() -> None:
         VM().trace_exits()
 
 
+@pytest.mark.parametrize("asked", [True, False])
+async def test_devices_of_a_vm_that_does_not_run_cannot_be_used(asked: bool) -> None:
+    vm = VM(VMConfig(balloon=asked, vsock=asked, virtio_console=asked))
+    for call in (lambda: vm.balloon.set(1), lambda: vm.balloon.stats(), lambda: vm.balloon.hint_free_pages()):
+        with pytest.raises(StateError, match="balloon"):
+            await call()
+    with pytest.raises(StateError, match="vsock"):
+        await vm.vsock.connect(1)
+    assert dict(vm.ports) == {}
+    await vm.stop()
+    with pytest.raises(StateError, match="vsock"):
+        await vm.vsock.connect(1)
+
+
+async def test_metrics_of_a_new_vm_say_that_nothing_has_happened() -> None:
+    groups = VM().metrics.flush().groups
+    assert groups["balloon"]["inflate_count"] == groups["block"]["read_count"] == groups["vcpu"]["exit_io_in"] == 0
+
+
 async def test_a_new_vm_can_be_shut_down_and_stopped() -> None:
     vm = VM()
     await vm.shutdown()
