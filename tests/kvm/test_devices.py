@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import anyio
 import pytest
 
 from asyncvmm import VM, VMConfig
@@ -17,7 +18,7 @@ from asyncvmm.device_config import MAX_DRIVES, ConsoleConfig, DriveConfig, NetCo
 from asyncvmm.device_list import DeviceConfig
 from asyncvmm.devices.virtio.memory import GuestView
 from asyncvmm.devices.virtio.rng import VirtioRng
-from asyncvmm.errors import AsyncVMMError, ConfigError, DriveBusy, DriveError, HostError, StateError
+from asyncvmm.errors import AsyncVMMError, ConfigError, DriveBusy, DriveError, HostError, StateError, VsockConnectError
 from asyncvmm.machine.kvm.devices import DeviceSet
 from asyncvmm.machine.kvm.machine import KvmMachine
 from asyncvmm.machine.kvm.virtio import VirtioSlot
@@ -26,6 +27,9 @@ from asyncvmm.x86.layout import MMIO_SIZE
 from tests.support.holdings import Holdings
 
 if TYPE_CHECKING:
+    from anyio.abc import ByteStream
+
+    from asyncvmm.vsock.of_vm import Vsock
     from tests.kvm.conftest import Boot
 
 pytestmark = pytest.mark.anyio
@@ -144,6 +148,30 @@ async def test_a_device_that_fails_at_its_guests_end_keeps_nothing(
             monkeypatch.setattr(slot.transport, "kick", fail)
     assert "ZeroDivisionError" in caplog.text
     assert holdings(MEMORY_MIB << 20) == before
+
+
+@pytest.mark.parametrize("program", ["RE", "RWO"])
+async def test_devices_of_a_vm_that_has_stopped_say_so(new_vm: NewVm, every: dict[str, Any], program: str) -> None:
+    async with new_vm(program, **every) as vm:
+        await vm.boot()
+        vsock, port = vm.vsock, vm.ports["data"]
+        if program == "RWO":
+            await vm.console.write(b"!")
+            await vm.events.stopped
+            await refused_by_all(vm, vsock, port)
+    await refused_by_all(vm, vsock, port)
+    assert vm.metrics.flush().groups["balloon"]["inflate_count"] == 0
+
+
+async def refused_by_all(vm: VM, vsock: Vsock, port: ByteStream) -> None:
+    with anyio.fail_after(10):
+        for call in (lambda: vm.balloon.set(1), lambda: vm.balloon.stats(), lambda: vsock.connect(1)):
+            with pytest.raises((StateError, VsockConnectError)):
+                await call()
+        with pytest.raises((anyio.EndOfStream, anyio.ClosedResourceError)):
+            await port.receive()
+        with pytest.raises((anyio.BrokenResourceError, anyio.ClosedResourceError)):
+            await port.send(b"x")
 
 
 @pytest.mark.requires("passt")
