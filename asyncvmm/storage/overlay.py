@@ -7,8 +7,8 @@ mapped   for the KVM machine: a sparse file and a map of the blocks in it (mappe
          whatever the size of the base.
 qcow2    for the QEMU machine, which reads no format of ours.
 
-An overlay without a path of its own dies with its VM: for the KVM machine it never has a name, so nothing is left
-behind however this process ends; QEMU must open it by a name, which ``remove`` takes away.
+An overlay without a path of its own dies with its VM: for the KVM machine it never has a name, for QEMU only until it
+is open. So nothing is left behind however this process ends.
 
 An image's format is never guessed: what a guest wrote into a raw image must not decide which files the host opens.
 """
@@ -60,6 +60,10 @@ class Overlay:
         """Let go of it; one that is temporary is gone then. May be called again."""
         if self.fd >= 0:
             os.close(self.take_fd())
+        self.drop_name()
+
+    def drop_name(self) -> None:
+        """It is open: one that is temporary needs no name any more. May be called again."""
         if self.temporary and self.path is not None:
             with suppress(FileNotFoundError):
                 self.path.unlink()

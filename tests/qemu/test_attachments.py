@@ -168,6 +168,10 @@ def fifo(path: Path) -> None:
     os.mkfifo(path)
 
 
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
 def character_device(path: Path) -> None:
     path.unlink()
     path.symlink_to("/dev/null")
@@ -175,7 +179,13 @@ def character_device(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("spoil", "found"),
-    [(missing, "No such file"), (directory, "directory"), (fifo, "neither"), (character_device, "neither")],
+    [
+        (missing, "No such file"),
+        (directory, "directory"),
+        (fifo, "neither"),
+        (empty, "empty"),
+        (character_device, "neither"),
+    ],
 )
 async def test_a_drive_that_is_none_is_refused_with_what_was_found(
     plan: BootPlan, qemu: QemuBinary, image: Path, spoil: Callable[[Path], None], found: str
@@ -241,6 +251,19 @@ async def test_an_overlay_is_what_the_guest_has_and_its_base_stays_shared(
     finally:
         for overlay in overlays:
             overlay.remove()
+
+
+async def test_an_overlay_of_no_name_has_none_once_qemu_has_it(plan: BootPlan, qemu: QemuBinary, image: Path) -> None:
+    overlay = await anyio.to_thread.run_sync(lambda: make_overlay(image, None, for_qemu=True))
+    assert overlay.path is not None
+    drive = DriveConfig(path=image, id="disk", overlay=True)
+    resource = DriveResource(drive, overlay.path, overlay.format, overlay)
+    devices = attrs.evolve(plan.devices, drives=(drive,))
+    plan = attrs.evolve(plan, devices=devices, resources=attrs.evolve(plan.resources, drives=(resource,)))
+    async with running(plan, qemu) as (_, witness):
+        await witness.until_said("control", b"hello control\n")
+        assert not overlay.path.exists(), "killed, we leave nothing behind"
+    overlay.remove()
 
 
 @pytest.mark.parametrize("delay_s", [0.0, 0.001, 0.002, 0.004, 0.008, 0.016, 0.03, 0.06, 0.1])

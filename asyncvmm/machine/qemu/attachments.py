@@ -16,6 +16,7 @@ from asyncvmm.machine.qemu.devices import CONSOLE, DeviceEnds, DriveEnd
 from asyncvmm.machine.qemu.ports import ChannelStream
 from asyncvmm.metrics.vm_metrics import VmMetrics
 from asyncvmm.storage.lock import lock_image
+from asyncvmm.storage.ranges import size_of
 
 if TYPE_CHECKING:
     from asyncvmm.device_config import DriveConfig
@@ -43,6 +44,8 @@ class Attachments:
         """Open every drive for QEMU. Blocking. Raises DriveError, DriveBusy; ``close`` frees what was opened."""
         for drive in self._plan.resources.drives:
             self._drives.append(_open_drive(drive.config, drive.path))
+            if drive.overlay is not None:
+                drive.overlay.drop_name()
 
     def connect(self, loop: asyncio.AbstractEventLoop) -> DeviceEnds:
         """Pair the sockets; QEMU's ends of everything.
@@ -103,6 +106,8 @@ def _open_drive(config: DriveConfig, path: Path) -> DriveEnd:
         mode = os.fstat(fd).st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
             raise DriveError(what, expected=expected, found=f"{path}: neither")
+        if not size_of(fd):
+            raise DriveError(what, expected="an image that is not empty", found=str(path))
         lock_image(fd, path, writer=not config.read_only)
     except BaseException:
         os.close(fd)

@@ -8,6 +8,8 @@ hw/char/virtio-console.c of QEMU 7.2. What is not obvious in them:
   i-th of vda, vdb and so on.
 - A drive is opened here and handed over as an fd set: its name never gets near QEMU's option syntax, and QEMU opens
   nothing (qcow2's backing file excepted).
+- Where the host has no room left for a write, QEMU would stop the guest; told to report, it gives the guest an I/O
+  error, as our own disks do.
 - A vhost-user device works in the guest's memory from another process, so that must be a shared memfd.
 - QEMU asks a guest for its free pages (VIRTIO_BALLOON_F_FREE_PAGE_HINT) only while it migrates, and then needs a
   thread to do it in.
@@ -108,6 +110,7 @@ def node_name(index: int) -> str:
 def _drive(index: int, drive: DriveResource, end: DriveEnd, transport: Transport) -> list[str]:
     config, name = drive.config, node_name(index)
     options = [f"virtio-blk-{transport}", f"id=disk{index}", f"drive={name}", f"serial={config.id}"]
+    options += ["rerror=report", "werror=report"]
     if config.read_only:
         options += ["discard=off", "write-zeroes=off"]
     elif not config.discard:

@@ -63,8 +63,8 @@ def test_each_drive_is_an_inherited_descriptor_and_bears_its_id_as_serial() -> N
     assert values(words, "-add-fd") == ["fd=20,set=0", "fd=21,set=1"]
     assert [orjson.loads(text)["filename"] for text in values(words, "-blockdev")] == ["/dev/fdset/0", "/dev/fdset/1"]
     assert values(words, "-device") == [
-        "virtio-blk-device,id=disk0,drive=drive0,serial=d0",
-        "virtio-blk-device,id=disk1,drive=drive1,serial=data",
+        "virtio-blk-device,id=disk0,drive=drive0,serial=d0,rerror=report,werror=report",
+        "virtio-blk-device,id=disk1,drive=drive1,serial=data,rerror=report,werror=report",
     ]
     assert not any("/b" in word for word in words), "a file's name is no word of QEMU's"
 
