@@ -1,5 +1,6 @@
 /* vsock_serve PORT PROGRAM [ARGUMENT...]: runs the program for each connection to the guest's vsock port, with the
- * connection as its standard input and output, as inetd does for TCP. Of AF_VSOCK it takes what libc may lack.
+ * connection as its standard input and output, as inetd does for TCP. It listens once it returns, and goes on in the
+ * background. Of AF_VSOCK it takes what libc may lack.
  */
 
 #include <errno.h>
@@ -50,6 +51,8 @@ int main(int count, char **words)
 		die("socket");
 	if (bind(listening, (struct sockaddr *)&address, sizeof(address)) || listen(listening, BACKLOG))
 		die("listen");
+	if (fork())
+		return 0;
 	signal(SIGCHLD, SIG_IGN);
 	for (;;) {
 		connection = accept(listening, NULL, NULL);
