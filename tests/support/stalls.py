@@ -90,7 +90,7 @@ class StallWatch:
 
     def look(self, now: float) -> None:
         """From the bystander: what does the loop's thread do, if it is late?"""
-        frame = sys._current_frames().get(self._thread)
+        frame = _frame_of(self._thread)
         if now - self._due > PERIOD_S and frame is not None and _is_ours(frame):
             self._seen.append(now)
             if now - self._due > LONGEST_STALL_S / 2 and not self._stack:
@@ -115,6 +115,21 @@ class StallWatch:
         seconds = last - due - waited - late_too
         if seconds > (self.worst.seconds if self.worst else 0.0):
             self.worst = Stall(seconds, self._stack)
+
+
+def _frame_of(thread: int) -> FrameType | None:
+    """What a thread executes just now.
+
+    Garbage collected amid that call may let go of the interpreter while its list of threads is locked; a thread that
+    ends then waits for that list with the interpreter in its hands, and nothing goes on ever again (CPython 3.11).
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        return sys._current_frames().get(thread)
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _is_ours(frame: FrameType) -> bool:
