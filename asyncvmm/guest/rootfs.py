@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -140,7 +141,10 @@ def _as_root_s(tree: FileTree) -> FileTree:
 
 
 def _hash_file(path: Path) -> str:
+    what, expected = f"root {path}", "a directory or an archive"
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ImageError(what, expected=expected, found="neither")
         return sha256_of_file(path)
     except OSError as error:
-        raise ImageError(f"root {path}", expected="a directory or an archive", found=error.strerror) from error
+        raise ImageError(what, expected=expected, found=error.strerror) from error

@@ -250,6 +250,13 @@ def test_what_cannot_be_is_refused(tmp_path: Path, make: Callable[[Path], object
         make(tmp_path)
 
 
+def test_a_fifo_keeps_nobody_waiting_and_a_device_is_not_read_for_ever(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for source in (tmp_path / "fifo", Path("/dev/zero")):
+        with pytest.raises(ImageError, match="neither"):
+            open_source(Rootfs(source))
+
+
 def test_a_missing_tool_is_named_with_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr("asyncvmm.guest.mkfs._SBIN", ())
