@@ -16,6 +16,9 @@ from asyncvmm.devices.virtio.queue import Chain
 BACKLOG_BYTES: Final = 1 << 20
 """Bytes from the guest held for a reader. With more the guest waits."""
 
+MOST_PIECES: Final = 1024
+"""What the guest wrote apart is held apart, up to so many pieces: each costs memory of its own."""
+
 
 class ConsolePort:
     """Both directions. All of it is used with the device's lock held, and belongs to the loop but for
@@ -81,6 +84,8 @@ class ConsolePort:
         """Bytes from the guest; returns how many were dropped for them, the oldest first."""
         self.pieces.append(data)
         self.backlog += len(data)
+        if len(self.pieces) > MOST_PIECES:
+            self.pieces = deque((b"".join(self.pieces),))
         if self._holds_back:
             return 0
         return self._drop(self.limit if self.is_console else 0)

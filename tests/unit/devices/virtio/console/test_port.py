@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncvmm.devices.virtio.console.port import ConsolePort
+from asyncvmm.devices.virtio.console.port import BACKLOG_BYTES, ConsolePort
 
 STEPS = st.lists(st.binary(min_size=1, max_size=20) | st.integers(1, 30), max_size=40)
 
@@ -49,3 +51,16 @@ def test_a_large_piece_comes_out_without_a_copy() -> None:
     port.append(piece)
     assert port.take(40000) is piece
     assert len(port.take(65536)) == 65536
+
+
+def test_a_guest_that_writes_two_bytes_at_a_time_costs_little_more_memory_than_its_bytes() -> None:
+    port = ConsolePort(1, "data")
+    port.host_open = True
+    tracemalloc.start()
+    try:
+        while port.room > 0:
+            port.append(port.backlog.to_bytes(4, "little")[:2])
+        assert tracemalloc.get_traced_memory()[0] < 2 * BACKLOG_BYTES
+    finally:
+        tracemalloc.stop()
+    assert port.take_exactly(4) == b"\0\0\2\0"
