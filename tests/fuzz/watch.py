@@ -30,8 +30,10 @@ class QueueWatch:
         self._pop, self._push, self._undo_pop, self._reset = queue.pop, queue.push, queue.undo_pop, queue.reset
         self._disable, self._enable = queue.disable_notification, queue.enable_notification
         self._together = getattr(queue, "push_together", None)
+        self._fill_plain = getattr(queue, "fill_plain", None)
         names = ["pop", "push", "undo_pop", "reset", "disable_notification", "enable_notification"]
-        for name in names + ["push_together"] * (self._together is not None):
+        names += ["push_together", "fill_plain"] * (self._together is not None)
+        for name in names:
             setattr(queue, name, getattr(self, name))
 
     # -- what the device calls -------------------------------------------------------------------------------------
@@ -69,6 +71,46 @@ class QueueWatch:
                 self._give_back(chain, written, place)
         assert self._together is not None
         self._together(filled)
+
+    def fill_plain(self, packet: bytearray) -> int:
+        """The short way of a frame: buffers are taken and given back at once, as many as are said.
+
+        While the guest writes meanwhile, nobody could say which: the long way is taken then.
+        """
+        assert self._fill_plain is not None
+        if self.watch.view.strikes:
+            return 0
+        allowed, offers = list(self.watch.allowed), self._next_offers(len(packet))
+        place = self.queue._next_used
+        for offer in offers:
+            slot = place & (self.queue.size - 1)
+            self.watch.allowed += [*offer.writable, (self.queue.device_area + 4 + 8 * slot, 8)]
+            place += 1
+        self.watch.allowed.append((self.queue.device_area + 2, 2))
+        count: int = self._fill_plain(packet)
+        if not count:
+            self.watch.allowed[:] = allowed
+        else:
+            assert count == len(offers), f"{count} buffers for what {len(offers)} have room for"
+            assert all(len(offer.writable) == 1 and not offer.readable for offer in offers)
+        self.watch.pops += count
+        self.watch.pushes += count
+        return count
+
+    def _next_offers(self, size: int) -> list[Offer]:
+        """What is offered next, until there is room for so many bytes, or it cannot be."""
+        queue, found = self.queue, list[Offer]()
+        rings = Rings(queue.size, queue.descriptors, queue.driver_area, queue.indirect)
+        while queue.ready and size > 0 and len(found) < queue.size:
+            try:
+                offer = rings.next_offer(self.watch.view.guest_reads, (queue._next_avail + len(found)) & _WRAP)
+            except Impossible:
+                break
+            if offer is None:
+                break
+            found.append(offer)
+            size -= sum(length for _, length in offer.writable)
+        return found
 
     def reset(self) -> None:
         self.out.clear()

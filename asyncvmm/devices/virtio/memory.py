@@ -40,6 +40,7 @@ class GuestView:
     ) -> None:
         self._regions = tuple((start, start + len(view), view) for start, view in regions)
         self.mark = mark_dirty or _no_mark
+        self.marks = mark_dirty is not None
         self.fence = fence
 
     @property

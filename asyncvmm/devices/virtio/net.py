@@ -255,7 +255,11 @@ class VirtioNet(VirtioDevice):
         if not ETHERNET_HEADER <= len(frame) <= MAX_FRAME:
             self.metrics.rx_fails += 1
             return True
-        chains = self._receive.take(HEADER_SIZE + len(frame), merge=self.has(VIRTIO_NET_F_MRG_RXBUF))
+        merge = self.has(VIRTIO_NET_F_MRG_RXBUF)
+        if merge and self._receive.fill_plain(bytearray(self._header(header, 0)) + frame):
+            self._count_received(len(frame))
+            return True
+        chains = self._receive.take(HEADER_SIZE + len(frame), merge=merge)
         if chains is None:
             self.metrics.no_rx_avail_buffer += 1
             return False
@@ -263,10 +267,13 @@ class VirtioNet(VirtioDevice):
             self.metrics.rx_fails += 1
             return True
         self._fill(chains, self._header(header, len(chains)), frame)
+        self._count_received(len(frame))
+        return True
+
+    def _count_received(self, size: int) -> None:
         self.metrics.rx_count += 1
         self.metrics.rx_packets_count += 1
-        self.metrics.rx_bytes_count += len(frame)
-        return True
+        self.metrics.rx_bytes_count += size
 
     def _header(self, header: memoryview | bytes | None, buffers: int) -> bytes:
         """The header of a frame for the guest, with the count of buffers it lies in."""

@@ -87,6 +87,13 @@ class Chain:
         return done
 
 
+def _impossible(left: int, count: int, length: int) -> GuestFault:
+    """What is wrong with a descriptor that cannot be."""
+    if left < 0:
+        return GuestFault(f"a descriptor loop, or a chain longer than {count}")
+    return GuestFault(f"a chain of {MOST_BYTES} bytes or more" if length else "a buffer of no bytes")
+
+
 class Queue:
     """One virtqueue. The transport sets ``size`` and the three addresses, then ``enable`` checks them.
 
@@ -188,6 +195,8 @@ class Queue:
         self._mark(self._memory, chain, slot, written)
 
     def _mark(self, memory: GuestView, chain: Chain, slot: int, written: int) -> None:
+        if not memory.marks:
+            return
         memory.mark(self.device_area, 4)
         memory.mark(self.device_area + 4 + 8 * slot, 8)
         for address, view in zip(chain.writable_at, chain.writable, strict=True):
@@ -252,14 +261,15 @@ class Queue:
     # -- walking ---------------------------------------------------------------------------------------------------
 
     def _walk(self, head: int) -> Chain:
-        """Follow a chain from its head. Raises GuestFault."""
+        """Follow a chain from its head. Raises GuestFault. All in one place: it is the bulk of what a request costs."""
         assert self._memory is not None
-        chain = Chain(head, self.generation)
-        table, count, index, left = self._table, self.size, head, self.size
+        view_of, chain = self._memory.view, Chain(head, self.generation)
+        readable, writable = chain.readable, chain.writable
+        table, count, index, left, size = self._table, self.size, head, self.size, 0
         while True:
             if index >= count:
                 raise GuestFault(f"descriptor {index} of {count}")
-            address, length, flags, following = _DESCRIPTOR.unpack_from(table, 16 * index)
+            address, length, flags, index = _DESCRIPTOR.unpack_from(table, 16 * index)
             if flags & DESC_F_INDIRECT:
                 if table is not self._table:
                     raise GuestFault("an indirect table in an indirect table")
@@ -267,13 +277,21 @@ class Queue:
                 count = left = len(table) // 16
                 continue
             left -= 1
-            if left < 0:
-                raise GuestFault(f"a descriptor loop, or a chain longer than {count}")
-            self._add(chain, self._memory, address, length, flags)
+            size += length
+            if left < 0 or not length or size >= MOST_BYTES:
+                raise _impossible(left, count, length)
+            if flags & DESC_F_WRITE:
+                writable.append(view_of(address, length))
+                chain.writable_at.append(address)
+                chain.writable_size += length
+            elif writable:
+                raise GuestFault("a readable buffer behind a writable one")
+            else:
+                readable.append(view_of(address, length))
             if not flags & DESC_F_NEXT:
-                self.walked += len(chain.readable) + len(chain.writable)
+                chain.readable_size = size - chain.writable_size
+                self.walked += len(readable) + len(writable)
                 return chain
-            index = following
 
     def _indirect_table(self, memory: GuestView, address: int, length: int, flags: int) -> memoryview:
         if not self.indirect:
@@ -283,22 +301,6 @@ class Queue:
         if not length or length % 16 or length > 16 * MOST_DESCRIPTORS:
             raise GuestFault(f"an indirect table of {length} bytes")
         return memory.view(address, length)
-
-    def _add(self, chain: Chain, memory: GuestView, address: int, length: int, flags: int) -> None:
-        if not length:
-            raise GuestFault("a buffer of no bytes")
-        if chain.readable_size + chain.writable_size + length >= MOST_BYTES:
-            raise GuestFault(f"a chain of {MOST_BYTES} bytes or more")
-        view = memory.view(address, length)
-        if flags & DESC_F_WRITE:
-            chain.writable.append(view)
-            chain.writable_at.append(address)
-            chain.writable_size += length
-        elif chain.writable:
-            raise GuestFault("a readable buffer behind a writable one")
-        else:
-            chain.readable.append(view)
-            chain.readable_size += length
 
     # -- snapshots -------------------------------------------------------------------------------------------------
 

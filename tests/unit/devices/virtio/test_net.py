@@ -271,6 +271,23 @@ def test_a_long_frame_takes_several_buffers_at_once() -> None:
     assert driver.dirty, "what the host wrote is said"
 
 
+@pytest.mark.parametrize("pieces", [[400], [200, 200]], ids=["plain buffers", "buffers of two descriptors"])
+def test_all_that_a_frame_changes_is_marked_as_written_all_round_the_ring(pieces: list[int]) -> None:
+    wire = Wire()
+    driver = Driver(card(wire), memory_size=1 << 15, queue_size=8)
+    driver.kick(RX)
+    for number in range(20):
+        data = frame(bytes([number + 1]) * 900)
+        for _ in range(3):
+            driver.send(RX, (), pieces)
+        driver.dirty.clear()
+        before = bytes(driver.memory)
+        wire.put(data)
+        marked = {at for address, size in driver.dirty for at in range(address, address + size)}
+        assert {at for at, (old, new) in enumerate(zip(before, driver.memory, strict=True)) if old != new} <= marked
+        assert b"".join(used.data for used in driver.used(RX))[HEADER_SIZE:] == data
+
+
 def test_without_mergeable_buffers_a_frame_that_does_not_fit_is_dropped_and_counted() -> None:
     wire = Wire()
     driver = started(wire, features=PLAIN_FEATURES)
