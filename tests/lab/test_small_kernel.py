@@ -48,7 +48,11 @@ def test_without_acpi_devices_are_found_on_the_command_line(live: Live, small_ke
         acpi=False,
         drives=[image],
         rng=True,
-        workload=("sh", "-c", "head -c 5 /dev/vda; grep -c virtio /proc/interrupts; test ! -e /sys/firmware/acpi/tables"),
+        workload=(
+            "sh",
+            "-c",
+            "head -c 5 /dev/vda; grep -c virtio /proc/interrupts; test ! -e /sys/firmware/acpi/tables",
+        ),
     )
     story = live(config)
     assert "found1\n" in story.console

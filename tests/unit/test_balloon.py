@@ -22,7 +22,9 @@ from asyncvmm.devices.virtio.balloon.device import (
     STATS,
     VirtioBalloon,
 )
-from asyncvmm.devices.virtio.mmio import CONFIG
+from asyncvmm.devices.virtio.registers import (
+    CONFIG,
+)
 from asyncvmm.errors import ConfigError, GuestError, StateError
 from asyncvmm.metrics.groups import BalloonMetrics
 from asyncvmm.testing.driver import Driver
