@@ -232,7 +232,7 @@ def make_config(*, memory: int, timeout: float, **asked: Any) -> Any:
 
 
 def run_on_uvloop(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """Run what ``work`` makes on uvloop; Ctrl-C and SIGTERM cancel it, so that everything is freed."""
+    """Run what ``work`` makes on uvloop; Ctrl-C, SIGTERM and a terminal that closes cancel it: everything is freed."""
     with signals_held():
         import warnings
 
@@ -249,7 +249,9 @@ async def _until_terminated(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
     task = asyncio.current_task()
     assert task is not None
     loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGTERM, task.cancel)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+            loop.add_signal_handler(number, task.cancel)
     try:
         return await work()
     except asyncio.CancelledError:

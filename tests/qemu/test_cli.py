@@ -105,7 +105,7 @@ def test_a_boot_that_takes_too_long_is_one_line_and_exit_code_2(start: Start) ->
 # -- how they end ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("moment", ["boot", "run"])
 def test_a_signal_ends_command_and_guest_quietly(start: Start, number: signal.Signals, moment: str) -> None:
     if moment == "boot":
