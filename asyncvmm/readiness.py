@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from typing import TypedDict
 
@@ -78,7 +79,16 @@ def describe_end(stopped: Stopped) -> str:
     """How a guest ended, for an error's ``found``."""
     if stopped.reason == "debug-exit":
         return f"debug exit with {stopped.code}"
+    if stopped.reason == "init-error":
+        return f"init-error ({_init_error(stopped.detail)})"
     return f"{stopped.reason} ({stopped.detail})" if stopped.detail else stopped.reason
+
+
+def _init_error(detail: str) -> str:
+    """What PID 1 could not do: ``root=22`` is a root file system that mount(2) refused with that errno."""
+    what, _, number = detail.partition("=")
+    reason = os.strerror(int(number)) if number.isdigit() and len(number) < 5 else number
+    return f"{'the root file system' if what == 'root' else what}: {reason}"
 
 
 async def complete(error: BootError, machine: Machine | None) -> None:

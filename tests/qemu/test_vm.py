@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -284,6 +285,6 @@ async def test_a_root_without_a_file_system_fails_the_boot_and_says_so(tmp_path:
     with anyio.fail_after(PATIENCE_S), pytest.raises(BootError) as caught:
         await vm.boot()
     assert caught.value.reason == "init-error"
-    assert caught.value.found == f"init-error (root={errno.EINVAL})"
+    assert caught.value.found == f"init-error (the root file system: {os.strerror(errno.EINVAL)})"
     assert b"no root on vda: Invalid argument" in caught.value.serial_tail
     assert vm.state == "failed"
