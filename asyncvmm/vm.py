@@ -333,7 +333,10 @@ class VM:
         self.console.end()
         if not self.events.ready.done:
             self._readiness.end(BootError("boot", expected="READY", found=found, **facts))
-        elif stopped.reason in _ORDINARY_ENDS:
+            return
+        if self._upkeep is not None:
+            self._upkeep.tell()
+        if stopped.reason in _ORDINARY_ENDS:
             self._go("stopped")
             self.events.close(stopped.reason)
         else:
