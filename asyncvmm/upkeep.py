@@ -19,7 +19,6 @@ class Upkeep:
     """``metrics`` every ``interval_s`` seconds, and a last time at the end; the balloon's statistics as it is told."""
 
     def __init__(self, metrics: VmMetricsControl, interval_s: float) -> None:
-        self._metrics = metrics
         self._flusher = MetricsFlusher(metrics, interval_s)
         self._polling: asyncio.Task[None] | None = None
 
@@ -40,10 +39,6 @@ class Upkeep:
             if not polling.cancelled():
                 _log.error("the balloon was not asked to the end", exc_info=polling.exception())
 
-    def tell(self) -> None:
-        """Tell the metrics now: some listen to a guest's end, and no longer."""
-        self._metrics.flush_if_heard()
-
     def stop(self) -> None:
-        """Tell the metrics a last time: a machine's last counts come in as it is freed."""
+        """Tell the metrics a last time."""
         self._flusher.stop()

@@ -333,10 +333,7 @@ class VM:
         self.console.end()
         if not self.events.ready.done:
             self._readiness.end(BootError("boot", expected="READY", found=found, **facts))
-            return
-        if self._upkeep is not None:
-            self._upkeep.tell()
-        if stopped.reason in _ORDINARY_ENDS:
+        elif stopped.reason in _ORDINARY_ENDS:
             self._go("stopped")
             self.events.close(stopped.reason)
         else:
