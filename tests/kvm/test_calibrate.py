@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,8 +13,9 @@ import pytest
 from asyncvmm.accel import SLOW_MIPS, choose_accel, forget_measurements, probe_kvm, probe_qemu
 from asyncvmm.doctor import diagnose
 from asyncvmm.errors import HostError, KvmUnavailable
-from asyncvmm.machine.kvm import calibration_guest
+from asyncvmm.machine.kvm import calibrate, calibration_guest
 from asyncvmm.machine.kvm.calibrate import measure
+from asyncvmm.machine.kvm.calibration_guest import EXITS, TICKS
 
 if TYPE_CHECKING:
     from tests.kvm.conftest import Resources
@@ -161,3 +162,24 @@ def test_the_doctor_tells_the_same_numbers() -> None:
     assert report.kvm.api_version == 12
     assert all(report.kvm.capabilities.values())
     assert report.kvm.device.path == Path("/dev/kvm")
+
+
+def _pass_of(loop_us: float, *, guest_us: float, exits_us: Sequence[float] = (10,) * EXITS) -> calibrate._Pass:
+    """A pass whose loop took ``loop_us``, of which the guest's clock (1 GHz) saw ``guest_us``."""
+    ticks = int(guest_us * 1000 / TICKS)
+    return calibrate._Pass(ticks, int((loop_us + min(exits_us)) * 1000), [int(us * 1000) for us in exits_us])
+
+
+def test_a_guest_s_clock_that_jumped_does_not_make_a_slow_kvm_look_fast() -> None:
+    jumped = [_pass_of(6000, guest_us=guest_us) for guest_us in (100, 120, 6000)]
+    assert calibrate._agreed_ns(jumped, 1_000_000) >= 3_000_000
+
+
+def test_exits_that_took_long_do_not_shorten_the_loop() -> None:
+    busy = [_pass_of(6000, guest_us=0, exits_us=[10, *[5900] * (EXITS - 1)]) for _ in range(3)]
+    assert calibrate._agreed_ns(busy, 1_000_000) >= 3_000_000
+
+
+def test_a_host_that_is_delayed_does_not_make_a_fast_kvm_look_slow() -> None:
+    delayed = [_pass_of(loop_us, guest_us=1000) for loop_us in (1100, 30_000, 90_000)]
+    assert calibrate._agreed_ns(delayed, 1_000_000) < 1_100_000

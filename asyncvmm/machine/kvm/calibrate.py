@@ -12,6 +12,7 @@ from __future__ import annotations
 import statistics
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from importlib.resources import files
 from itertools import pairwise
@@ -43,6 +44,10 @@ _FIRST_ROUNDS = 250
 _GROWTH = 20
 _MOST_ROUNDS = _FIRST_ROUNDS * _GROWTH**3
 _LONG_ENOUGH_NS = 1_000_000
+_SURELY_LONG_NS = 50_000_000
+"""By the host's clock: longer than a busy host delays what takes microseconds."""
+_HOST_DOUBT = 2.0
+"""How many times what the guest's clock says the host's may say, at its least, before the guest's is not believed."""
 _SAMPLES = 3
 
 
@@ -131,23 +136,32 @@ class _Calibration:
 
 
 def _measure(guest: CalibrationGuest) -> KvmMeasurement:
-    rounds, samples, exits = _FIRST_ROUNDS, list[float](), list[int]()
+    rounds, samples, exits = _FIRST_ROUNDS, list[_Pass](), list[int]()
     tsc_khz = guest.tsc_khz()
     while len(samples) < _SAMPLES:
         sample = _pass(guest, rounds)
         exits += sample.exits_ns
-        loop_ns = sample.loop_ns(tsc_khz)
-        if loop_ns >= _LONG_ENOUGH_NS or rounds >= _MOST_ROUNDS:
-            samples.append(loop_ns)
+        if sample.is_long_enough(tsc_khz) or rounds >= _MOST_ROUNDS:
+            samples.append(sample)
         else:
             rounds *= _GROWTH
-    # Of the loops the middle one, for a guest's clock may jump when its thread changes processors; of the exits the
-    # cheapest, the one that other work in this process (the GIL) or on this host disturbed least.
+    # Of the exits the cheapest, the one that other work in this process (the GIL) or on this host disturbed least.
     return KvmMeasurement(
-        ring0_mips=rounds * INSTRUCTIONS_PER_ROUND * 1e3 / statistics.median(samples),
+        ring0_mips=rounds * INSTRUCTIONS_PER_ROUND * 1e3 / _agreed_ns(samples, tsc_khz),
         exit_us=min(exits) / 1e3,
         tsc_khz=tsc_khz,
     )
+
+
+def _agreed_ns(samples: Sequence[_Pass], tsc_khz: int | None) -> float:
+    """How long the loop takes, by two clocks that are wrong in different ways.
+
+    The host's shows what delays the host as well: the least of it counts. The guest's may jump when its thread changes
+    processors, where their counters stand apart: its middle one counts, unless it is far below what the host saw.
+    """
+    by_guest = statistics.median(sample.loop_ns(tsc_khz) for sample in samples)
+    by_host = min(sample.host_loop_ns for sample in samples)
+    return max(by_guest, by_host / _HOST_DOUBT)
 
 
 @attrs.frozen
@@ -163,7 +177,16 @@ class _Pass:
         """How long the loop took. Where the guest's clock says nothing, the host's does."""
         if tsc_khz and self.ticks:
             return self.ticks * TICKS * 1e6 / tsc_khz
-        return max(self.host_ns - statistics.median(self.exits_ns), 1.0)
+        return self.host_loop_ns
+
+    @property
+    def host_loop_ns(self) -> float:
+        """How long it took by the host's clock, without the exit: the cheapest, for a busy host makes others dear."""
+        return max(self.host_ns - min(self.exits_ns), 1.0)
+
+    def is_long_enough(self, tsc_khz: int | None) -> bool:
+        """Whether it took long enough to be measured, by either clock as far as it can be trusted."""
+        return self.loop_ns(tsc_khz) >= _LONG_ENOUGH_NS or self.host_loop_ns >= _SURELY_LONG_NS
 
 
 def _pass(guest: CalibrationGuest, rounds: int) -> _Pass:
