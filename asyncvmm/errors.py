@@ -20,6 +20,11 @@
     │   ├── VsockRefused       nobody listens there
     │   └── VsockTimeout       no answer in time
     ├── MachineError           the backend failed underneath the guest (a QEMU child that died, QMP)
+    ├── SnapshotError          a snapshot cannot be taken or used
+    │   ├── SnapshotFailed     it could not be taken: no room, a path that is taken, a machine that cannot
+    │   ├── SnapshotDamaged    it is not whole: truncated, bits flipped, files missing, sizes that lie
+    │   ├── SnapshotMismatch   it is whole, but not for here: another version, machine, CPU or base
+    │   └── TriggerImpossible  what it was to wait for cannot come any more
     └── GuestError             the guest did something that ends what was awaited
         ├── BootError          it did not become ready; carries the evidence
         └── GuestStopped       it stopped before the awaited event came
@@ -151,6 +156,26 @@ class MachineError(AsyncVMMError):
     """The machine underneath the guest failed. ``retryable``: the same may succeed a moment later (contention)."""
 
     retryable: bool = False
+
+
+class SnapshotError(AsyncVMMError):
+    """A snapshot cannot be taken or used."""
+
+
+class SnapshotFailed(SnapshotError):
+    """The snapshot could not be taken; nothing of it is left, and the VM is as it was."""
+
+
+class SnapshotDamaged(SnapshotError):
+    """The snapshot is not whole."""
+
+
+class SnapshotMismatch(SnapshotError):
+    """The snapshot is whole, but not for this host, this machine or this base."""
+
+
+class TriggerImpossible(SnapshotError):
+    """What the snapshot was to wait for cannot come any more."""
 
 
 class GuestError(AsyncVMMError):

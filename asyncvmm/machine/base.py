@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from asyncvmm.balloon import BalloonBackend
     from asyncvmm.device_config import DriveConfig
+    from asyncvmm.machine.saved import RestorePlan, SavedMachine
+    from asyncvmm.snapshot.memory_writer import MemoryWriter
     from asyncvmm.storage.overlay import Overlay
     from asyncvmm.vsock.host import VsockHost
 
@@ -124,6 +126,30 @@ class Machine(Protocol):
 
     async def resume(self) -> None:
         """Let the vCPUs run on."""
+
+    async def precopy(self, memory: MemoryWriter) -> None:
+        """Copy memory to a file while the guest runs, until what it dirties meanwhile is little: ``save`` copies only
+        that then. Cancelled, it leaves nothing behind but what is in the file.
+
+        Raises StateError, SnapshotFailed.
+        """
+
+    async def save(self, memory: MemoryWriter, *, difference_of: str | None = None) -> SavedMachine:
+        """The state of a paused machine, which stays paused and unharmed; its memory goes to ``memory``.
+
+        ``difference_of``: the ``saved_as`` whose difference is enough; None for all of memory. Raises StateError,
+        SnapshotFailed (no room; a difference that cannot be had), MachineError.
+        """
+
+    def saved_as(self, name: str) -> None:
+        """What was saved last is on disk, whole, under that name: differences from here on are differences of it."""
+
+    async def restore(self, plan: RestorePlan) -> None:
+        """Instead of ``start``: become the machine that was saved, its vCPUs held as by ``pause``. Cancelled or failed,
+        it leaves nothing behind.
+
+        Raises SnapshotMismatch, SnapshotDamaged, HostError or MachineError.
+        """
 
     async def request_shutdown(self) -> None:
         """Press the guest's power button. Whether it listens is the guest's affair."""
