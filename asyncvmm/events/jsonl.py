@@ -11,8 +11,9 @@ import logging
 
 import anyio
 
+from asyncvmm.events.encoding import to_line
 from asyncvmm.events.outputs import Target, WriteWatch, open_output
-from asyncvmm.events.types import Event, LogLost, to_line
+from asyncvmm.events.types import Event, LogLost
 
 LIMIT = 1 << 20
 """Bytes that wait for a slow reader."""

@@ -1,22 +1,28 @@
-"""Events: one class for each thing that happens to a VM, and their form as one JSON object on one line.
+"""Events: one class for each thing that happens to a VM. Those of snapshots are beside this file.
 
-The envelope (``v``, ``ts``, ``t_ns``, ``vm``, ``event``) and the names are an interface: fields are only ever added
-within version 1. ``schema.json`` beside this file describes every line.
+Their names and fields are an interface: fields are only ever added within version 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import UTC, datetime
-from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar
 
 import attrs
-import orjson
 
 from asyncvmm.effects import ExitStatistics, Port
 from asyncvmm.errors import AsyncVMMError, GuestError
+from asyncvmm.events.base import Event as Event
+from asyncvmm.events.base import event_class
 from asyncvmm.events.lines import Line
+from asyncvmm.events.snapshot_types import (
+    RestoreFirstExit,
+    RestoreFirstGuestEvent,
+    RestoreMapped,
+    RestoreStep,
+    SnapshotSaved,
+    SnapshotTrigger,
+)
 from asyncvmm.timing.boot_profile import BootProfile
 from asyncvmm.timing.profiles import (
     CreateVmProfile,
@@ -29,44 +35,10 @@ from asyncvmm.timing.timeline import Phase
 from asyncvmm.timing.vm_timing import VmTiming
 
 if TYPE_CHECKING:
-    from attrs import frozen as _event
-
     from asyncvmm.timing.guest_clock import GuestClock
-else:
-
-    def _event(kind):
-        # Frozen for the type checker: to enforce it at run time would double what making an event costs.
-        return attrs.define(kind, unsafe_hash=True)
 
 
-VERSION = 1
-"""The ``v`` of every line."""
-
-
-@_event
-class Event:
-    """Something that happened, ``t_ns`` nanoseconds after its VM's start. ``event`` is the class's dotted name."""
-
-    event: ClassVar[str]
-
-    t_ns: int
-
-    def details(self) -> dict[str, object]:
-        """What the line says beside the envelope: the fields, those that are None left out."""
-        record: dict[str, object] = {}
-        self.tell(record)
-        return record
-
-    def tell(self, record: dict[str, object]) -> None:
-        """Add the details to ``record``."""
-        kind = type(self)
-        for name in _FIELDS.get(kind) or _field_names(kind):
-            value = getattr(self, name)
-            if value is not None:
-                record[name] = value
-
-
-@_event
+@event_class
 class VmState(Event):
     """The VM went into ``state``; ``previous`` is the one it left, None for the first.
 
@@ -80,7 +52,7 @@ class VmState(Event):
     exits: Mapping[str, int] | None = None
 
 
-@_event
+@event_class
 class AccelProbe(Event):
     """What was measured about the host's accelerators, and which was taken.
 
@@ -102,7 +74,7 @@ class AccelProbe(Event):
     qemu_version: str | None = None
 
 
-@_event
+@event_class
 class PhaseEnded(Event):
     """A phase of host work ended. ``start_ns`` counts from the VM's start, like ``t_ns``, which is the end.
 
@@ -135,7 +107,7 @@ class PhaseEnded(Event):
         )
 
 
-@_event
+@event_class
 class GuestBootTime(Event):
     """PID 1 reached ``stage`` when its CLOCK_MONOTONIC read ``guest_ns``."""
 
@@ -145,21 +117,21 @@ class GuestBootTime(Event):
     guest_ns: int
 
 
-@_event
+@event_class
 class GuestReady(Event):
     """The guest said READY."""
 
     event: ClassVar[str] = "guest.ready"
 
 
-@_event
+@event_class
 class GuestPreExec(Event):
     """The workload is forked, one step before its exec."""
 
     event: ClassVar[str] = "guest.pre_exec"
 
 
-@_event
+@event_class
 class GuestHeartbeat(Event):
     """PID 1 is alive; ``counter`` grows from 1."""
 
@@ -168,7 +140,7 @@ class GuestHeartbeat(Event):
     counter: int
 
 
-@_event
+@event_class
 class GuestListener(Event):
     """Something in the guest listens on ``port``."""
 
@@ -178,7 +150,7 @@ class GuestListener(Event):
     port: int
 
 
-@_event
+@event_class
 class GuestExit(Event):
     """The workload ended with exit status ``code``."""
 
@@ -187,7 +159,7 @@ class GuestExit(Event):
     code: int
 
 
-@_event
+@event_class
 class SerialLine(Event):
     """One line of a serial port. ``truncated``: the guest wrote more than the cap, or bytes of it were lost."""
 
@@ -209,7 +181,7 @@ class SerialLine(Event):
         record["truncated"] = self.truncated
 
 
-@_event
+@event_class
 class VmTimingEvent(Event):
     """The VmTiming of the boot that just succeeded, its fields as they are there."""
 
@@ -231,7 +203,7 @@ class VmTimingEvent(Event):
         return cls(t_ns, **timing.to_dict())
 
 
-@_event
+@event_class
 class ProfileEvent(Event):
     """A profile is complete. In the line, its fields and derived totals stand beside the envelope, in ns."""
 
@@ -243,7 +215,7 @@ class ProfileEvent(Event):
         record.update(self.profile.to_dict())
 
 
-@_event
+@event_class
 class BootProfileEvent(ProfileEvent):
     """The BootProfile of the boot that just succeeded; marks count from the VM's start, like ``t_ns``.
 
@@ -262,7 +234,7 @@ class BootProfileEvent(ProfileEvent):
             record["guest_clock"] = attrs.asdict(self.guest_clock)
 
 
-@_event
+@event_class
 class CreateVmProfileEvent(ProfileEvent):
     """The CreateVmProfile of the boot that just succeeded."""
 
@@ -271,7 +243,7 @@ class CreateVmProfileEvent(ProfileEvent):
     profile: CreateVmProfile
 
 
-@_event
+@event_class
 class VcpuSetupProfileEvent(ProfileEvent):
     """The VcpuSetupProfile of the boot that just succeeded."""
 
@@ -280,7 +252,7 @@ class VcpuSetupProfileEvent(ProfileEvent):
     profile: VcpuSetupProfile
 
 
-@_event
+@event_class
 class RestoreProfileEvent(ProfileEvent):
     """The RestoreProfile of a restore."""
 
@@ -289,7 +261,7 @@ class RestoreProfileEvent(ProfileEvent):
     profile: RestoreProfile
 
 
-@_event
+@event_class
 class RuntimeRestoreProfileEvent(ProfileEvent):
     """The RuntimeRestoreProfile of a restore into a shell."""
 
@@ -298,7 +270,7 @@ class RuntimeRestoreProfileEvent(ProfileEvent):
     profile: RuntimeRestoreProfile
 
 
-@_event
+@event_class
 class Metrics(Event):
     """The VM's metrics: ``groups`` by name, each a table of counters (what came since the flush before), stores (what
     is) and aggregates (``min_us``, ``max_us`` of all, ``sum_us`` of what came since).
@@ -317,7 +289,7 @@ class Metrics(Event):
         record.update(self.groups)
 
 
-@_event
+@event_class
 class VmError(Event):
     """An error, with its facts. ``kind`` is the error's class name, ``exits`` counts exits by reason."""
 
@@ -355,7 +327,7 @@ class VmError(Event):
         )
 
 
-@_event
+@event_class
 class LogLost(Event):
     """``lines`` events were dropped here because their reader did not keep up."""
 
@@ -383,6 +355,12 @@ EVENTS: Mapping[str, type[Event]] = {
         VcpuSetupProfileEvent,
         RestoreProfileEvent,
         RuntimeRestoreProfileEvent,
+        SnapshotTrigger,
+        SnapshotSaved,
+        RestoreMapped,
+        RestoreFirstExit,
+        RestoreFirstGuestEvent,
+        RestoreStep,
         Metrics,
         VmError,
         LogLost,
@@ -391,73 +369,6 @@ EVENTS: Mapping[str, type[Event]] = {
 """Every kind of event by its dotted name."""
 
 
-def to_dict(event: Event, vm_id: str, epoch_ns: int) -> dict[str, object]:
-    """The event's JSON object: the envelope, then its details.
-
-    ``epoch_ns`` is the wall clock (ns since 1970, UTC) at the VM's start.
-    """
-    t_ns = event.t_ns
-    record: dict[str, object] = {
-        "v": VERSION,
-        "ts": timestamp(epoch_ns + t_ns),
-        "t_ns": t_ns,
-        "vm": vm_id,
-        "event": event.event,
-    }
-    event.tell(record)
-    return record
-
-
-def to_line(event: Event, vm_id: str, epoch_ns: int) -> bytes:
-    """The event as one line of JSON, newline included. Does not raise, whatever text the fields hold."""
-    record = to_dict(event, vm_id, epoch_ns)
-    try:
-        return orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
-    except TypeError:
-        return orjson.dumps(_sanitised(record), option=orjson.OPT_APPEND_NEWLINE)
-
-
-def timestamp(wall_ns: int) -> str:
-    """RFC 3339 in UTC with microseconds, of nanoseconds since 1970."""
-    us = wall_ns // 1000
-    return _whole_milliseconds(us // 1000) + _MICROSECONDS[us % 1000]
-
-
-@lru_cache(maxsize=16)
-def _whole_milliseconds(milliseconds: int) -> str:
-    seconds, rest = divmod(milliseconds, 1000)
-    return f"{_whole_seconds(seconds)}.{rest:03d}"
-
-
-@lru_cache(maxsize=16)
-def _whole_seconds(seconds: int) -> str:
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
-
-
-# Formatting digits costs more than all the rest of a timestamp.
-_MICROSECONDS = tuple(f"{number:03d}Z" for number in range(1000))
-
-_FIELDS: dict[type[Event], tuple[str, ...]] = {}
-
-
-def _field_names(kind: type[Event]) -> tuple[str, ...]:
-    names = _FIELDS[kind] = tuple(field.name for field in attrs.fields(kind) if field.name != "t_ns")
-    return names
-
-
 def exit_counts(exits: ExitStatistics | None) -> dict[str, int] | None:
     """Exits by reason, as events carry them."""
     return None if exits is None else {reason: entry.count for reason, entry in exits.by_reason.items()}
-
-
-def _sanitised(value: object) -> object:
-    # What JSON cannot hold (lone surrogates of file names, foreign types) becomes text, so that a line always comes.
-    if isinstance(value, Mapping):
-        return {str(_sanitised(key)): _sanitised(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_sanitised(item) for item in value]
-    if value is None or isinstance(value, (bool, float)):
-        return value
-    if isinstance(value, int) and -(1 << 63) <= value < 1 << 64:
-        return value
-    return str(value).encode("utf-8", "backslashreplace").decode()

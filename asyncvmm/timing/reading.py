@@ -259,6 +259,17 @@ class _Vm:
         """An error of the VM."""
         self.instants.append(RecordedInstant(f"error: {fields.text(event, 'what')}", t_ns, "error"))
 
+    def saved(self, event: Event, t_ns: int, line: int) -> None:
+        """A snapshot is on disk, and when its guest stood still."""
+        if (paused_ns := fields.maybe_whole(event, "paused_ns")) is not None:
+            self.instants.append(RecordedInstant("paused", paused_ns))
+        self.mark(event, t_ns, line)
+
+    def named_mark(self, event: Event, t_ns: int, _: int) -> None:
+        """A trigger or a step, by its name."""
+        name = fields.maybe_text(event, "trigger") or fields.maybe_text(event, "step") or ""
+        self.instants.append(RecordedInstant(f"{fields.text(event, 'event')} {name}".rstrip(), t_ns))
+
     def mark(self, event: Event, t_ns: int, _: int) -> None:
         """An event that is its own label."""
         self.instants.append(RecordedInstant(fields.text(event, "event"), t_ns))
@@ -288,11 +299,12 @@ _TAKE: Mapping[str, _Take] = {
     "accel.probe": _Vm.probe,
     "boot.profile": _Vm.profile,
     "log.lost": _Vm.lost_lines,
-    "snapshot.trigger": _Vm.mark,
-    "snapshot.saved": _Vm.mark,
+    "snapshot.trigger": _Vm.named_mark,
+    "snapshot.saved": _Vm.saved,
     "restore.mapped": _Vm.mark,
     "restore.first_exit": _Vm.mark,
     "restore.first_guest_event": _Vm.mark,
+    "restore.step": _Vm.named_mark,
 }
 
 _COUNTED = _TAKE.keys() - {"vm.state", "vm.timing", "accel.probe", "boot.profile"}

@@ -21,7 +21,7 @@ from _bench.bench import Bench
 from _bench.events import BATCH, EPOCH_NS, PERIOD_NS, TEXT, anew, to_file
 from _bench.figure import Figure, Target
 from _bench.turns import Turns
-from asyncvmm.events.types import timestamp
+from asyncvmm.events.encoding import timestamp
 
 PIECE = 50_000
 """Events in one sample."""

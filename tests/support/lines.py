@@ -10,8 +10,9 @@ import pytest
 from jsonschema import Draft202012Validator, ValidationError
 
 from asyncvmm.events import jsonl
+from asyncvmm.events.encoding import to_line
 from asyncvmm.events.schema import schema
-from asyncvmm.events.types import Event, to_line
+from asyncvmm.events.types import Event
 
 _REPORTED = 3
 
@@ -59,7 +60,7 @@ class Emitted:
         self._lines: list[bytes] = []
 
     def to_line(self, event: Event, vm_id: str, epoch_ns: int) -> bytes:
-        """types.to_line, noting the line."""
+        """encoding.to_line, noting the line."""
         line = to_line(event, vm_id, epoch_ns)
         self._lines.append(line)
         return line

@@ -22,7 +22,7 @@ from asyncvmm.accel import (
 )
 from asyncvmm.config import Accel
 from asyncvmm.errors import HostError, KvmUnavailable, QemuUnavailable
-from asyncvmm.events.types import to_line
+from asyncvmm.events.encoding import to_line
 
 FAST = KvmFacts(present=True, usable=True, api_version=12, ring0_mips=2400.0, exit_us=3.5, tsc_khz=2_300_000)
 SLOW = KvmFacts(present=True, usable=True, api_version=12, ring0_mips=1.9, exit_us=9.6, tsc_khz=2_300_000)

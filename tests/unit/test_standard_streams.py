@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from asyncvmm.events.types import GuestReady, to_line
+from asyncvmm.events.encoding import to_line
+from asyncvmm.events.types import GuestReady
 
 ASYNCVMM = Path(sys.executable).with_name("asyncvmm")
 READS_STDIN = ("timeline -", "metrics -")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 from datetime import UTC, datetime
+from typing import get_args
 
 import attrs
 import orjson
@@ -12,10 +13,11 @@ from jsonschema import Draft202012Validator, ValidationError
 
 from asyncvmm.effects import ExitCount, ExitStatistics
 from asyncvmm.errors import BootError, KernelError, KvmIoctlError
-from asyncvmm.events import types
+from asyncvmm.events import snapshot_types, types
+from asyncvmm.events.encoding import timestamp, to_line
 from asyncvmm.events.lines import Line
 from asyncvmm.events.schema import schema, schema_text
-from asyncvmm.events.types import EVENTS, Event, to_line
+from asyncvmm.events.types import EVENTS, Event
 from asyncvmm.metrics.counters import kinds
 from asyncvmm.metrics.groups import GROUPS
 from asyncvmm.timing.boot_profile import BootProfile
@@ -76,6 +78,13 @@ SAMPLES: list[Event] = [
     types.VcpuSetupProfileEvent(10, VcpuSetupProfile(cpuid_config=3, register_config=9)),
     types.RestoreProfileEvent(10, RestoreProfile(kvm_fd_open=3, resume_kvm_run=1)),
     types.RuntimeRestoreProfileEvent(10, RuntimeRestoreProfile(vcpu_state_restore=3)),
+    snapshot_types.SnapshotTrigger(10, "pre_exec", "workload-pre-exec", 10),
+    snapshot_types.SnapshotSaved(99, "c0ffee", "/var/s", "after", 10, 21, 98, 70, 88, 1 << 28, 1 << 25, False),
+    snapshot_types.RestoreMapped(5, 5, "c0ffee"),
+    snapshot_types.RestoreFirstExit(7, 6),
+    snapshot_types.RestoreFirstGuestEvent(9, 8, "guest.heartbeat", 120, 0),
+    snapshot_types.RestoreFirstGuestEvent(9, 8, "serial"),
+    snapshot_types.RestoreStep(9, "entropy", 4),
     types.Metrics(11, 1_763_692_533_123, METRICS),
     types.VmError.of(11, BOOT_ERROR),
     types.VmError.of(12, KernelError("the kernel", expected=4096, found=12)),
@@ -186,7 +195,7 @@ def test_the_design_example_comes_out_as_written() -> None:
 
 @given(st.integers(0, 4 * 10**18))
 def test_a_timestamp_is_the_wall_clock_cut_to_microseconds(wall_ns: int) -> None:
-    text = types.timestamp(wall_ns)
+    text = timestamp(wall_ns)
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", text)
     moment = datetime.fromisoformat(text)
     assert int(moment.timestamp()) == wall_ns // 10**9
@@ -202,6 +211,12 @@ def test_no_text_keeps_a_line_from_coming(text: str, raw: bytes) -> None:
 def test_a_phase_counts_from_the_start_of_its_vm() -> None:
     event = types.PhaseEnded.of(Phase("memory", 105, 125), 100)
     assert (event.start_ns, event.duration_ns, event.t_ns) == (5, 20, 25)
+
+
+def test_the_schema_knows_the_triggers_that_there_are() -> None:
+    for event in ("snapshot.trigger", "snapshot.saved"):
+        described = schema()["$defs"][event]["properties"]["trigger"]["enum"]
+        assert tuple(described) == get_args(snapshot_types.Trigger)
 
 
 def test_an_error_carries_its_evidence() -> None:

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from asyncvmm.events.types import AccelProbe, Event, LogLost, PhaseEnded, VmState, to_line
+from asyncvmm.events.encoding import to_line
+from asyncvmm.events.types import AccelProbe, Event, LogLost, PhaseEnded, VmState
 from tests.support.openmetrics import values_of
 
 ASYNCVMM = Path(sys.executable).with_name("asyncvmm")

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncvmm.events.types import PhaseEnded, to_line
+from asyncvmm.events.encoding import to_line
+from asyncvmm.events.types import PhaseEnded
 from asyncvmm.export.records import NotARecord, counts, number, read_record, record_of, text
 
 GOOD = {"v": 1, "ts": "2026-11-21T02:25:33.123456Z", "t_ns": 5, "vm": "a", "event": "guest.ready"}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from asyncvmm.events.types import Metrics, to_line
+from asyncvmm.events.encoding import to_line
+from asyncvmm.events.types import Metrics
 from asyncvmm.export.facts import Fold
 from asyncvmm.export.records import read_record, record_of
 from asyncvmm.export.spans import BootSpans

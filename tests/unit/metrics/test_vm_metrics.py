@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncvmm.errors import ConfigError
-from asyncvmm.events.types import Metrics, to_line
+from asyncvmm.events.encoding import to_line
+from asyncvmm.events.types import Metrics
 from asyncvmm.metrics.groups import GROUPS
 from asyncvmm.metrics.vm_metrics import VmMetrics
 from tests.support.lines import VALIDATOR

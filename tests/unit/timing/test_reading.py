@@ -97,6 +97,24 @@ def test_instants_are_labelled_and_stand_by_time() -> None:
     assert recording.failed
 
 
+def test_a_snapshot_and_a_restore_leave_their_instants() -> None:
+    recording = one(
+        [
+            line("snapshot.trigger", 10, trigger="pre_exec", detail="x", quiesce_ms=0),
+            line("snapshot.saved", 30, trigger="pre_exec", trigger_ns=10, paused_ns=12, saved_ns=29),
+            line("restore.mapped", 40, duration_ns=4),
+            line("restore.step", 50, step="entropy", duration_ns=1),
+        ]
+    )
+    assert [(instant.label, instant.t_ns) for instant in recording.instants] == [
+        ("snapshot.trigger pre_exec", 10),
+        ("paused", 12),
+        ("snapshot.saved", 30),
+        ("restore.mapped", 40),
+        ("restore.step entropy", 50),
+    ]
+
+
 def test_the_exits_of_a_final_state_are_kept() -> None:
     assert one([line("vm.state", 1, state="stopped", exits={"io": 5, "x": "y"})]).exits == {"io": 5}
 

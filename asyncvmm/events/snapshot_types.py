@@ -1,0 +1,94 @@
+"""The events of snapshots: what made one be taken, when it was, and what a restore from one took.
+
+Instants are nanoseconds since the VM's start, like ``t_ns``; durations of a restore count from its call.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from asyncvmm.events.base import Event, event_class
+
+Trigger = Literal["heartbeat", "pre_exec", "listener", "parked", "after", "now", "predicate"]
+"""What can make a snapshot be taken; ``now`` is a call that waits for nothing."""
+
+
+@event_class
+class SnapshotTrigger(Event):
+    """``trigger`` came, and a snapshot is taken ``quiesce_ms`` milliseconds later. ``detail`` says what it was."""
+
+    event: ClassVar[str] = "snapshot.trigger"
+
+    trigger: Trigger
+    detail: str
+    quiesce_ms: int
+
+
+@event_class
+class SnapshotSaved(Event):
+    """The snapshot with the id ``snapshot`` is whole on disk at ``path``.
+
+    ``trigger_ns``, ``paused_ns`` and ``saved_ns`` are the instants at which its trigger came, the last vCPU stood, and
+    it was on disk. ``pause_duration_ns`` is how long the guest stood; ``save_duration_ns`` is from trigger to saved.
+    ``logical_bytes`` is the guest's memory, ``allocated_bytes`` what the files take. ``difference``: it stands on
+    another snapshot.
+    """
+
+    event: ClassVar[str] = "snapshot.saved"
+
+    snapshot: str
+    path: str
+    trigger: Trigger
+    trigger_ns: int
+    paused_ns: int
+    saved_ns: int
+    pause_duration_ns: int
+    save_duration_ns: int
+    logical_bytes: int
+    allocated_bytes: int
+    difference: bool
+
+
+@event_class
+class RestoreMapped(Event):
+    """The memory of the snapshot with the id ``snapshot`` is the guest's, its state is in place; nothing runs yet."""
+
+    event: ClassVar[str] = "restore.mapped"
+
+    duration_ns: int
+    snapshot: str
+
+
+@event_class
+class RestoreFirstExit(Event):
+    """A vCPU of the restored guest came back to the host for the first time."""
+
+    event: ClassVar[str] = "restore.first_exit"
+
+    duration_ns: int
+
+
+@event_class
+class RestoreFirstGuestEvent(Event):
+    """The restored guest was heard of for the first time: ``kind`` is the event's name, or ``serial`` for output.
+
+    The faults are those of this process in the meantime, None where the machine cannot tell: the restored guest's pages
+    are among them, those of others that ran meanwhile, too.
+    """
+
+    event: ClassVar[str] = "restore.first_guest_event"
+
+    duration_ns: int
+    kind: str
+    minor_faults: int | None = None
+    major_faults: int | None = None
+
+
+@event_class
+class RestoreStep(Event):
+    """A step that makes a restored guest its own is done, before it is handed out: ``entropy``, ``clock`` …"""
+
+    event: ClassVar[str] = "restore.step"
+
+    step: str
+    duration_ns: int
