@@ -83,7 +83,7 @@ class VirtioMmio(QueueService):
 
     page: where the registers are kept, PAGE_BYTES long. lock: the device's; it must be one that its holder can take
     again. interrupt: raises the line, an edge. notify: a kick that came by a register write (an ioeventfd takes them
-    elsewhere). changed: the driver has come (True) or gone. The three are called with the lock held, from any thread.
+    elsewhere). Both are called with the lock held, from any thread.
     """
 
     def __init__(
@@ -94,7 +94,6 @@ class VirtioMmio(QueueService):
         *,
         interrupt: Callable[[], None],
         notify: Callable[[int], None] = lambda index: None,
-        changed: Callable[[bool], None] = lambda active: None,
         page: memoryview | None = None,
     ) -> None:
         self.device = device
@@ -103,7 +102,7 @@ class VirtioMmio(QueueService):
         self.last_fault = ""
         self._memory = memory
         self._lock = lock
-        self._interrupt, self._notify_loop, self._changed = interrupt, notify, changed
+        self._interrupt, self._notify_loop = interrupt, notify
         self._page = memoryview(bytearray(PAGE_BYTES)) if page is None else page
         self._words = self._page.cast("I")
         self._offered = device.features | TRANSPORT_FEATURES
@@ -259,12 +258,9 @@ class VirtioMmio(QueueService):
         if added & STATUS_DRIVER_OK and not (before | added) & STATUS_FEATURES_OK:
             self.bad_writes += 1
             added &= ~STATUS_DRIVER_OK
-        was_running = self.running
         self._words[STATUS // 4] = before | added
         if added & STATUS_DRIVER_OK:
             self._activate()
-        if self.running != was_running:
-            self._changed(self.running)
 
     def _accept_features(self) -> bool:
         wanted = self._wanted
@@ -288,14 +284,11 @@ class VirtioMmio(QueueService):
 
     def reset(self) -> None:
         """As after power-on. When it returns, no guest memory of former queues is written any more."""
-        was_running = self.running
         for queue in self.device.queues:
             queue.reset()
         self._clear()
         self.device.acked = 0
         self.device.reset()
-        if was_running:
-            self._changed(False)
 
     # -- from the loop ---------------------------------------------------------------------------------------------
 
@@ -337,10 +330,7 @@ class VirtioMmio(QueueService):
         self.faults += 1
         self.last_fault = str(fault)
         self.device.count_failure(counter)
-        was_running = self.running
         self._words[STATUS // 4] |= STATUS_DEVICE_NEEDS_RESET
-        if was_running:
-            self._changed(False)
         if self.status & STATUS_DRIVER_OK:
             self._words[INTERRUPT_STATUS // 4] |= INTERRUPT_CONFIG_CHANGE
             self._interrupt()
