@@ -27,8 +27,11 @@ from asyncvmm.machine.kvm.abi import KVM_IOEVENTFD_FLAG_DATAMATCH, KvmIoeventfd,
 from asyncvmm.machine.kvm.fds import ioctl
 from asyncvmm.x86.layout import MMIO_SIZE, mmio_device
 
-MOST_TURNS = 64
-"""Turns that a queue has when its guest has ended."""
+LAST_TURNS = 4
+"""Turns that a queue has when its guest has ended: a full ring of requests as drivers make them needs no more."""
+
+LAST_DESCRIPTORS = 2048
+"""Once a device has looked at so many by then, the rest of what its guest left behind is dropped: the loop waits."""
 
 
 def fence_of(lock: threading.Lock) -> Callable[[], None]:
@@ -52,7 +55,6 @@ class VirtioSlot:
         self.place = mmio_device(index)
         self.device = device
         self.lock = threading.RLock()
-        self.kicks_seen = 0
         self._due: set[int] = set()  # queues with a turn to come: a kick meanwhile must not give them another one
         self._loop: asyncio.AbstractEventLoop | None = None
         self._fail: Callable[[Exception], None] = lambda error: None
@@ -88,7 +90,6 @@ class VirtioSlot:
 
     def _kicked(self, index: int, fd: int) -> None:
         os.eventfd_read(fd)
-        self.kicks_seen += 1
         if index not in self._due:
             self._work(index)
 
@@ -109,15 +110,19 @@ class VirtioSlot:
     def work_off(self) -> None:
         """Serve what the guest left behind when it ended: its last kicks may not have been heard yet."""
         try:
-            for index in range(len(self.device.queues)):
-                self._work_off(index)
+            self._work_off()
         except Exception as error:  # as in _work; and nothing must keep a VM from being freed
             self._fail(error)
 
-    def _work_off(self, index: int) -> None:
-        for _ in range(MOST_TURNS):
-            if not self.transport.kick(index):
-                break
+    def _work_off(self) -> None:
+        """A turn for each queue, then another for those that have more."""
+        end = self._walked() + LAST_DESCRIPTORS
+        waiting = list(range(len(self.device.queues)))
+        for _ in range(LAST_TURNS):
+            waiting = [index for index in waiting if self._walked() < end and self.transport.kick(index)]
+
+    def _walked(self) -> int:
+        return sum(queue.walked for queue in self.device.queues)
 
     def close(self) -> None:
         """Serve no more, let go of guest memory. No vCPU thread may run any more."""
