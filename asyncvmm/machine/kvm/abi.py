@@ -41,6 +41,12 @@ class KvmUserspaceMemoryRegion(Structure):
     ]
 
 
+class KvmDirtyLog(Structure):
+    """struct kvm_dirty_log; ``dirty_bitmap`` is an address."""
+
+    _fields_ = [("slot", c_uint32), ("padding", c_uint32), ("dirty_bitmap", c_uint64)]
+
+
 class KvmPitConfig(Structure):
     """struct kvm_pit_config."""
 
@@ -194,6 +200,7 @@ class Request(IntEnum):
     KVM_GET_VCPU_MMAP_SIZE = _io(0x04)
     KVM_GET_SUPPORTED_CPUID = _iowr(0x05, 8)
     KVM_CREATE_VCPU = _io(0x41)
+    KVM_GET_DIRTY_LOG = _iow(0x42, sizeof(KvmDirtyLog))
     KVM_SET_USER_MEMORY_REGION = _iow(0x46, sizeof(KvmUserspaceMemoryRegion))
     KVM_SET_TSS_ADDR = _io(0x47)
     KVM_SET_IDENTITY_MAP_ADDR = _iow(0x48, 8)
@@ -231,6 +238,7 @@ class Capability(IntEnum):
     KVM_CAP_IMMEDIATE_EXIT = 136
 
 
+KVM_MEM_LOG_DIRTY_PAGES = 1
 KVM_MEM_READONLY = 2
 KVM_IOEVENTFD_FLAG_DATAMATCH = 1
 KVM_PIT_SPEAKER_DUMMY = 1
