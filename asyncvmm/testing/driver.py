@@ -70,6 +70,7 @@ class Driver:
         self.view = GuestView([(0, memoryview(self.memory))], lambda address, size: self.dirty.append((address, size)))
         self.interrupts = 0
         self.kicks: list[int] = []
+        self.faults: list[str] = []
         self._queue_size = queue_size
         self._wanted = device.features if features is None else features
         self._wanted |= 1 << VIRTIO_F_VERSION_1 | event_idx << VIRTIO_F_EVENT_IDX | indirect << VIRTIO_F_INDIRECT_DESC
@@ -87,6 +88,7 @@ class Driver:
             threading.RLock(),
             interrupt=self._count_interrupt,
             notify=self.kicks.append,
+            gave_up=self.faults.append,
         )
 
     def start(self) -> None:

@@ -85,7 +85,7 @@ class Play:
         self.driver.start()
         self.driver.view.sync()
         if well:
-            assert self.driver.transport.running, self.driver.transport.last_fault
+            assert self.driver.transport.running, self.driver.faults[-1:]
 
     def run(self) -> None:
         """The whole script, then the end."""
@@ -118,7 +118,7 @@ class Play:
         self._start_anew()
         self.driver.kicks.clear()
         self.target.serves(self.driver)
-        assert not self.driver.needs_reset, self.driver.transport.last_fault
+        assert not self.driver.needs_reset, self.driver.faults[-1:]
 
     def _start_anew(self) -> None:
         self.driver.reset()

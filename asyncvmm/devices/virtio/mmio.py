@@ -83,7 +83,8 @@ class VirtioMmio(QueueService):
 
     page: where the registers are kept, PAGE_BYTES long. lock: the device's; it must be one that its holder can take
     again. interrupt: raises the line, an edge. notify: a kick that came by a register write (an ioeventfd takes them
-    elsewhere). Both are called with the lock held, from any thread.
+    elsewhere). gave_up: the driver asked for something impossible, in words; once until it resets the device. The three
+    are called with the lock held, from any thread.
     """
 
     def __init__(
@@ -94,15 +95,14 @@ class VirtioMmio(QueueService):
         *,
         interrupt: Callable[[], None],
         notify: Callable[[int], None] = lambda index: None,
+        gave_up: Callable[[str], None] = lambda fault: None,
         page: memoryview | None = None,
     ) -> None:
         self.device = device
         self.bad_writes = 0
-        self.faults = 0
-        self.last_fault = ""
         self._memory = memory
         self._lock = lock
-        self._interrupt, self._notify_loop = interrupt, notify
+        self._interrupt, self._notify_loop, self._gave_up = interrupt, notify, gave_up
         self._page = memoryview(bytearray(PAGE_BYTES)) if page is None else page
         self._words = self._page.cast("I")
         self._offered = device.features | TRANSPORT_FEATURES
@@ -327,9 +327,9 @@ class VirtioMmio(QueueService):
 
     def _fail(self, counter: str, fault: GuestFault) -> None:
         """The driver asked for something impossible: the device stops and says so (2.1.1)."""
-        self.faults += 1
-        self.last_fault = str(fault)
         self.device.count_failure(counter)
+        if not self.needs_reset:
+            self._gave_up(str(fault))
         self._words[STATUS // 4] |= STATUS_DEVICE_NEEDS_RESET
         if self.status & STATUS_DRIVER_OK:
             self._words[INTERRUPT_STATUS // 4] |= INTERRUPT_CONFIG_CHANGE

@@ -23,6 +23,7 @@ from asyncvmm.devices.virtio.registers import (
     QUEUE_NOTIFY,
 )
 from asyncvmm.errors import HostError
+from asyncvmm.machine.device_faults import FaultReport
 from asyncvmm.machine.kvm.abi import KVM_IOEVENTFD_FLAG_DATAMATCH, KvmIoeventfd, KvmIrqfd, Request
 from asyncvmm.machine.kvm.fds import ioctl
 from asyncvmm.x86.layout import MMIO_SIZE, mmio_device
@@ -45,12 +46,15 @@ def fence_of(lock: threading.Lock) -> Callable[[], None]:
 
 
 class VirtioSlot:
-    """A device at place ``index`` among a VM's virtio-mmio devices; ``page`` has its registers.
+    """A device at place ``index`` among a VM's virtio-mmio devices; ``page`` has its registers. name, vm: the device's
+    and the VM's, for the bus and the log.
 
     Made on any thread; ``watch`` and ``close`` are for the loop. Raises HostError without descriptors for it.
     """
 
-    def __init__(self, index: int, device: VirtioDevice, memory: GuestView, page: memoryview, name: str) -> None:
+    def __init__(
+        self, index: int, device: VirtioDevice, memory: GuestView, page: memoryview, name: str, *, vm: str = ""
+    ) -> None:
         self.name = name
         self.place = mmio_device(index)
         self.device = device
@@ -65,6 +69,7 @@ class VirtioSlot:
             self.lock,
             interrupt=self._interrupt,
             notify=self._kick_by_hand,
+            gave_up=FaultReport(name, vm),
             page=page,
         )
 

@@ -65,7 +65,7 @@ class Attachments:
             return None
         from asyncvmm.machine.qemu.vsock import QemuVsock
 
-        self.vsock = QemuVsock(config, self._metrics.vsock)
+        self.vsock = QemuVsock(config, self._metrics.vsock, vm=self._plan.name)
         self.vsock.start()
         return self.vsock.peer.fileno()
 

@@ -11,6 +11,7 @@ import socket
 from asyncvmm.device_config import VsockConfig
 from asyncvmm.devices.virtio.vsock.device import VirtioVsock
 from asyncvmm.errors import MachineError
+from asyncvmm.machine.device_faults import FaultReport
 from asyncvmm.machine.qemu.vhost_user.server import VhostUserServer
 from asyncvmm.metrics.virtio import VsockMetrics
 from asyncvmm.vsock.host import VsockHost
@@ -20,18 +21,18 @@ _log = logging.getLogger("asyncvmm.devices")
 
 
 class QemuVsock:
-    """``host`` is the host's end, ``peer`` the socket for QEMU. Made on the loop.
+    """``host`` is the host's end, ``peer`` the socket for QEMU. ``vm``: the VM's name, for the log. Made on the loop.
 
     Raises MachineError when there are no descriptors left.
     """
 
-    def __init__(self, config: VsockConfig, metrics: VsockMetrics) -> None:
+    def __init__(self, config: VsockConfig, metrics: VsockMetrics, *, vm: str = "") -> None:
         try:
             ours, self.peer = socket.socketpair()
         except OSError as error:
             raise MachineError("socket pair", expected="two free descriptors", found=error.strerror) from error
         device = VirtioVsock(config.cid, metrics)
-        self._server = VhostUserServer(device, ours, on_end=self._on_end)
+        self._server = VhostUserServer(device, ours, on_end=self._on_end, gave_up=FaultReport("vsock", vm))
         self.host = VsockHost(device)
         self._sockets: UnixSockets | None = None
         if config.uds_path is not None:

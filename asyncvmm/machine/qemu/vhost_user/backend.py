@@ -72,6 +72,9 @@ class Shell(Protocol):
     def work(self, index: int) -> None:
         """Call ``Backend.kick`` for that ring soon."""
 
+    def gave_up(self, fault: str) -> None:
+        """The guest's driver asked for something impossible; nothing is done for it before it starts anew."""
+
 
 @attrs.define
 class Ring:
@@ -94,8 +97,6 @@ class Backend(QueueService):
 
     def __init__(self, device: VirtioDevice, shell: Shell, rings: int) -> None:
         self.device = device
-        self.faults = 0
-        self.last_fault = ""
         self._shell = shell
         self._rings = [Ring() for _ in range(rings)]
         self._regions: list[Region] = []
@@ -160,9 +161,8 @@ class Backend(QueueService):
 
     def _fault(self, fault: GuestFault) -> None:
         """The guest asked for something impossible: nothing more is done for it until its driver starts anew."""
-        self.faults += 1
-        self.last_fault = str(fault)
         self._running = False
+        self._shell.gave_up(str(fault))
 
     # -- messages ------------------------------------------------------------------------------------------------------
 

@@ -31,7 +31,7 @@ _ANCILLARY: Final = socket.CMSG_SPACE(4 * (MAX_REGIONS + 1))
 _ONE: Final = struct.pack("=Q", 1)
 
 
-def _say_nothing(_: str) -> None:
+def _say_nothing(_: object) -> None:
     pass
 
 
@@ -40,7 +40,8 @@ class VhostUserServer:
 
     Made on the loop; ``close`` ends it. rings: how many queues are ours (QEMU keeps the socket device's event queue to
     itself). on_end: told once, on the loop, why the front end's connection has ended, in one line; not after
-    ``close``. ``backend`` is the device's transport.
+    ``close``. gave_up: the driver asked for something impossible, in words; once until it starts anew. ``backend`` is
+    the device's transport.
     """
 
     def __init__(
@@ -50,10 +51,11 @@ class VhostUserServer:
         *,
         rings: int = 2,
         on_end: Callable[[str], None] = _say_nothing,
+        gave_up: Callable[[str], None] = _say_nothing,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._connection = connection
-        self._on_end = on_end
+        self._on_end, self._gave_up = on_end, gave_up
         self._decoder = Decoder()
         self._kicks: dict[int, int] = {}
         self._calls: dict[int, int] = {}
@@ -159,6 +161,10 @@ class VhostUserServer:
         if index not in self._due:
             self._due.add(index)
             self._loop.call_soon(self._work, index)
+
+    def gave_up(self, fault: str) -> None:
+        """See Shell."""
+        self._gave_up(fault)
 
     def _kicked(self, index: int) -> None:
         with suppress(BlockingIOError):

@@ -29,7 +29,7 @@ class SlotDriver(Driver):
     slot: VirtioSlot
 
     def new_transport(self, device: VirtioDevice) -> VirtioMmio:
-        self.slot = VirtioSlot(0, device, self.view, memoryview(bytearray(PAGE_BYTES)), "test")
+        self.slot = VirtioSlot(0, device, self.view, memoryview(bytearray(PAGE_BYTES)), "test", vm="a1b2")
         return self.slot.transport
 
 
@@ -66,6 +66,20 @@ def test_chains_longer_than_a_driver_makes_them_are_left_lying(console: SlotDriv
     console.slot.work_off()
     walked = sum(queue.walked for queue in console.device.queues)
     assert LAST_DESCRIPTORS <= walked < LAST_DESCRIPTORS + 2 * MOST_DESCRIPTORS
+
+
+def test_a_driver_that_asks_for_the_impossible_is_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    driver = SlotDriver(VirtioConsole(ConsoleConfig(), ConsoleMetrics()))
+    for _ in range(3):
+        driver.queue(1).set_avail_index(0x8000)
+        driver.slot.work_off()
+        assert driver.needs_reset
+        driver.reset()
+        driver.start()
+    assert "test of a1b2" in caplog.messages[0]
+    assert "ahead" in caplog.messages[0]
+    assert len(caplog.messages) == 3
+    driver.slot.close()
 
 
 def offer_long_chains(driver: SlotDriver, index: int) -> None:
