@@ -9,6 +9,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import anyio
 import anyio.lowlevel
@@ -17,11 +18,12 @@ import pytest
 
 from asyncvmm.device_config import BalloonConfig, ConsoleConfig, DriveConfig, NetConfig, RngConfig, VsockConfig
 from asyncvmm.device_list import DeviceConfig
-from asyncvmm.errors import ConfigError, DriveBusy, DriveError, StateError
+from asyncvmm.errors import ConfigError, DriveBusy, DriveError, MachineError, StateError
 from asyncvmm.machine.base import BootPlan, DriveResource, Resources
 from asyncvmm.machine.qemu.binary import find_qemu
 from asyncvmm.machine.qemu.command import QemuBinary
 from asyncvmm.machine.qemu.machine import QemuMachine
+from asyncvmm.machine.qemu.vhost_user.backend import Backend
 from asyncvmm.storage.overlay import make_overlay
 from asyncvmm.timing.timeline import Timeline
 from tests.support.qemu_machine import PATIENCE_S, holdings, running
@@ -304,4 +306,35 @@ async def test_a_stop_while_drives_are_being_opened_leaves_nothing(plan: BootPla
     with suppress(StateError):
         await task
     del task
+    assert not holdings() - before
+
+
+def wrong(*_: object) -> Any:
+    raise RuntimeError("wrong")
+
+
+async def test_a_device_of_ours_that_is_wrong_ends_the_guest_with_its_reason(
+    plan: BootPlan, qemu: QemuBinary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = holdings()
+    async with running(plan, qemu) as (machine, witness):
+        await witness.until_said("control", b"hello control\n")
+        monkeypatch.setattr(Backend, "kick", wrong)
+        assert machine._attachments.vsock is not None
+        machine._attachments.vsock._server.work(0)
+        stopped = await witness.until_stopped()
+        assert (stopped.reason, stopped.detail) == ("machine", "device: RuntimeError: wrong")
+    assert not holdings() - before
+
+
+async def test_a_device_of_ours_that_is_wrong_at_the_start_is_what_the_start_says(
+    plan: BootPlan, qemu: QemuBinary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = holdings()
+    monkeypatch.setattr(Backend, "handle", wrong)
+    with pytest.raises(MachineError, match="device: RuntimeError: wrong") as caught:
+        async with running(plan, qemu):
+            pass
+    assert not caught.value.retryable
+    del caught
     assert not holdings() - before

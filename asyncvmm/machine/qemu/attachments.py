@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import stat
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,8 +47,8 @@ class Attachments:
             if drive.overlay is not None:
                 drive.overlay.drop_name()
 
-    def connect(self, loop: asyncio.AbstractEventLoop) -> DeviceEnds:
-        """Pair the sockets; QEMU's ends of everything.
+    def connect(self, loop: asyncio.AbstractEventLoop, fail: Callable[[Exception], None]) -> DeviceEnds:
+        """Pair the sockets; QEMU's ends of everything. ``fail`` hears of an error of ours.
 
         Raises ConfigError (a unix socket that cannot be), MachineError when there are no descriptors left.
         """
@@ -57,15 +57,15 @@ class Attachments:
             channel = self._channels[name] = Channel(loop)
             self.ports[name] = ChannelStream(name, channel)
         ports = {name: channel.peer.fileno() for name, channel in self._channels.items()}
-        return DeviceEnds(drives=tuple(self._drives), ports=ports, vsock=self._connect_vsock())
+        return DeviceEnds(drives=tuple(self._drives), ports=ports, vsock=self._connect_vsock(fail))
 
-    def _connect_vsock(self) -> int | None:
+    def _connect_vsock(self, fail: Callable[[Exception], None]) -> int | None:
         config = self._plan.devices.vsock
         if config is None:
             return None
         from asyncvmm.machine.qemu.vsock import QemuVsock
 
-        self.vsock = QemuVsock(config, self._metrics.vsock, vm=self._plan.name)
+        self.vsock = QemuVsock(config, self._metrics.vsock, fail, vm=self._plan.name)
         self.vsock.start()
         return self.vsock.peer.fileno()
 

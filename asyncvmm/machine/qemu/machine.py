@@ -7,6 +7,7 @@ waited for by polling. The guest's effects may come before ``start`` has returne
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
 
 DRY_READS = 8
 """Most reads that empty the console before the control line is read; more is a guest that floods."""
+
+_log = logging.getLogger("asyncvmm.devices")
 
 _State = Literal["new", "starting", "running", "ended"]
 
@@ -87,6 +90,7 @@ class QemuMachine:
         self.balloon: QmpBalloon | None = None
         self._shutdown: StopReason | None = None
         self._reported = False
+        self._failure: str | None = None
         self._pausing = False
         self._child_gone: asyncio.Future[None] | None = None
         self._received = 0
@@ -225,7 +229,7 @@ class QemuMachine:
             self.balloon = QmpBalloon(self._qmp.execute, self._plan, group, is_pci=is_pci, version=qemu.version)
         control = self._ports["control"] = Channel(loop)
         console = self._ports["console"] = Channel(loop)
-        devices = self._attachments.connect(loop)
+        devices = self._attachments.connect(loop, self._device_failed)
         ends = ChildDescriptors(
             qmp=qmp.peer.fileno(), console=console.peer.fileno(), control=control.peer.fileno(), devices=devices
         )
@@ -256,6 +260,8 @@ class QemuMachine:
         except MachineError:
             if self._child is None or self._child.status is None:
                 raise
+            if self._failure is not None:
+                raise start_error("a device failed", self._failure, retryable=False) from None
             retryable = is_contention(self._child.status, self._child.last_words())
             raise start_error("QEMU refused to start", self._child.describe_end(), retryable=retryable) from None
         if self._state == "starting":
@@ -355,6 +361,14 @@ class QemuMachine:
     def _fail(self, error: MachineError) -> None:
         """QMP broke: nothing more can be said to this QEMU."""
         self._report("machine", str(error))
+        if self._child is not None:
+            self._child.kill()
+
+    def _device_failed(self, error: Exception) -> None:
+        """A device of ours went wrong: the guest cannot be served any more."""
+        _log.error("a device of %s failed", self._plan.name, exc_info=error)
+        self._failure = f"device: {type(error).__name__}: {error}"
+        self._report("machine", self._failure)
         if self._child is not None:
             self._child.kill()
 

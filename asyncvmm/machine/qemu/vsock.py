@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import socket
+from collections.abc import Callable
 
 from asyncvmm.device_config import VsockConfig
 from asyncvmm.devices.virtio.vsock.device import VirtioVsock
@@ -17,22 +18,25 @@ from asyncvmm.metrics.virtio import VsockMetrics
 from asyncvmm.vsock.host import VsockHost
 from asyncvmm.vsock.uds import UnixSockets
 
+Fail = Callable[[Exception], None]
+
 _log = logging.getLogger("asyncvmm.devices")
 
 
 class QemuVsock:
-    """``host`` is the host's end, ``peer`` the socket for QEMU. ``vm``: the VM's name, for the log. Made on the loop.
+    """``host`` is the host's end, ``peer`` the socket for QEMU. ``vm``: the VM's name, for the log. ``fail`` hears
+    of an error of ours. Made on the loop.
 
     Raises MachineError when there are no descriptors left.
     """
 
-    def __init__(self, config: VsockConfig, metrics: VsockMetrics, *, vm: str = "") -> None:
+    def __init__(self, config: VsockConfig, metrics: VsockMetrics, fail: Fail, *, vm: str = "") -> None:
         try:
             ours, self.peer = socket.socketpair()
         except OSError as error:
             raise MachineError("socket pair", expected="two free descriptors", found=error.strerror) from error
         device = VirtioVsock(config.cid, metrics)
-        self._server = VhostUserServer(device, ours, on_end=self._on_end, gave_up=FaultReport("vsock", vm))
+        self._server = VhostUserServer(device, ours, on_end=self._on_end, gave_up=FaultReport("vsock", vm), fail=fail)
         self.host = VsockHost(device)
         self._sockets: UnixSockets | None = None
         if config.uds_path is not None:

@@ -40,8 +40,9 @@ class VhostUserServer:
 
     Made on the loop; ``close`` ends it. rings: how many queues are ours (QEMU keeps the socket device's event queue to
     itself). on_end: told once, on the loop, why the front end's connection has ended, in one line; not after
-    ``close``. gave_up: the driver asked for something impossible, in words; once until it starts anew. ``backend`` is
-    the device's transport.
+    ``close``. gave_up: the driver asked for something impossible, in words; once until it starts anew. fail: hears of
+    an error of ours, which is none of the guest's; the server has closed by then. ``backend`` is the device's
+    transport.
     """
 
     def __init__(
@@ -52,10 +53,11 @@ class VhostUserServer:
         rings: int = 2,
         on_end: Callable[[str], None] = _say_nothing,
         gave_up: Callable[[str], None] = _say_nothing,
+        fail: Callable[[Exception], None] = _say_nothing,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._connection = connection
-        self._on_end, self._gave_up = on_end, gave_up
+        self._on_end, self._gave_up, self._fail = on_end, gave_up, fail
         self._decoder = Decoder()
         self._kicks: dict[int, int] = {}
         self._calls: dict[int, int] = {}
@@ -87,6 +89,16 @@ class VhostUserServer:
                     break
         except (VhostUserError, OSError) as error:
             self._end(str(error))
+        except Exception as error:  # a device of ours that is wrong must not fail in silence
+            self._break(error)
+
+    def _break(self, error: Exception) -> None:
+        if self._closed:
+            return
+        try:
+            self.close()
+        finally:
+            self._fail(error)
 
     def _end(self, why: str) -> None:
         if not self._closed:
@@ -174,8 +186,11 @@ class VhostUserServer:
 
     def _work(self, index: int) -> None:
         self._due.discard(index)
-        if not self._closed and self.backend.kick(index):
-            self.work(index)
+        try:
+            if not self._closed and self.backend.kick(index):
+                self.work(index)
+        except Exception as error:  # as in _read
+            self._break(error)
 
 
 def _map(region: Region, descriptor: int) -> memoryview:

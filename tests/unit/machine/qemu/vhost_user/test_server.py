@@ -37,6 +37,7 @@ class Bench:
     front: FrontEnd
     ends: list[str]
     faults: list[str] = attrs.field(factory=list)
+    errors: list[Exception] = attrs.field(factory=list)
 
     async def until(self, condition: Callable[[], object]) -> None:
         async with asyncio.timeout(5):
@@ -81,9 +82,9 @@ async def bench(anyio_backend: object) -> AsyncIterator[Bench]:
     ours, theirs = socket.socketpair()
     ends: list[str] = []
     device = VirtioVsock(CID, VsockMetrics())
-    faults: list[str] = []
-    server = VhostUserServer(device, ours, on_end=ends.append, gave_up=faults.append)
-    bench = Bench(device, server, FrontEnd(theirs), ends, faults)
+    faults, errors = list[str](), list[Exception]()
+    server = VhostUserServer(device, ours, on_end=ends.append, gave_up=faults.append, fail=errors.append)
+    bench = Bench(device, server, FrontEnd(theirs), ends, faults, errors)
     yield bench
     bench.server.close()
     bench.server.close()
@@ -217,6 +218,29 @@ async def test_a_guest_that_kicks_again_and_again_gets_one_turn_at_a_time(anyio_
         assert 0 < await device.calls_a_turn(lambda index=index: front.kick(index)) <= 2.5  # type: ignore[misc]
     server.close()
     front.close()
+
+
+async def test_a_device_of_ours_that_is_wrong_ends_the_connection_and_is_told_of(
+    started: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(index: int) -> bool:
+        raise RuntimeError("wrong")
+
+    monkeypatch.setattr(started.device, "process", wrong)
+    started.front.kick(TX)
+    await started.until(lambda: started.errors)
+    assert [str(error) for error in started.errors] == ["wrong"]
+    assert not started.ends
+    assert started.front.connection.recv(1) == b""
+
+
+async def test_a_message_that_we_fail_at_ends_the_connection_and_is_told_of(
+    started: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(started.device, "config", None)
+    started.front.send(Request.GET_CONFIG, struct.pack("<III", 0, 8, 0) + bytes(8))
+    await started.until(lambda: started.errors)
+    assert isinstance(started.errors[0], TypeError)
 
 
 async def test_a_front_end_that_goes_is_noticed(started: Bench) -> None:
