@@ -65,6 +65,7 @@ class BootPlan:
     none; it starts on a 4-byte boundary). ``cmdline`` is the caller's text; a machine adds what its own devices need.
     ``tsc_khz`` is the host's TSC frequency, None where it is not known. ``devices`` are the virtio devices, and
     ``resources`` what they stand on. ``acpi`` False describes the hardware without ACPI, on the command line.
+    ``track_dirty``: differences are to be saved of the machine.
     """
 
     name: str
@@ -78,6 +79,7 @@ class BootPlan:
     acpi: bool = True
     devices: DeviceConfig = attrs.field(factory=DeviceConfig)
     resources: Resources = attrs.field(factory=Resources)
+    track_dirty: bool = False
 
 
 @attrs.frozen
