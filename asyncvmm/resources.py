@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import os
-from contextlib import AsyncExitStack
+from collections.abc import Callable
+from contextlib import AsyncExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,16 @@ if TYPE_CHECKING:
 _log = logging.getLogger("asyncvmm.resources")
 
 
+@attrs.frozen(kw_only=True)
+class SavedResources:
+    """What a snapshot has of its VM's resources. drives: what ``save_drives`` gave. open_file: opens a file of the
+    snapshot by its name, to be read. mac: the network card's address."""
+
+    drives: object
+    open_file: Callable[[str], int]
+    mac: str | None = None
+
+
 class HostResources:
     """``record`` is what the machine is given. ``aclose`` frees everything, also half-way."""
 
@@ -31,18 +42,25 @@ class HostResources:
         self.record = Resources()
         self._undo = AsyncExitStack()
 
-    async def make_ready(self, devices: DeviceConfig, accel: AccelName, timeline: Timeline) -> None:
-        """Make overlays and the network.
+    async def make_ready(
+        self, devices: DeviceConfig, accel: AccelName, timeline: Timeline, saved: SavedResources | None = None
+    ) -> None:
+        """Make overlays and the network; ``saved``: for a VM that is restored.
 
         Cancelled or failed, it leaves to ``aclose`` what is there. Raises ConfigError and HostError, with their kinds:
-        what was asked for cannot be had.
+        what was asked for cannot be had; SnapshotDamaged and SnapshotMismatch where it is not what was saved.
         """
-        await self._make_overlays(devices, accel, timeline)
+        await self._make_overlays(devices, accel, timeline, saved)
         if devices.net is not None:
-            await self._connect(devices.net, timeline)
+            await self._connect(devices.net, timeline, saved.mac if saved is not None else None)
 
-    async def _make_overlays(self, devices: DeviceConfig, accel: AccelName, timeline: Timeline) -> None:
-        if any(drive.overlay for drive in devices.drives):
+    async def _make_overlays(
+        self, devices: DeviceConfig, accel: AccelName, timeline: Timeline, saved: SavedResources | None
+    ) -> None:
+        if saved is not None:
+            with timeline.phase("overlay") if devices.drives else nullcontext():
+                drives = await in_thread(lambda: self._ready_again(devices, accel, saved))
+        elif any(drive.overlay for drive in devices.drives):
             with timeline.phase("overlay"):
                 drives = await in_thread(lambda: [self._ready(drive, accel) for drive in devices.drives])
         else:
@@ -57,13 +75,28 @@ class HostResources:
             return DriveResource(drive, drive.path)
         target = drive.overlay if isinstance(drive.overlay, Path) else None
         overlay = make_overlay(drive.path, target, for_qemu=accel == "qemu")
-        self._undo.push_async_callback(in_thread, lambda: _remove(overlay))
+        self._remove_at_end(overlay)
         return DriveResource(drive, overlay.path or drive.path, overlay.format, overlay)
 
-    async def _connect(self, net: NetConfig, timeline: Timeline) -> None:
+    def _ready_again(self, devices: DeviceConfig, accel: AccelName, saved: SavedResources) -> list[DriveResource]:
+        """On a worker thread."""
+        if not devices.drives and saved.drives == []:
+            return []
+        from asyncvmm.storage.snapshot import restored_drives
+
+        drives = restored_drives(saved.drives, devices.drives, saved.open_file, for_qemu=accel == "qemu")
+        for drive in drives:
+            if drive.overlay is not None:
+                self._remove_at_end(drive.overlay)
+        return drives
+
+    def _remove_at_end(self, overlay: Overlay) -> None:
+        self._undo.push_async_callback(in_thread, lambda: _remove(overlay))
+
+    async def _connect(self, net: NetConfig, timeline: Timeline, mac: str | None = None) -> None:
         from asyncvmm.net.mac import draw_mac, format_mac
 
-        mac = net.mac or format_mac(draw_mac())
+        mac = mac or net.mac or format_mac(draw_mac())
         if (tap := net.tap) is not None:
             fd = await in_thread(lambda: self._open_tap(tap))
         else:

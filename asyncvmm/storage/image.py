@@ -43,6 +43,10 @@ class Image(Protocol):
         """Everything written until now is on stable storage at the return."""
         ...
 
+    def settle(self) -> None:
+        """Whoever reads the image's file finds everything written until now."""
+        ...
+
     def close(self) -> None:
         """Give everything back. May be called again."""
         ...

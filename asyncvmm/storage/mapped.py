@@ -90,6 +90,13 @@ class MappedImage:
         if self._keep and self._blocks.save(self._top.fd, MAP_AT):
             os.fdatasync(self._top.fd)
 
+    def settle(self) -> None:
+        """See Image. One that nobody opens again has its map on disk for a snapshot alone, without waiting for it."""
+        if self._keep:
+            self.flush()
+        else:
+            self._blocks.save(self._top.fd, MAP_AT)
+
     def close(self) -> None:
         """See Image."""
         if not self._open:

@@ -16,7 +16,7 @@ from asyncvmm.storage.image import Image
 from asyncvmm.storage.lock import lock_image
 from asyncvmm.storage.mapped import MappedImage
 from asyncvmm.storage.overlay import Overlay
-from asyncvmm.storage.overlay_file import MAP_AT, check_header, header_for, parse_header
+from asyncvmm.storage.overlay_file import MAP_AT, OverlayHeader, check_header, header_for, parse_header
 from asyncvmm.storage.ranges import size_of
 from asyncvmm.storage.raw import RawImage
 
@@ -39,7 +39,7 @@ def open_image(drive: DriveConfig, overlay: Overlay | None = None) -> Image:
 def _open(drive: DriveConfig, overlay: Overlay | None, stack: ExitStack) -> Image:
     if overlay is None:
         return _raw(_open_file(drive.path, stack, writer=not drive.read_only), drive.path, drive.cache, stack)
-    fd = overlay.take_fd()
+    fd = overlay.open_file()
     stack.callback(os.close, fd)
     name = overlay.path or overlay.base
     if overlay.path is not None:
@@ -89,9 +89,21 @@ def _mapped(overlay: Overlay, fd: int, cache: CacheMode, stack: ExitStack) -> Ma
     base_fd = _open_file(overlay.base, stack, writer=False)
     name = overlay.path or overlay.base
     header = header_for(overlay.base, size_of(base_fd))
-    check_header(parse_header(os.pread(fd, MAP_AT, 0)), header, name, size_of(fd))
-    blocks = BlockMap(header.size, header.block)
+    base: Image = RawImage(base_fd, header.size)
+    if overlay.under >= 0:
+        under = os.dup(overlay.under)
+        stack.callback(os.close, under)
+        blocks = _blocks_of(under, header, name, stack)
+        base = MappedImage(base, RawImage(under, header.size, start=header.data_at), blocks, keep=False)
+    blocks = _blocks_of(fd, header, name, stack)
+    top = _raw(fd, name, cache, stack, start=header.data_at, size=header.size)
+    return MappedImage(base, top, blocks, keep=not overlay.temporary)
+
+
+def _blocks_of(fd: int, expected: OverlayHeader, name: Path, stack: ExitStack) -> BlockMap:
+    """Of an overlay that has the header it should have."""
+    check_header(parse_header(os.pread(fd, MAP_AT, 0)), expected, name, size_of(fd))
+    blocks = BlockMap(expected.size, expected.block)
     stack.callback(blocks.close)
     blocks.load(fd, MAP_AT)
-    top = _raw(fd, name, cache, stack, start=header.data_at, size=header.size)
-    return MappedImage(RawImage(base_fd, header.size), top, blocks, keep=not overlay.temporary)
+    return blocks

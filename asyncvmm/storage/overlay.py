@@ -10,6 +10,9 @@ qcow2    for the QEMU machine, which reads no format of ours.
 An overlay without a path of its own dies with its VM: for the KVM machine it never has a name, for QEMU only until it
 is open. So nothing is left behind however this process ends.
 
+A clone's overlay begins with what a snapshot has kept (storage/snapshot.py): a mapped one lies over the saved one and
+takes none of its bytes, the others are copies, which share blocks where the file system can.
+
 An image's format is never guessed: what a guest wrote into a raw image must not decide which files the host opens.
 """
 
@@ -27,20 +30,22 @@ from typing import Literal
 import attrs
 
 from asyncvmm.errors import DriveError, ImageError
+from asyncvmm.storage.copying import copy_file
 from asyncvmm.storage.lock import lock_image
 from asyncvmm.storage.overlay_file import MAGIC, MAP_AT, check_header, header_for, parse_header
 from asyncvmm.storage.qcow2 import MAGIC as QCOW2_MAGIC
 from asyncvmm.storage.qcow2 import base_of, empty_overlay
 from asyncvmm.storage.ranges import clone_file, size_of
 
-How = Literal["reflink", "mapped", "qcow2", "kept"]
+How = Literal["reflink", "mapped", "qcow2", "kept", "saved"]
 Format = Literal["raw", "mapped", "qcow2"]
 
 
 @attrs.define(kw_only=True, eq=False)
 class Overlay:
-    """One overlay. how: how it came to be, ``kept`` if it was there before. format: what the file is. path: its name,
-    None if it has none; then ``fd`` is the only way to it, and belongs to this record until ``take_fd``."""
+    """One overlay. how: how it came to be; ``kept`` if it was there before, ``saved`` if a snapshot had it. format:
+    what the file is. path: its name, None if it has none. fd: one that is temporary, open; under: a saved one of the
+    same base, open, over which this one lies (-1: none). Both belong to this record."""
 
     base: Path
     how: How
@@ -48,18 +53,22 @@ class Overlay:
     path: Path | None = None
     temporary: bool = False
     fd: int = -1
+    under: int = -1
 
-    def take_fd(self) -> int:
-        """The file, opened for reading and writing, the caller's from now on. Raises OSError."""
-        if self.path is not None:
-            return os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
-        fd, self.fd = self.fd, -1
-        return fd
+    def open_file(self, mode: int = os.O_RDWR) -> int:
+        """The file, the caller's to close; of one that is temporary ``mode`` is as it is. Raises OSError."""
+        if self.fd >= 0:
+            return os.dup(self.fd)
+        if self.path is None:
+            raise OSError(errno.EBADF, "the overlay is gone")
+        return os.open(self.path, mode | os.O_CLOEXEC)
 
     def remove(self) -> None:
         """Let go of it; one that is temporary is gone then. May be called again."""
-        if self.fd >= 0:
-            os.close(self.take_fd())
+        for fd in (self.fd, self.under):
+            if fd >= 0:
+                os.close(fd)
+        self.fd = self.under = -1
         self.drop_name()
 
     def drop_name(self) -> None:
@@ -133,20 +142,30 @@ def _nameless(directory: Path) -> int:
 
 
 def _new_for_qemu(base: Path, size: int, directory: Path) -> Overlay:
-    return _new(base, size, directory / f"overlay-{secrets.token_hex(8)}", True, temporary=True)
+    return _new(base, size, _draw_name(directory), True, temporary=True)
+
+
+def _draw_name(directory: Path) -> Path:
+    return directory / f"overlay-{secrets.token_hex(8)}"
 
 
 def _new(base: Path, size: int, target: Path, for_qemu: bool, *, temporary: bool) -> Overlay:
-    fd = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    fd = _create(target)
     try:
         how = _fill(base, size, fd, for_qemu)
     except BaseException:
         target.unlink()
-        raise
-    finally:
         os.close(fd)
+        raise
     form: Format = "raw" if how == "reflink" else how
-    return Overlay(base=base, how=how, format=form, path=target, temporary=temporary)
+    if not temporary:
+        os.close(fd)
+        fd = -1
+    return Overlay(base=base, how=how, format=form, path=target, temporary=temporary, fd=fd)
+
+
+def _create(target: Path) -> int:
+    return os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
 
 
 def _fill(base: Path, size: int, fd: int, for_qemu: bool) -> Literal["reflink", "mapped", "qcow2"]:
@@ -178,6 +197,63 @@ def _lay_out(base: Path, size: int, fd: int) -> None:
     header = header_for(base, size)
     os.pwrite(fd, header.pack(), 0)
     os.ftruncate(fd, header.file_size)
+
+
+# -- what a snapshot had -----------------------------------------------------------------------------------------------
+
+
+def overlay_of_saved(base: Path, saved: int, form: Format, *, for_qemu: bool, directory: Path | None = None) -> Overlay:
+    """A temporary overlay that begins with what ``saved`` holds: an overlay's file of ``base`` in the format ``form``,
+    open, the caller's. For a worker thread: what cannot share blocks is copied. Raises DriveError, ImageError.
+    """
+    place = Path(tempfile.gettempdir()) if directory is None else directory
+    try:
+        if form == "mapped" and not for_qemu:
+            return _over_saved(base, saved, place)
+        return _copy_of_saved(base, saved, form, place, for_qemu)
+    except OSError as error:
+        raise DriveError("overlay", expected="room for a copy", found=f"{place} ({error.strerror})") from None
+
+
+def _over_saved(base: Path, saved: int, directory: Path) -> Overlay:
+    header = parse_header(os.pread(saved, MAP_AT, 0))
+    check_header(header, header_for(base, _size_of_base(base)), base, os.fstat(saved).st_size)
+    fd = _nameless(directory)
+    try:
+        _lay_out(base, header.size, fd)
+        under = os.dup(saved)
+    except BaseException:
+        os.close(fd)
+        raise
+    return Overlay(base=base, how="saved", format="mapped", temporary=True, fd=fd, under=under)
+
+
+def _copy_of_saved(base: Path, saved: int, form: Format, directory: Path, named: bool) -> Overlay:
+    if not named and (sharing := _sharing(saved)) >= 0:
+        return Overlay(base=base, how="saved", format=form, temporary=True, fd=sharing)
+    path = _draw_name(directory) if named else None
+    fd = _nameless(directory) if path is None else _create(path)
+    overlay = Overlay(base=base, how="saved", format=form, path=path, temporary=True, fd=fd)
+    try:
+        copy_file(saved, fd)
+    except BaseException:
+        overlay.remove()
+        raise
+    return overlay
+
+
+def _sharing(saved: int) -> int:
+    """A file without a name beside the saved one, sharing its blocks; -1 where that cannot be."""
+    try:
+        fd = _nameless(Path(os.readlink(f"/proc/self/fd/{saved}")).parent)
+    except OSError:
+        return -1
+    try:
+        clone_file(saved, fd)
+    except OSError:
+        os.close(fd)
+        return -1
+    return fd
 
 
 # -- those that are there already --------------------------------------------------------------------------------------

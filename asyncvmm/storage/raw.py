@@ -100,6 +100,9 @@ class RawImage:
         """See Image."""
         os.fdatasync(self.fd)
 
+    def settle(self) -> None:
+        """See Image. Nothing of it is anywhere else."""
+
     def close(self) -> None:
         """See Image."""
         if self.fd >= 0:
