@@ -8,22 +8,37 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 import anyio
 
 from asyncvmm.errors import AsyncVMMError, ConfigError, GuestStopped
 from asyncvmm.events.milestones import Milestone, fresh
-from asyncvmm.events.types import EVENTS, Event, GuestExit, GuestListener, GuestPreExec, GuestReady, LogLost
+from asyncvmm.events.types import (
+    EVENTS,
+    Event,
+    GuestExit,
+    GuestHeartbeat,
+    GuestIdle,
+    GuestListener,
+    GuestPreExec,
+    GuestReady,
+    LogLost,
+)
 
 CAPACITY = 1024
 """Events a subscription holds for a reader that is behind."""
 
+MOST_LISTENERS = 1024
+"""Listeners of a guest that are remembered."""
+
 Sink = Callable[[Event], None]
 
-_MILESTONES = frozenset(kind.event for kind in (GuestReady, GuestPreExec, GuestListener, GuestExit))
+_REMEMBERED = frozenset(
+    kind.event for kind in (GuestReady, GuestPreExec, GuestListener, GuestExit, GuestIdle, GuestHeartbeat)
+)
 
 _log = logging.getLogger("asyncvmm.events")
 
@@ -31,9 +46,9 @@ _log = logging.getLogger("asyncvmm.events")
 class EventHub:
     """The events of one VM. May be made without a running loop.
 
-    ``ready``, ``pre_exec`` and ``listener`` (the first one) give their event; ``exit`` gives the workload's exit code;
-    ``stopped`` gives the reason in one word and never raises. The others raise GuestStopped if the VM stops first, or
-    the VM's error if it dies.
+    ``ready``, ``pre_exec``, ``listener`` (the first one) and ``idle`` give their event; ``exit`` gives the workload's
+    exit code; ``stopped`` gives the reason in one word and never raises. The others raise GuestStopped if the VM stops
+    first, or the VM's error if it dies. ``heartbeat`` is the newest one, None before the first.
     """
 
     def __init__(self) -> None:
@@ -41,8 +56,11 @@ class EventHub:
         self.pre_exec: Milestone[GuestPreExec] = Milestone("pre_exec")
         self.listener: Milestone[GuestListener] = Milestone("listener")
         self.exit: Milestone[int] = Milestone("exit")
+        self.idle: Milestone[GuestIdle] = Milestone("idle")
         self.stopped: Milestone[str] = Milestone("stopped")
         self.error: AsyncVMMError | None = None
+        self.heartbeat: GuestHeartbeat | None = None
+        self._listeners: dict[tuple[str, int], GuestListener] = {}
         self._queues: tuple[_Queue, ...] = ()
         self._sinks: tuple[Sink, ...] = ()
 
@@ -50,14 +68,14 @@ class EventHub:
     def listening(self) -> bool:
         """Whether anybody would see an event.
 
-        If not, events need not be built, except guest.ready, .pre_exec, .listener and .exit: milestones hang on them.
+        If not, events need not be built, except those of the guest contract: milestones hang on them.
         """
         return bool(self._queues or self._sinks)
 
     def publish(self, event: Event) -> None:
         """Give the event to everybody who listens. Never raises, never waits."""
-        if event.event in _MILESTONES:
-            self._reach(event)
+        if event.event in _REMEMBERED:
+            self._remember(event)
         for queue in self._queues:
             if queue.closed:
                 self._forget(queue)
@@ -69,6 +87,14 @@ class EventHub:
             except Exception:
                 _log.exception("an event sink failed and is detached: %r", sink)
                 self._detach(sink)
+
+    def past(self) -> Iterator[Event]:
+        """What the guest has come to so far: its pre-exec, listeners (the first MOST_LISTENERS), newest heartbeat,
+        idleness; each once, those that there are.
+        """
+        for event in (self.pre_exec.value, *self._listeners.values(), self.heartbeat, self.idle.value):
+            if event is not None:
+                yield event
 
     def attach(self, sink: Sink) -> Callable[[], None]:
         """Have ``sink`` called with every event, on the loop; a sink that raises is logged and detached.
@@ -97,13 +123,13 @@ class EventHub:
 
     def close(self, reason: str = "stopped") -> None:
         """The VM has stopped as it should: iterations end after what is queued, pending milestones fail."""
-        for milestone in (self.ready, self.pre_exec, self.listener, self.exit):
+        for milestone in self._milestones:
             milestone.fail(GuestStopped(f"the guest stopped before {milestone.name}", reason=reason))
         self._end(reason, None)
 
     def fail(self, error: AsyncVMMError) -> None:
         """The VM has died: iterations raise ``error`` after what is queued, pending milestones fail with it."""
-        for milestone in (self.ready, self.pre_exec, self.listener, self.exit):
+        for milestone in self._milestones:
             milestone.fail(error)
         self._end(getattr(error, "reason", "error"), error)
 
@@ -115,15 +141,25 @@ class EventHub:
             queue.end(error)
         self._queues = ()
 
-    def _reach(self, event: Event) -> None:
-        if isinstance(event, GuestReady):
+    @property
+    def _milestones(self) -> tuple[Milestone[Any], ...]:
+        return self.ready, self.pre_exec, self.listener, self.exit, self.idle
+
+    def _remember(self, event: Event) -> None:
+        if isinstance(event, GuestHeartbeat):
+            self.heartbeat = event
+        elif isinstance(event, GuestReady):
             self.ready.set(event)
         elif isinstance(event, GuestPreExec):
             self.pre_exec.set(event)
         elif isinstance(event, GuestListener):
             self.listener.set(event)
+            if len(self._listeners) < MOST_LISTENERS:
+                self._listeners.setdefault((event.proto, event.port), event)
         elif isinstance(event, GuestExit):
             self.exit.set(event.code)
+        elif isinstance(event, GuestIdle):
+            self.idle.set(event)
 
     def _detach(self, sink: Sink) -> None:
         self._sinks = tuple(other for other in self._sinks if other is not sink)

@@ -2,7 +2,7 @@
 
 BOOT_TIME:<stage>:<ns>             READY                    workload-pre-exec
 heartbeat counter=<n>              listener proto=<p> port=<n>      workload-exit code=<n>
-clock tsc=<n> ns=<n> tsc_end=<n>
+idle                               clock tsc=<n> ns=<n> tsc_end=<n>
 
 ``clock`` ties the guest's CLOCK_MONOTONIC to its time stamp counter: it read ``ns`` between the two counter values.
 """
@@ -63,6 +63,11 @@ class WorkloadExit:
 
 
 @attrs.frozen
+class Idle:
+    """PID 1 is alone: the workload and all that it left behind have ended, or there never was one."""
+
+
+@attrs.frozen
 class ClockReading:
     """PID 1 read ``ns`` of its CLOCK_MONOTONIC while its time stamp counter went from ``tsc`` to ``tsc_end``."""
 
@@ -104,7 +109,7 @@ class Malformed:
     excerpt: bytes
 
 
-_Told = BootTime | Ready | PreExec | Heartbeat | Listener | WorkloadExit | ClockReading | InitError | InitWarning
+_Told = BootTime | Ready | PreExec | Heartbeat | Listener | WorkloadExit | Idle | ClockReading | InitError | InitWarning
 Marker = _Told | Panic
 Parsed = _Told | UnknownStage | Malformed
 
@@ -174,7 +179,7 @@ def _init_warning(detail: bytes) -> Parsed:
     return InitWarning(detail.decode("ascii"))
 
 
-_FIXED: dict[bytes, Parsed] = {b"READY": Ready(), b"workload-pre-exec": PreExec()}
+_FIXED: dict[bytes, Parsed] = {b"READY": Ready(), b"workload-pre-exec": PreExec(), b"idle": Idle()}
 
 _NUMBERED: tuple[tuple[bytes, re.Pattern[bytes], _Build], ...] = (
     (b"BOOT_TIME", re.compile(rb"BOOT_TIME:([^:]+):([0-9]{1,20})"), _boot_time),

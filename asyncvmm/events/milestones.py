@@ -34,6 +34,11 @@ class Milestone(Generic[T]):
         """Whether it was reached or failed."""
         return bool(self._values) or self.error is not None
 
+    @property
+    def value(self) -> T | None:
+        """The value, None if there is none."""
+        return self._values[0] if self._values else None
+
     def set(self, value: T) -> bool:
         """It is reached. The first outcome counts; returns whether this was it."""
         if self.done:

@@ -160,6 +160,13 @@ class GuestExit(Event):
 
 
 @event_class
+class GuestIdle(Event):
+    """PID 1 is alone: the workload and all that it left behind have ended, or there never was one."""
+
+    event: ClassVar[str] = "guest.idle"
+
+
+@event_class
 class SerialLine(Event):
     """One line of a serial port. ``truncated``: the guest wrote more than the cap, or bytes of it were lost."""
 
@@ -348,6 +355,7 @@ EVENTS: Mapping[str, type[Event]] = {
         GuestHeartbeat,
         GuestListener,
         GuestExit,
+        GuestIdle,
         SerialLine,
         VmTimingEvent,
         BootProfileEvent,
