@@ -32,6 +32,11 @@ class Attempt:
         self._plan: BootPlan | None = None
         self._resources: HostResources | None = None
 
+    @property
+    def made_plan(self) -> BootPlan | None:
+        """What is booted, once it is decided, with what its devices stand on."""
+        return self._plan
+
     async def plan(self) -> None:
         """Decide what to boot, and import what it takes. Raises ConfigError and its kinds."""
         self._plan = await anyio.to_thread.run_sync(self._make_plan)
@@ -41,7 +46,7 @@ class Attempt:
         plan = self._plan
         assert plan is not None
         if plan.devices.count:
-            plan = await self._with_resources(plan)
+            plan = self._plan = await self._with_resources(plan)
         self.machine = make_machine(self._choice, plan, self._timeline, on_effects, metrics)
         await self.machine.prepare()
         return self.machine

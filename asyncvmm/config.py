@@ -213,7 +213,9 @@ class VMConfig:
     Devices, see device_config for each record: drives, DriveConfigs or paths, in the order vda, vdb and so on; net,
     ``none``, ``user`` or a NetConfig; balloon, vsock, rng, virtio_console: True for the default one, or a record.
     acpi: False for a kernel built without ACPI, which then finds its devices on the command line (KVM alone).
-    metrics_interval_s: seconds between two ``metrics`` events.
+    metrics_interval_s: seconds between two ``metrics`` events. pre_exec_window: PID 1 holds the workload, one step before
+    its exec, until ``vm.go()``. track_dirty: keep account of the pages that are written, so that snapshots can be
+    differences (KVM alone; it slows the guest a little).
 
     Raises ConfigError and its kinds at construction.
     """
@@ -239,8 +241,12 @@ class VMConfig:
     virtio_console: ConsoleConfig | None = attrs.field(default=None, converter=_console)
     acpi: bool = attrs.field(default=True, validator=_check_bool)
     metrics_interval_s: float = attrs.field(default=60.0, validator=_check_interval)
+    pre_exec_window: bool = attrs.field(default=False, validator=_check_bool)
+    track_dirty: bool = attrs.field(default=False, validator=_check_bool)
 
     def __attrs_post_init__(self) -> None:
+        if self.pre_exec_window and not self.workload:
+            raise ConfigError("pre_exec_window", expected="a workload to hold", found="none")
         if self.balloon is not None and self.balloon.mib > self.memory_mib:
             raise ConfigError("balloon", expected=f"at most {self.memory_mib} MiB", found=f"{self.balloon.mib} MiB")
 

@@ -31,5 +31,10 @@ class DeviceConfig:
     @property
     def count(self) -> int:
         """How many there are."""
-        others = (self.net, self.balloon, self.vsock, self.rng, self.console)
-        return len(self.drives) + sum(device is not None for device in others)
+        return len(self.names)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What each is: ``blk-<id>`` for drives, else its kind."""
+        others = [name for name in ("net", "balloon", "vsock", "rng", "console") if getattr(self, name) is not None]
+        return (*(f"blk-{drive.id or 'drive'}" for drive in self.drives), *others)

@@ -36,10 +36,11 @@ def make_plan(config: VMConfig, name: str, accel: AccelName, tsc_khz: int | None
         vcpus=config.vcpus,
         kernel=kernel,
         initrd=initrd,
-        appended=workload_archive(config.workload, config.env),
+        appended=workload_archive(config.workload, config.env, arm_pre_exec=config.pre_exec_window),
         cmdline=cmdline,
         tsc_khz=tsc_khz,
         acpi=config.acpi,
+        track_dirty=config.track_dirty,
     )
     plan = _with_devices(plan, config, image)
     if accel == "qemu":  # our own machine checks as it loads; QEMU would start, and fail in words of its own or hang
@@ -58,7 +59,14 @@ def _with_devices(plan: BootPlan, config: VMConfig, image: Image | None) -> Boot
     archive = b""
     if plan.initrd is not None:
         ports = devices.console.ports if devices.console is not None else ()
-        archive = workload_archive(config.workload, config.env, root=_root(devices), net=_net(devices), ports=ports)
+        archive = workload_archive(
+            config.workload,
+            config.env,
+            arm_pre_exec=config.pre_exec_window,
+            root=_root(devices),
+            net=_net(devices),
+            ports=ports,
+        )
     return attrs.evolve(plan, devices=devices, appended=archive)
 
 

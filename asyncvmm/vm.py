@@ -12,8 +12,8 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Coroutine, Mapping
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from contextlib import asynccontextmanager, suppress
 from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -22,6 +22,7 @@ import anyio
 import anyio.to_thread
 
 from asyncvmm.accel import AccelChoice, choose_accel
+from asyncvmm.activities import Activities
 from asyncvmm.attempt import Attempt
 from asyncvmm.config import VMConfig
 from asyncvmm.console import Console
@@ -36,6 +37,7 @@ from asyncvmm.machine.choose import trace_exits
 from asyncvmm.machine.waiting import wait_out
 from asyncvmm.readiness import GuestFacts, Readiness, complete, describe_end
 from asyncvmm.report import BootReport
+from asyncvmm.snapshot.of_vm import SnapshotCalls
 from asyncvmm.timing.boot_profile import BootProfile
 from asyncvmm.timing.guest_clock import GuestClock
 from asyncvmm.timing.profiles import CreateVmProfile, GuestBootProfile, VcpuSetupProfile
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from asyncvmm.balloon import Balloon
     from asyncvmm.machine.kvm.trace import ExitTrace
     from asyncvmm.metrics.control import VmMetricsControl
+    from asyncvmm.snapshot.restoring import Restoring
     from asyncvmm.upkeep import Upkeep
     from asyncvmm.vsock.of_vm import Vsock
 
@@ -61,7 +64,7 @@ _RETRY_PAUSE_S = 0.2
 _ORDINARY_ENDS = ("shutdown", "reset", "debug-exit")
 
 
-class VM:
+class VM(SnapshotCalls):
     """One microVM. ``boot`` starts it and returns when the guest is ready; ``stop`` (or leaving the block) frees it.
 
     ``events`` is its EventHub, ``console`` its Console, ``config`` what was asked for, ``name`` the ``vm`` of events.
@@ -84,8 +87,9 @@ class VM:
         self._ended = False
         self._readiness = Readiness(self.events, self._facts, self.config.boot_timeout_s, self.config.stall_timeout_s)
         self._upkeep: Upkeep | None = None
-        self._boot_scope: anyio.CancelScope | None = None
-        self._boot_done: anyio.Event | None = None
+        self._activities = Activities()
+        self._holds_workload = False
+        self._being_saved = False
 
     # -- what can be asked -----------------------------------------------------------------------------------------
 
@@ -191,25 +195,13 @@ class VM:
         """
         if self._state != "new":
             raise StateError("boot", expected="a new VM", state=self._state)
-        self._boot_done = anyio.Event()
         self._go("starting")
-        try:
-            with anyio.CancelScope() as self._boot_scope:
-                with self.timeline.phase("total"):
-                    accel = await self._boot()
-                return self._report.tell_ready(accel, self.guest_profile, self.guest_clock)
-            raise StateError("boot", expected="a VM left to boot", found="stop()", state=self._state)
-        except StateError:
-            await self._end()
-            raise
-        except AsyncVMMError as error:
-            await self._fail(error)
-            raise
-        except BaseException:
-            await self._end()
-            raise
-        finally:
-            self._boot_done.set()
+        self._holds_workload = self.config.pre_exec_window
+        async with self._freed_unless_done("boot"):
+            with self.timeline.phase("total"):
+                accel = await self._boot()
+            return self._report.tell_ready(accel, self.guest_profile, self.guest_clock)
+        raise AssertionError("unreachable")
 
     async def pause(self) -> None:
         """Stop every vCPU. Raises StateError unless the VM is ready, or if the guest ends meanwhile.
@@ -219,7 +211,15 @@ class VM:
         await self._timed("pause_vm", self._change("ready", "paused", self._pause))
 
     async def resume(self) -> None:
-        """Let the vCPUs run on. Raises StateError unless the VM is paused. A cancellation is heard once it is done."""
+        """Let the vCPUs run on. Raises StateError unless the VM is paused, and while it is being saved.
+
+        A cancellation is heard once it is done.
+        """
+        if self._being_saved:
+            raise StateError("resume", expected="a VM that is not being saved", state=self._state)
+        await self._let_run()
+
+    async def _let_run(self) -> None:
         await self._timed("resume_vm", self._change("paused", "ready", self._resume))
 
     async def shutdown(self, timeout_s: float = 30.0) -> None:
@@ -233,10 +233,7 @@ class VM:
 
     async def stop(self) -> None:
         """End the guest at once and free everything. May be called again, and from any state: it ends a boot, too."""
-        if self._boot_scope is not None and self._boot_done is not None:
-            self._boot_scope.cancel()
-            with anyio.CancelScope(shield=True):
-                await self._boot_done.wait()
+        await self._activities.end_all()
         await self._end()
 
     def trace_exits(self, capacity: int = 4096) -> ExitTrace:
@@ -255,6 +252,22 @@ class VM:
         await self.stop()
 
     # -- booting ---------------------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _freed_unless_done(self, what: str) -> AsyncIterator[None]:
+        """What the block does, stop() may end. If it does not come to its end, the VM does."""
+        try:
+            with self._activities.begin(what):
+                yield
+        except StateError:
+            await self._end()
+            raise
+        except AsyncVMMError as error:
+            await self._fail(error)
+            raise
+        except BaseException:
+            await self._end()
+            raise
 
     async def _boot(self) -> AccelName:
         choice = await self._choose()
@@ -278,6 +291,23 @@ class VM:
             self.events.publish(choice.event(self._now()))
         self._report.tell_phases()
         return choice
+
+    async def _become(self, restoring: Restoring) -> None:
+        """Instead of booting: become the VM that was saved."""
+        self._go("starting")
+        async with self._freed_unless_done("restore"):
+            with self.timeline.phase("total"):
+                self._attempt = attempt = await restoring.attempt(self.config, self.name)
+                self._watch = self._new_watch()
+                machine = await attempt.make(restoring.sink(self._watch), self.metrics.groups)
+                self._keep_up()
+                await restoring.carry_out(machine)
+            self._report.tell_phases()
+            self._go("paused")
+            if not restoring.options.paused:
+                restoring.run()
+                await self._let_run()
+                self._poll_balloon()
 
     async def _attempt_boot(self, choice: AccelChoice) -> AccelName:
         with self.timeline.phase("setup"):

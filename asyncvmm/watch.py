@@ -7,10 +7,10 @@ waits for the guest's end hear of them in the order in which the guest caused th
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from asyncvmm.console import Console
-from asyncvmm.effects import Effect, SerialOutput, Stopped
+from asyncvmm.effects import Effect, Port, SerialOutput, Stopped
 from asyncvmm.events.contract import GuestContract
 from asyncvmm.events.hub import EventHub
 from asyncvmm.events.lines import Line, LineScanner
@@ -18,6 +18,7 @@ from asyncvmm.events.markers import (
     BootTime,
     ClockReading,
     Heartbeat,
+    Idle,
     InitError,
     InitWarning,
     Listener,
@@ -32,6 +33,7 @@ from asyncvmm.events.types import (
     GuestBootTime,
     GuestExit,
     GuestHeartbeat,
+    GuestIdle,
     GuestListener,
     GuestPreExec,
     GuestReady,
@@ -72,12 +74,22 @@ class GuestWatch:
         self._on_captured = on_captured
         self._guest_instant = guest_instant
         self._pairing = ClockPairing(self._since_start(timeline.clock()))
-        self._scanners = {"console": LineScanner(), "control": LineScanner()}
+        self._scanners: dict[Port, LineScanner] = {"console": LineScanner(), "control": LineScanner()}
 
     @property
     def guest_clock(self) -> GuestClock | None:
         """The guest's clock on the axis of ``t_ns``, as well as it is known by now; None before its first BOOT_TIME."""
         return self._pairing.clock
+
+    def unfinished(self, port: Port) -> bytes:
+        """What the guest has written there of a line that has no end yet."""
+        return self._scanners[port].pending
+
+    def go_on(self, contract: GuestContract, unfinished: Mapping[Port, bytes]) -> None:
+        """Follow a guest that was saved when it had said so much."""
+        self.contract = contract
+        for port, text in unfinished.items():
+            self._scanners[port].feed(text)
 
     def take(self, effects: Sequence[Effect]) -> None:
         """Take one batch from the machine."""
@@ -147,5 +159,7 @@ def event_of(marker: Marker, t_ns: int) -> Event:
             return GuestListener(t_ns, proto, port)
         case WorkloadExit(code):
             return GuestExit(t_ns, code)
+        case Idle():
+            return GuestIdle(t_ns)
         case Panic() | ClockReading() | InitError() | InitWarning():
             raise ValueError(f"{type(marker).__name__} is no event")

@@ -7,6 +7,8 @@ clock reading counts on the control line alone, once, before command_loop.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from asyncvmm.effects import Port
 from asyncvmm.events.lines import Line
 from asyncvmm.events.markers import (
@@ -44,6 +46,15 @@ class GuestContract:
         self.ignored = 0
         self._clock_read = False
         self._stages: dict[str, int] = {}
+
+    @classmethod
+    def of_saved(cls, *, has_pid1: bool, started: bool, stages: Mapping[str, int]) -> GuestContract:
+        """That of a guest that was ready when it was saved. ``stages`` by field of GuestBootProfile."""
+        contract = cls()
+        contract.ready, contract.ready_on_control, contract.started = True, has_pid1, started
+        contract._clock_read = True
+        contract._stages = {name.removesuffix("_ns"): ns for name, ns in stages.items()}
+        return contract
 
     @property
     def capturing(self) -> bool:

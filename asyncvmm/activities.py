@@ -1,0 +1,40 @@
+"""Activities: what is under way at a VM that its end must neither overtake nor wait for: a boot, a snapshot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import anyio
+
+from asyncvmm.errors import StateError
+
+
+class Activities:
+    """Those of one VM. Each runs in a task of its own caller."""
+
+    def __init__(self) -> None:
+        self._under_way: dict[anyio.CancelScope, anyio.Event] = {}
+
+    @contextmanager
+    def begin(self, what: str) -> Iterator[None]:
+        """What the block does is under way. Raises StateError if it was ended by ``end_all``."""
+        done = anyio.Event()
+        with anyio.CancelScope() as scope:
+            self._under_way[scope] = done
+            try:
+                yield
+            finally:
+                del self._under_way[scope]
+                done.set()
+        if scope.cancelled_caught:
+            raise StateError(what, expected="a VM that nobody stops meanwhile", found="stop()")
+
+    async def end_all(self) -> None:
+        """Cancel all, and wait until each has cleared up behind itself."""
+        under_way = dict(self._under_way)
+        for scope in under_way:
+            scope.cancel()
+        with anyio.CancelScope(shield=True):
+            for done in under_way.values():
+                await done.wait()

@@ -1,0 +1,117 @@
+"""RestoreAttempt: one try at becoming the VM that a snapshot holds, from the plan to the machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import anyio.to_thread
+import attrs
+
+from asyncvmm.accel import AccelChoice, KvmFacts, choose_accel
+from asyncvmm.attempt import Attempt
+from asyncvmm.config import VMConfig
+from asyncvmm.device_imports import import_devices
+from asyncvmm.errors import SnapshotDamaged
+from asyncvmm.machine.base import BootPlan, EffectSink, Machine
+from asyncvmm.machine.choose import import_machine, make_machine
+from asyncvmm.snapshot.snapshot import Snapshot
+from asyncvmm.timing.timeline import Timeline
+
+if TYPE_CHECKING:
+    from asyncvmm.metrics.vm_metrics import VmMetrics
+
+
+async def choose_machine(snapshot: Snapshot) -> AccelChoice:
+    """The machine that made it. Raises KvmUnavailable or QemuUnavailable where it is not to be had."""
+    if snapshot.manifest.machine == "kvm":  # the restore itself finds out whether it can be had
+        known = KvmFacts(present=True, usable=True)
+        return AccelChoice(requested="kvm", accel="kvm", reason="the snapshot's machine", kvm=known)
+    return await choose_accel("qemu")
+
+
+class RestoreAttempt(Attempt):
+    """As Attempt; ``make`` gives a machine that is to be told to ``restore``."""
+
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        config: VMConfig,
+        name: str,
+        choice: AccelChoice,
+        timeline: Timeline,
+        track_dirty: bool,
+    ) -> None:
+        super().__init__(config, name, choice, timeline)
+        self._snapshot = snapshot
+        self._track_dirty = track_dirty
+
+    async def plan(self) -> None:
+        """Import what it takes, the first time. Raises SnapshotDamaged."""
+        self._plan = self._saved_plan()
+        if not _imported(self._choice.accel):
+            await anyio.to_thread.run_sync(self._import)
+
+    async def make(self, on_effects: EffectSink, metrics: VmMetrics) -> Machine:
+        """Make ready what the devices stand on, and the machine. Raises ConfigError and HostError, with their kinds."""
+        plan = self._plan
+        assert plan is not None
+        if plan.devices.count:
+            plan = self._plan = await self._with_saved_resources(plan)
+        self.machine = make_machine(self._choice, plan, self._timeline, on_effects, metrics)
+        return self.machine
+
+    def _import(self) -> None:
+        with self._timeline.phase("machine_import"):
+            import_machine(self._choice.accel)
+            import_devices(self._config.devices, self._choice.accel)
+
+    def _saved_plan(self) -> BootPlan:
+        saved = self._snapshot.manifest.extra.get("plan")
+        config = self._config
+        return BootPlan(
+            name=self._name,
+            memory_mib=config.memory_mib,
+            vcpus=config.vcpus,
+            kernel=Path(_text(saved, "kernel") or ""),
+            initrd=None if (initrd := _text(saved, "initrd")) is None else Path(initrd),
+            cmdline=_text(saved, "cmdline") or "",
+            tsc_khz=_number(saved, "tsc_khz"),
+            acpi=config.acpi,
+            devices=config.devices,
+            track_dirty=self._track_dirty,
+        )
+
+    async def _with_saved_resources(self, plan: BootPlan) -> BootPlan:
+        from asyncvmm.resources import HostResources
+
+        self._resources = HostResources()
+        await self._resources.make_ready(plan.devices, self._choice.accel, self._timeline)
+        return attrs.evolve(plan, resources=self._resources.record)
+
+
+def _imported(accel: str) -> bool:
+    import sys
+
+    return f"asyncvmm.machine.{accel}.machine" in sys.modules
+
+
+def _text(saved: object, name: str) -> str | None:
+    value = _field(saved, name)
+    if value is not None and not isinstance(value, str):
+        raise SnapshotDamaged(f"saved plan's {name}", expected="text", found=repr(value)[:80])
+    return value
+
+
+def _number(saved: object, name: str) -> int | None:
+    value = _field(saved, name)
+    if value is not None and (type(value) is not int or not 0 < value < 1 << 32):
+        raise SnapshotDamaged(f"saved plan's {name}", expected="a number", found=repr(value)[:80])
+    return value
+
+
+def _field(saved: object, name: str) -> Any:
+    if not isinstance(saved, Mapping):
+        raise SnapshotDamaged("saved plan", expected="an object", found=repr(saved)[:80])
+    return saved.get(name)

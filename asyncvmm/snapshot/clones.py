@@ -1,0 +1,93 @@
+"""Clones: many VMs of one snapshot, in one process.
+
+Each VM's memory has an mmu notifier in the one address space they share, and a page fault of any of them calls all:
+the more there are, the dearer each gets. Beyond MOST_CLONES that is more than what is gained.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+import anyio
+import attrs
+
+from asyncvmm.config import VMConfig
+from asyncvmm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from asyncvmm.snapshot.snapshot import Snapshot
+    from asyncvmm.vm import VM
+
+MOST_CLONES = 200
+"""VMs of one snapshot in one process, unless the caller insists."""
+
+Identity = Callable[["VM", int], Awaitable[None]]
+
+_log = logging.getLogger("asyncvmm.snapshot")
+
+
+@asynccontextmanager
+async def make_clones(
+    snapshot: Snapshot, count: int, *, identity: Identity | None, at_once: int | None, beyond_bend: bool
+) -> AsyncIterator[list[VM]]:
+    """Snapshot.clones."""
+    _check(count, at_once, beyond_bend)
+    vms: dict[int, VM] = {}
+    try:
+        await _make(snapshot, count, vms, identity, anyio.CapacityLimiter(at_once or 2 * (os.cpu_count() or 1)))
+        yield [vms[number] for number in range(count)]
+    finally:
+        await _stop(list(vms.values()))
+
+
+def _check(count: int, at_once: int | None, beyond_bend: bool) -> None:
+    for what, value in (("clones", count), ("at_once", 1 if at_once is None else at_once)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(what, expected="a whole number above 0", found=repr(value))
+    if count > MOST_CLONES and not beyond_bend:
+        raise ConfigError("clones", expected=f"at most {MOST_CLONES} in one process, or beyond_bend=True", found=count)
+
+
+async def _make(
+    snapshot: Snapshot, count: int, vms: dict[int, VM], identity: Identity | None, limit: anyio.CapacityLimiter
+) -> None:
+    async def one(number: int) -> None:
+        from asyncvmm.vm import VM
+
+        async with limit:
+            vms[number] = vm = await VM.restore(snapshot, configure=lambda config: _apart(config, number))
+        if identity is not None:
+            await identity(vm, number)
+
+    try:
+        async with anyio.create_task_group() as group:
+            for number in range(count):
+                group.start_soon(one, number)
+    except BaseExceptionGroup as failed:
+        raise _first(failed) from None
+
+
+def _first(failed: BaseException) -> BaseException:
+    """One error of many that are alike."""
+    while isinstance(failed, BaseExceptionGroup):
+        failed = failed.exceptions[0]
+    return failed
+
+
+def _apart(config: VMConfig, number: int) -> VMConfig:
+    """What only one VM can have on this host, for each another one: the vsock's path gets the number behind it."""
+    if config.vsock is None or config.vsock.uds_path is None:
+        return config
+    path = config.vsock.uds_path
+    return attrs.evolve(config, vsock=attrs.evolve(config.vsock, uds_path=path.with_name(f"{path.name}.{number}")))
+
+
+async def _stop(vms: list[VM]) -> None:
+    with anyio.CancelScope(shield=True):
+        async with anyio.create_task_group() as group:
+            for vm in vms:
+                group.start_soon(vm.stop)

@@ -1,0 +1,134 @@
+"""What a VM can be asked about snapshots: the calls of VM that need nothing of this until somebody makes them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import attrs
+
+from asyncvmm.activities import Activities
+from asyncvmm.attempt import Attempt
+from asyncvmm.config import VMConfig
+from asyncvmm.errors import StateError
+from asyncvmm.events.outputs import Target
+from asyncvmm.watch import GuestWatch
+
+if TYPE_CHECKING:
+    from asyncvmm.snapshot.order import Then
+    from asyncvmm.snapshot.predicate import Predicate
+    from asyncvmm.snapshot.resources import SnapshotResources
+    from asyncvmm.snapshot.snapshot import Snapshot
+    from asyncvmm.snapshot.taking import SnapshotTaker
+    from asyncvmm.vm import VM
+
+
+class SnapshotCalls(ABC):
+    """The part of VM that takes snapshots and is made of them."""
+
+    config: VMConfig
+    _attempt: Attempt | None
+    _watch: GuestWatch
+    _activities: Activities
+    _holds_workload: bool
+    _being_saved: bool
+
+    @property
+    @abstractmethod
+    def state(self) -> str:
+        """Where the VM is in its life."""
+
+    @abstractmethod
+    async def stop(self) -> None:
+        """End the guest."""
+
+    @abstractmethod
+    async def pause(self) -> None:
+        """Stop every vCPU."""
+
+    @abstractmethod
+    async def _let_run(self) -> None:
+        """Let the vCPUs run on."""
+
+    async def snapshot(
+        self,
+        when: SnapshotResources | Predicate | None = None,
+        *,
+        out: str | Path | None = None,
+        base: Snapshot | None = None,
+        precopy: bool = False,
+        then: Then = "resume",
+    ) -> Snapshot:
+        """Save the VM, at once or when ``when`` says so, and let it run on or stop it.
+
+        out: the directory to be made; None takes what ``when`` says, else one that goes when the Snapshot is closed.
+        base: save only what changed since that snapshot of this VM, which has ``track_dirty`` (KVM alone). precopy:
+        copy memory while the guest runs, so that it stands still for less time. then: ``resume`` or ``stop``. A call
+        that waits for the workload's exec, made before boot(), has PID 1 hold the workload; it is let go afterwards.
+
+        Raises ConfigError, StateError, SnapshotFailed, TriggerImpossible, MachineError. Cancelled or failed, it leaves
+        the VM as it was, and no snapshot.
+        """
+        from asyncvmm.snapshot.order import SnapshotOrder
+
+        order = SnapshotOrder(when=when, out=out, base=base, precopy=precopy, then=then)
+        if self.state == "new" and order.wants_pre_exec:
+            self.config = attrs.evolve(self.config, pre_exec_window=True)
+        with self._activities.begin("snapshot"):
+            snapshot = await self._snapshots.take(order)
+        if then == "stop":
+            await self.stop()
+        elif self._holds_workload and snapshot.guest.in_window and order.wants_pre_exec:
+            await self.go()
+        return snapshot
+
+    @classmethod
+    async def restore(
+        cls,
+        snapshot: Snapshot | str | Path,
+        *,
+        name: str | None = None,
+        stream_to: Iterable[Target] = (),
+        configure: Callable[[VMConfig], VMConfig] | None = None,
+        prefetch: bool = True,
+        track_dirty: bool = False,
+        paused: bool = False,
+    ) -> VM:
+        """A new VM that goes on where ``snapshot`` was taken, with entropy of its own and the right time.
+
+        name: its name in events. stream_to: where its events go, from the first one on. configure: is given the saved
+        VM's configuration and gives the new one's: other paths, sockets and host ports, but the same devices. prefetch:
+        make present ahead what an earlier restore is known to have needed. track_dirty: as in VMConfig. paused: leave
+        it paused; ``resume`` lets it run.
+
+        Raises SnapshotDamaged, SnapshotMismatch, ConfigError, HostError, MachineError. Cancelled or failed, it leaves
+        nothing behind.
+        """
+        from asyncvmm.snapshot.restoring import RestoreOptions, restored
+
+        options = RestoreOptions(prefetch=prefetch, track_dirty=track_dirty, paused=paused)
+        return await restored(
+            cast("type[VM]", cls), snapshot, options, name=name, stream_to=stream_to, configure=configure
+        )
+
+    async def go(self) -> None:
+        """Give the guest fresh entropy and the time, and let a workload that is held before its exec be run.
+
+        Raises StateError unless the VM is ready and PID 1 is ours.
+        """
+        from asyncvmm.snapshot.handshake import go_line
+
+        machine = self._attempt.machine if self._attempt else None
+        if machine is None or self.state != "ready" or not self._watch.contract.ready_on_control:
+            raise StateError("go", expected="a ready VM whose PID 1 listens", state=self.state)
+        self._holds_workload = False
+        await machine.write("control", go_line())
+
+    @cached_property
+    def _snapshots(self) -> SnapshotTaker:
+        from asyncvmm.snapshot.taking import SnapshotTaker
+
+        return SnapshotTaker(cast("VM", self))

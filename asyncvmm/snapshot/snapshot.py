@@ -1,0 +1,116 @@
+"""Snapshot: a saved VM as a program has it: its manifest, and VMs made of it.
+
+    async with vm.snapshot() as snapshot: ...            a directory of its own, which goes with the block
+    snapshot = await Snapshot.load("warm")
+    vm = await VM.restore(snapshot)
+
+Its files are opened and checked once, however many VMs are made of it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import weakref
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from asyncvmm.machine.saved import RestorePlan
+from asyncvmm.machine.waiting import in_thread
+from asyncvmm.snapshot.guest_record import SECTION, GuestRecord
+from asyncvmm.snapshot.loading import Loaded, load
+from asyncvmm.snapshot.manifest import Manifest
+from asyncvmm.snapshot.working_set import WorkingSet, read_working_set
+
+if TYPE_CHECKING:
+    from asyncvmm.vm import VM
+
+
+class Snapshot:
+    """One snapshot, open. ``path`` is its directory.
+
+    ``close`` lets go of its files, and removes a directory that nobody named; the VMs made of it need neither.
+    """
+
+    def __init__(self, path: Path, loaded: Loaded, working_set: WorkingSet, *, temporary: bool = False) -> None:
+        self.path = path
+        self.loaded = loaded
+        self.guest = GuestRecord.of_section(loaded.sections[SECTION])
+        self.working_set = working_set
+        self._close = weakref.finalize(self, _let_go, loaded, path.parent if temporary else None)
+
+    @classmethod
+    async def load(cls, path: str | Path, *, check_memory: bool = False, temporary: bool = False) -> Self:
+        """Open and check the snapshot at ``path``; ``check_memory`` reads all of its memory for that.
+
+        ``temporary``: its directory and the one around it go with it.
+        Raises SnapshotDamaged, SnapshotMismatch, or SnapshotError where there is none.
+        """
+        directory = Path(path)
+
+        def opened() -> tuple[Loaded, WorkingSet]:
+            loaded = load(directory, check_memory=check_memory)
+            return loaded, read_working_set(directory, loaded.manifest.memory.size)
+
+        loaded, working_set = await in_thread(opened)
+        return cls(directory, loaded, working_set, temporary=temporary)
+
+    @property
+    def manifest(self) -> Manifest:
+        """What is known of it."""
+        return self.loaded.manifest
+
+    @property
+    def id(self) -> str:
+        """Its name among all snapshots."""
+        return self.manifest.id
+
+    def restore_plan(self, *, prefetch: bool = True, track_dirty: bool = False) -> RestorePlan:
+        """What a machine restores."""
+        known = self.working_set if prefetch else WorkingSet()
+        return RestorePlan(
+            saved=self.loaded.saved,
+            layers=self.loaded.layers,
+            touched=known.touched,
+            written=known.written,
+            track_dirty=track_dirty,
+        )
+
+    def clones(
+        self,
+        count: int,
+        *,
+        identity: Callable[[VM, int], Awaitable[None]] | None = None,
+        at_once: int | None = None,
+        beyond_bend: bool = False,
+    ) -> AbstractAsyncContextManager[list[VM]]:
+        """``count`` VMs of this one state, all different in their entropy; stopped when the block ends.
+
+        identity: is awaited with each VM and its number, from 0, before the block begins. at_once: how many are made at
+        the same time. beyond_bend: allow more than MOST_CLONES in one process, where each costs more than the last.
+
+        Raises as VM.restore does; then none is left. ConfigError for a count that is too large.
+        """
+        from asyncvmm.snapshot.clones import make_clones
+
+        return make_clones(self, count, identity=identity, at_once=at_once, beyond_bend=beyond_bend)
+
+    def close(self) -> None:
+        """Let go of its files; a temporary one is gone then. Blocks for as long as that takes. May be called again."""
+        self._close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await in_thread(self.close)
+
+
+def _let_go(loaded: Loaded, temporary: Path | None) -> None:
+    loaded.close()
+    if temporary is not None:
+        shutil.rmtree(temporary, ignore_errors=True)
