@@ -21,6 +21,7 @@ import anyio.to_thread
 
 from asyncvmm.device_config import CacheMode, DriveConfig
 from asyncvmm.devices.virtio.block_io import BlockRequest
+from asyncvmm.machine.waiting import in_thread
 from asyncvmm.mailbox import Mailbox
 from asyncvmm.storage.image import Image
 from asyncvmm.storage.opening import open_image
@@ -103,6 +104,13 @@ class Disk:
     def abandon(self) -> None:
         """See BlockBackend."""
         self._epoch += 1
+
+    async def settle(self) -> None:
+        """Whoever reads the image's file finds everything written until now. Nothing may be under way.
+
+        Raises OSError.
+        """
+        await in_thread(self._image.settle)
 
     def close(self) -> None:
         """Begin to end: nothing more is taken, and what has not begun is given back as failed. Does not wait."""

@@ -18,14 +18,30 @@ class BlkShell:
         self.device = device
         self.disk = disk
         self._idle = asyncio.Event()
+        self._held = False
+        self._kept: list[BlockRequest] = []
         disk.start(loop, self._deliver)
         device.backend = disk
 
     def _deliver(self, requests: Sequence[BlockRequest]) -> None:
+        if self._held:
+            self._kept += requests
+            return
         with self.device.session() as alive:
             self.device.complete(requests, alive=alive)
             if self.device.drain():
                 self._idle.set()
+
+    def hold(self) -> None:
+        """From now on what the disk gives back waits here: the guest's memory is not to be touched."""
+        self._held = True
+
+    def release(self) -> None:
+        """Give the device what came meanwhile. May be called again."""
+        self._held = False
+        if self._kept:
+            kept, self._kept = self._kept, []
+            self._deliver(kept)
 
     async def drained(self) -> None:
         """Return when nothing is under way. The vCPUs must stand still, and the queue be left alone meanwhile."""

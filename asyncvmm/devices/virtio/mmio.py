@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Final
 
-from asyncvmm.devices.checks import hex_bytes, integer, mapping
+from asyncvmm.devices.checks import entry, hex_bytes, integer, mapping, shown
 from asyncvmm.devices.virtio.device import VirtioDevice
 from asyncvmm.devices.virtio.ids import (
     STATUS_DEVICE_NEEDS_RESET,
@@ -85,6 +85,9 @@ class VirtioMmio(QueueService):
     again. interrupt: raises the line, an edge. notify: a kick that came by a register write (an ioeventfd takes them
     elsewhere). gave_up: the driver asked for something impossible, in words; once until it resets the device. The three
     are called with the lock held, from any thread.
+
+    ``held`` is set, with the lock taken, while the machine stands still: to the device it is as if there were no driver.
+    Whoever clears it has every queue kicked then.
     """
 
     def __init__(
@@ -99,6 +102,7 @@ class VirtioMmio(QueueService):
         page: memoryview | None = None,
     ) -> None:
         self.device = device
+        self.held = False
         self.bad_writes = 0
         self._memory = memory
         self._lock = lock
@@ -148,7 +152,11 @@ class VirtioMmio(QueueService):
 
     @property
     def running(self) -> bool:
-        """Whether the driver is there, and neither side has given up."""
+        """Whether the driver is there, neither side has given up, and the machine does not stand still."""
+        return self._is_up and not self.held
+
+    @property
+    def _is_up(self) -> bool:
         return self.status & (STATUS_DRIVER_OK | STATUS_DEVICE_NEEDS_RESET | STATUS_FAILED) == STATUS_DRIVER_OK
 
     @property
@@ -221,7 +229,7 @@ class VirtioMmio(QueueService):
             self._words[QUEUE_READY // 4] = 0
 
     def _write_notify(self, value: int) -> None:
-        if value >= len(self.device.queues) or not self.running:
+        if value >= len(self.device.queues) or not self._is_up:
             self.bad_writes += 1
         else:
             self._notify(value)
@@ -382,25 +390,40 @@ class VirtioMmio(QueueService):
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Become what ``state`` says. Raises ConfigError for what no such device can have been."""
+        """Become what ``state`` says. Raises ConfigError for what no such device can have been; it is reset then."""
         self.reset()
+        try:
+            self._restore(state)
+        except BaseException:
+            self.reset()
+            raise
+        self._kick_all()
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
         self._restore_registers(state)
+        self._restore_queues(entry(state, "queues"))
+        device, config = self.device, self._saved_config(state)
+        device.restore_config(config)
+        device.restore(mapping(state, "device"))
+        self._select_queue(self._queue_sel)
+        if device.config == config:
+            self._page[CONFIG : CONFIG + len(config)] = config
+        else:
+            self._show_config()
+
+    def _restore_queues(self, saved: object) -> None:
         device = self.device
-        device.config[:] = self._saved_config(state)
-        saved = state.get("queues")
         if not isinstance(saved, list) or len(saved) != len(device.queues):
-            raise ConfigError("saved queues", expected=len(device.queues), found=repr(saved)[:40])
+            raise ConfigError("saved queues", expected=f"a list of {len(device.queues)}", found=shown(saved))
         rings = {"event_idx": device.has(VIRTIO_F_EVENT_IDX), "indirect": device.has(VIRTIO_F_INDIRECT_DESC)}
         try:
             for queue, record in zip(device.queues, saved, strict=True):
                 queue.restore(record, self._memory, **rings)
-            device.restore(mapping(state, "device"))
         except GuestFault as fault:
             raise ConfigError("saved queue", expected="one in guest RAM", found=str(fault)) from None
-        self._select_queue(self._queue_sel)
-        self._show_config()
-        self._words[CONFIG_GENERATION // 4] = integer(state, "config_generation", _LOW)
-        self._kick_all()
+        ready = [index for index, queue in enumerate(device.queues) if queue.ready]
+        if ready and not self.status & STATUS_FEATURES_OK:
+            raise ConfigError("saved queues", expected="none ready before the features are", found=f"{ready} ready")
 
     def _kick_all(self) -> None:
         """Chains may wait, or rings be broken; both is seen where a kick is answered."""
@@ -409,18 +432,33 @@ class VirtioMmio(QueueService):
                 self._notify(index)
 
     def _restore_registers(self, state: Mapping[str, Any]) -> None:
-        if (found := state.get("device_id")) != self.device.device_id:
+        if (found := integer(state, "device_id", _LOW)) != self.device.device_id:
             raise ConfigError("saved device id", expected=self.device.device_id, found=found)
-        acked = integer(state, "acked", (1 << 64) - 1)
-        if acked & ~self._offered:
-            raise ConfigError("saved features", expected=f"some of {self._offered:#x}", found=f"{acked:#x}")
-        self.device.acked = acked
         self._wanted = integer(state, "wanted", (1 << 64) - 1)
+        self._words[STATUS // 4] = self._saved_status(state)
+        self._restore_features(integer(state, "acked", (1 << 64) - 1))
         self._select_device_features(integer(state, "features_sel", _LOW))
         self._driver_features_sel = integer(state, "driver_features_sel", _LOW)
         self._queue_sel = integer(state, "queue_sel", _LOW)
-        self._words[STATUS // 4] = integer(state, "status", 0xFF) & _KNOWN_STATUS
         self._words[INTERRUPT_STATUS // 4] = integer(state, "interrupt_status", 3)
+        self._words[CONFIG_GENERATION // 4] = integer(state, "config_generation", _LOW)
+
+    def _saved_status(self, state: Mapping[str, Any]) -> int:
+        status = integer(state, "status", 0xFF)
+        if status & ~_KNOWN_STATUS:
+            raise ConfigError("saved status", expected=f"bits of {_KNOWN_STATUS:#x}", found=f"{status:#x}")
+        if status & (STATUS_DRIVER_OK | STATUS_FEATURES_OK) == STATUS_DRIVER_OK:
+            raise ConfigError("saved status", expected="FEATURES_OK before DRIVER_OK", found=f"{status:#x}")
+        return status
+
+    def _restore_features(self, acked: int) -> None:
+        """What the driver asked for, if it was accepted."""
+        if not self.status & STATUS_FEATURES_OK:
+            if acked:
+                raise ConfigError("saved features", expected="none without FEATURES_OK", found=f"{acked:#x}")
+        elif acked != self._wanted or not self._accept_features():
+            expected = f"VERSION_1 and others of {self._offered:#x}, as wanted"
+            raise ConfigError("saved features", expected=expected, found=f"{acked:#x} of {self._wanted:#x}")
 
     def _saved_config(self, state: Mapping[str, Any]) -> bytes:
         config = hex_bytes(state, "config", CONFIG)

@@ -2,6 +2,10 @@
 
 In three steps, for a file may take its time to open and a VM to be created: ``open`` before there is a VM, ``fit`` on
 the loop once there is one, ``attach`` on a worker thread before its vCPUs start.
+
+While the machine stands still so do they, from ``hold`` to ``unhold``: no guest memory is touched, no interrupt raised.
+What comes from outside meanwhile waits where it is, kicks in their eventfds. Then every queue is looked at once, so no
+kick is lost, not even one that a snapshot fell upon.
 """
 
 from __future__ import annotations
@@ -12,13 +16,17 @@ import os
 import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
+
+import anyio
 
 from asyncvmm.bus import Bus
 from asyncvmm.device_list import DeviceConfig
 from asyncvmm.devices.virtio.device import VirtioDevice
 from asyncvmm.devices.virtio.memory import GuestView
-from asyncvmm.machine.base import BootPlan
+from asyncvmm.errors import ImageError, SnapshotDamaged, SnapshotFailed
+from asyncvmm.machine.base import BootPlan, DriveResource
+from asyncvmm.machine.kvm.device_states import restore_states, states_of
 from asyncvmm.machine.kvm.virtio import VirtioSlot, fence_of, registers_of
 from asyncvmm.machine.kvm.vm import KvmVm
 from asyncvmm.metrics.vm_metrics import VmMetrics
@@ -31,6 +39,10 @@ if TYPE_CHECKING:
     from asyncvmm.storage.disk import Disk
     from asyncvmm.storage.drive import BlkShell
     from asyncvmm.vsock.host import VsockHost
+
+HOLD_TIMEOUT_S: Final = 5.0
+"""How long requests under way on a disk are waited for. One that hangs longer keeps no VM from being paused, but it
+cannot be saved then."""
 
 _log = logging.getLogger("asyncvmm.devices")
 
@@ -55,6 +67,8 @@ class DeviceSet:
         self._at_close: list[Callable[[], None]] = []
         self._view = GuestView(())
         self._has_ended = False
+        self._held = self._is_new_guest = False
+        self._is_drained = True
 
     @property
     def asked(self) -> DeviceConfig:
@@ -62,17 +76,26 @@ class DeviceSet:
         return self._plan.devices
 
     async def open(self) -> None:
-        """Open the drives. Raises ConfigError and HostError, with their kinds; ``aclose`` frees what is open."""
-        from asyncvmm.storage.disk import open_disk
-
+        """Open the drives. Raises ConfigError and HostError, with their kinds, and SnapshotDamaged for a snapshot's
+        overlay that is none; ``aclose`` frees what is open."""
         for drive in self._plan.resources.drives:
-            self._disks.append(await open_disk(drive.config, drive.overlay))
+            self._disks.append(await _open(drive))
 
     # -- on the loop, with a VM that does not run yet ------------------------------------------------------------------
 
-    def fit(self, vm: KvmVm, fail: Fail) -> None:
-        """Make the devices, each at its place. ``fail`` hears of an error of ours. Raises ConfigError, HostError."""
-        self._view = GuestView(vm.memory.views(), fence=fence_of(threading.Lock()))
+    def fit(self, vm: KvmVm, fail: Fail, state: bytes | None = None) -> None:
+        """Make the devices, each at its place. ``fail`` hears of an error of ours. ``state``: the section
+        ``devices`` of the snapshot that the VM is restored from; they are held then.
+
+        Raises ConfigError, HostError, SnapshotDamaged, SnapshotMismatch.
+        """
+        self._held = self._is_new_guest = state is not None
+        self._view = GuestView(vm.memory.views(), vm.memory.mark, fence=fence_of(threading.Lock()))
+        self._fit(vm, fail)
+        if state is not None:
+            restore_states(self.slots, state)
+
+    def _fit(self, vm: KvmVm, fail: Fail) -> None:
         loop = asyncio.get_running_loop()
         self._fit_drives(vm, loop, fail)
         if self.asked.net is not None:
@@ -90,7 +113,9 @@ class DeviceSet:
         self, vm: KvmVm, name: str, device: VirtioDevice, loop: asyncio.AbstractEventLoop, fail: Fail
     ) -> VirtioSlot:
         index = len(self.slots)
-        slot = VirtioSlot(index, device, self._view, registers_of(vm.registers, index), name)
+        slot = VirtioSlot(index, device, self._view, registers_of(vm.registers, index), name, vm=self._plan.name)
+        if self._held:
+            slot.hold()
         self.slots.append(slot)
         slot.watch(loop, fail)
         return slot
@@ -148,7 +173,8 @@ class DeviceSet:
         from asyncvmm.machine.kvm.discard import GuestDiscard
 
         assert self.asked.balloon is not None
-        discard = GuestDiscard(vm.memory.regions, vm.memory.host_address, "anonymous")
+        memory = vm.memory
+        discard = GuestDiscard(memory.regions, memory.host_address, memory.backing, on_discard=memory.mark)
         device = VirtioBalloon(self.asked.balloon, self._view.ranges, discard, self._metrics.balloon)
         self._place(vm, "balloon", device, loop, fail)
         self.balloon = DeviceBalloon(device)
@@ -196,26 +222,69 @@ class DeviceSet:
 
     # -- on the loop ---------------------------------------------------------------------------------------------------
 
+    async def hold(self) -> None:
+        """Stand still; no vCPU may run. Requests under way on disks are finished first, if that takes no longer than
+        HOLD_TIMEOUT_S. Cancelled, the devices work on. May be called again."""
+        if self._held:
+            return
+        self._held = True
+        for slot in self.slots:
+            slot.stop()
+        try:
+            await self._drain()
+        except BaseException:
+            self.unhold()
+            raise
+        if self._held:
+            for slot in self.slots:
+                slot.hold()
+            for drive in self._drives:
+                drive.hold()
+
+    async def _drain(self) -> None:
+        self._is_drained = False
+        with anyio.move_on_after(HOLD_TIMEOUT_S):
+            for drive in self._drives:
+                await drive.drained()
+            self._is_drained = True
+
+    def unhold(self) -> None:
+        """Work on, as before a guest that runs again. May be called again."""
+        if self._held:
+            self._let_go()
+            for slot in self.slots:
+                slot.go_on(interrupt=self._is_new_guest)
+            self._is_new_guest = False
+
+    def _let_go(self) -> None:
+        self._held = False
+        for slot in self.slots:
+            slot.release()
+        for drive in self._drives:
+            drive.release()
+
     def guest_ended(self) -> None:
         """Serve its last kicks; then whoever waits for it at a device learns that it will not come."""
         if self._has_ended:
             return
         self._has_ended = True
-        for slot in self.slots:
-            slot.work_off()
+        if not self._is_new_guest:
+            self._let_go()
+            for slot in self.slots:
+                slot.work_off()
         while self._guest_ended:
             self._guest_ended.pop()()
 
     async def state(self) -> dict[str, Any]:
-        """What a snapshot keeps of each device, by name. The vCPUs must stand still; requests under way are finished
-        first."""
+        """What a snapshot keeps of each device, by name: plain values, the section's when encoded. No vCPU may run; the
+        devices are held afterwards. Raises SnapshotFailed: a disk hangs, or its overlay cannot be written.
+        """
+        await self.hold()
+        if not self._is_drained:
+            raise SnapshotFailed("saving devices", expected="idle disks", found=f"requests of {HOLD_TIMEOUT_S:g} s")
         for drive in self._drives:
-            await drive.drained()
-        found = {}
-        for slot in self.slots:
-            with slot.lock:
-                found[slot.name] = slot.transport.state()
-        return found
+            await _settle(drive.disk)
+        return states_of(self.slots)
 
     async def aclose(self) -> bool:
         """Finish what is under way and let go of everything; no vCPU thread may run any more.
@@ -238,3 +307,21 @@ class DeviceSet:
         if not all(done):
             _log.error("a disk of %s hangs: the guest's memory is not freed", self._plan.name)
         return all(done)
+
+
+async def _open(drive: DriveResource) -> Disk:
+    from asyncvmm.storage.disk import open_disk
+
+    try:
+        return await open_disk(drive.config, drive.overlay)
+    except ImageError as error:
+        if drive.overlay is None or drive.overlay.how != "saved":
+            raise
+        raise SnapshotDamaged(f"drive {drive.config.id}", expected=error.expected, found=error.found) from None
+
+
+async def _settle(disk: Disk) -> None:
+    try:
+        await disk.settle()
+    except OSError as error:
+        raise SnapshotFailed(f"saving drive {disk.name}", expected="room for it", found=error.strerror) from None

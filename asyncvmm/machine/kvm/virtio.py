@@ -60,6 +60,8 @@ class VirtioSlot:
         self.device = device
         self.lock = threading.RLock()
         self._due: set[int] = set()  # queues with a turn to come: a kick meanwhile must not give them another one
+        self._still = False  # kicks wait
+        self._owes_interrupt = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._fail: Callable[[Exception], None] = lambda error: None
         self._interrupt_fd, self._acknowledged_fd, *self._kick_fds = _eventfds(2 + len(device.queues))
@@ -101,7 +103,7 @@ class VirtioSlot:
     def _work(self, index: int) -> None:
         """One turn of a queue; the rest waits for the loop's next turn, behind everybody else's."""
         self._due.discard(index)
-        if self._loop is None:
+        if self._loop is None or self._still:
             return
         try:
             more = self.transport.kick(index)
@@ -111,6 +113,39 @@ class VirtioSlot:
         if more:
             self._due.add(index)
             self._loop.call_soon(self._work, index)
+
+    # -- while the machine stands still: on the loop, no vCPU running ----------------------------------------------
+
+    def stop(self) -> None:
+        """Take nothing more from the guest. What is under way may come to its end."""
+        self._still = True
+
+    def hold(self) -> None:
+        """Touch no guest memory, and raise no interrupt."""
+        with self.lock:
+            self._still = self.transport.held = True
+
+    def release(self) -> None:
+        """The opposite; nothing is done yet."""
+        with self.lock:
+            self._still = self.transport.held = False
+
+    def go_on(self, *, interrupt: bool) -> None:
+        """Released: look at every queue, since its kick may have come meanwhile, or have been on its way into a
+        snapshot; so may an interrupt, which ``interrupt`` repeats. One too many does no harm.
+        """
+        with self.lock:
+            interrupt = interrupt and self.transport.running
+            if interrupt or self._owes_interrupt:
+                self._owes_interrupt = False
+                self._interrupt()
+        if self._loop is not None:
+            for index in range(len(self.device.queues)):
+                if index not in self._due:
+                    self._due.add(index)
+                    self._loop.call_soon(self._work, index)
+
+    # -- the end -----------------------------------------------------------------------------------------------------
 
     def work_off(self) -> None:
         """Serve what the guest left behind when it ended: its last kicks may not have been heard yet."""
@@ -143,7 +178,10 @@ class VirtioSlot:
     # -- on any thread, with the lock held ---------------------------------------------------------------------------
 
     def _interrupt(self) -> None:
-        os.eventfd_write(self._interrupt_fd, 1)
+        if self.transport.held:
+            self._owes_interrupt = True
+        else:
+            os.eventfd_write(self._interrupt_fd, 1)
 
     def _kick_by_hand(self, index: int) -> None:
         """A kick that no ioeventfd took."""
