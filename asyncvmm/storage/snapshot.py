@@ -38,10 +38,10 @@ _MOST_SIZE: Final = (1 << 63) - 1
 
 
 class NewFiles(Protocol):
-    """A snapshot's directory that is being made (snapshot.directory)."""
+    """A snapshot's directory that is being made."""
 
-    def new_file(self, name: str) -> int:
-        """A new file in it, open for reading and writing; it is closed with the directory. Raises SnapshotFailed."""
+    def create(self, name: str) -> int:
+        """A new file in it, open for reading and writing, the caller's to close. Raises SnapshotFailed."""
         ...
 
 
@@ -142,7 +142,11 @@ def _save(drive: DriveResource, files: NewFiles, check: Callable[[], None]) -> S
         overlay=None if overlay is None else overlay.format,
     )
     if overlay is not None:
-        _save_overlay(overlay, files.new_file(saved.file), check)
+        target = files.create(saved.file)
+        try:
+            _save_overlay(overlay, target, check)
+        finally:
+            os.close(target)
     return saved
 
 

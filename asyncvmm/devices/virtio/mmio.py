@@ -86,8 +86,8 @@ class VirtioMmio(QueueService):
     elsewhere). gave_up: the driver asked for something impossible, in words; once until it resets the device. The three
     are called with the lock held, from any thread.
 
-    ``held`` is set, with the lock taken, while the machine stands still: to the device it is as if there were no driver.
-    Whoever clears it has every queue kicked then.
+    ``held`` is set, with the lock taken, while the machine stands still: the device then has no driver. Whoever clears
+    it has every queue kicked.
     """
 
     def __init__(

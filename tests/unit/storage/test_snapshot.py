@@ -39,7 +39,7 @@ class Folder:
         self.path = path
         (path / "disks").mkdir(parents=True)
 
-    def new_file(self, name: str) -> int:
+    def create(self, name: str) -> int:
         return os.open(self.path / name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC)
 
     def open(self, name: str) -> int:
@@ -332,9 +332,9 @@ async def test_a_copy_that_nobody_wants_any_more_ends(tmp_path: Path, folder: Fo
     begun = anyio.Event()
 
     class Slow(Folder):
-        def new_file(self, name: str) -> int:
+        def create(self, name: str) -> int:
             anyio.from_thread.run_sync(begun.set)
-            return super().new_file(name)
+            return super().create(name)
 
     slow = Slow(tmp_path / "slow")
     async with anyio.create_task_group() as tasks:
