@@ -131,6 +131,65 @@ def run(ctx: click.Context, /, jsonl: str | None, progress: bool, command: tuple
     ctx.exit(run_on_uvloop(lambda: run_workload(config, jsonl, progress)))
 
 
+class SnapshotGroup(click.Group):
+    """``snapshot`` itself takes one; a first word that is one of its commands is that command."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put the hidden command in front of everything else."""
+        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
+            args = ["take", *args]
+        return super().parse_args(ctx, args)
+
+
+@main.group(cls=SnapshotGroup)
+def snapshot() -> None:
+    """Save a booted guest:
+
+    asyncvmm snapshot --on pre-exec|listener|heartbeat=N|after=MS [--quiesce-ms N] --out DIR -- CMD
+
+    All options: asyncvmm snapshot take --help. Or look after one that was saved.
+    """
+
+
+@snapshot.command("take", context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False})
+@click.option("--on", required=True, metavar="pre-exec|listener|heartbeat=N|after=MS", help="What to wait for.")
+@click.option("--quiesce-ms", default=0, show_default=True, metavar="MS", help="How long to wait then.")
+@click.option("--out", required=True, type=FILE, metavar="DIR", help="The directory to be made.")
+@click.option("--precopy", is_flag=True, help="Copy memory while the guest runs, for a shorter pause.")
+@vm_options
+@click.argument("command", nargs=-1, type=click.UNPROCESSED, required=True)
+def snapshot_take(
+    on: str,
+    quiesce_ms: int,
+    out: Path,
+    precopy: bool,
+    jsonl: str | None,
+    progress: bool,
+    command: tuple[str, ...],
+    **asked: Any,
+) -> None:
+    """Boot a guest with COMMAND as its workload, save it when what --on says has come, and stop it."""
+    with signals_held():
+        from asyncvmm.snapshot_commands import policy, take
+
+    when = policy(on, quiesce_ms, out)
+    config = make_config(**asked, workload=command)
+    run_on_uvloop(lambda: take(config, when, jsonl, precopy))
+
+
+@main.command()
+@click.argument("directory", type=FILE, metavar="DIR")
+@click.option("--clones", default=1, show_default=True, metavar="N", help="How many VMs to make of it.")
+@click.option("--jsonl", metavar="PATH|-", help="Write events as JSON lines; with - the output goes to stderr.")
+@click.pass_context
+def restore(ctx: click.Context, directory: Path, clones: int, jsonl: str | None) -> None:
+    """Run the guest that is saved in DIR, or several of it, until its workload ends: its exit code is ours."""
+    with signals_held():
+        from asyncvmm.snapshot_commands import restore as run_restored
+
+    ctx.exit(run_on_uvloop(lambda: run_restored(directory, clones, jsonl)))
+
+
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a page.")
 def doctor(as_json: bool) -> None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 MOST_CLONES = 200
 """VMs of one snapshot in one process, unless the caller insists."""
 
+Prepare = Callable[["VM", int], None]
 Identity = Callable[["VM", int], Awaitable[None]]
 
 _log = logging.getLogger("asyncvmm.snapshot")
@@ -32,13 +33,20 @@ _log = logging.getLogger("asyncvmm.snapshot")
 
 @asynccontextmanager
 async def make_clones(
-    snapshot: Snapshot, count: int, *, identity: Identity | None, at_once: int | None, beyond_bend: bool
+    snapshot: Snapshot,
+    count: int,
+    *,
+    prepare: Prepare | None,
+    identity: Identity | None,
+    at_once: int | None,
+    beyond_bend: bool,
 ) -> AsyncIterator[list[VM]]:
     """Snapshot.clones."""
     _check(count, at_once, beyond_bend)
     vms: dict[int, VM] = {}
     try:
-        await _make(snapshot, count, vms, identity, anyio.CapacityLimiter(at_once or 2 * (os.cpu_count() or 1)))
+        limit = anyio.CapacityLimiter(at_once or 2 * (os.cpu_count() or 1))
+        await _make(snapshot, count, vms, _Hooks(prepare, identity), limit)
         yield [vms[number] for number in range(count)]
     finally:
         await _stop(list(vms.values()))
@@ -52,16 +60,27 @@ def _check(count: int, at_once: int | None, beyond_bend: bool) -> None:
         raise ConfigError("clones", expected=f"at most {MOST_CLONES} in one process, or beyond_bend=True", found=count)
 
 
+@attrs.frozen
+class _Hooks:
+    prepare: Prepare | None
+    identity: Identity | None
+
+
 async def _make(
-    snapshot: Snapshot, count: int, vms: dict[int, VM], identity: Identity | None, limit: anyio.CapacityLimiter
+    snapshot: Snapshot, count: int, vms: dict[int, VM], hooks: _Hooks, limit: anyio.CapacityLimiter
 ) -> None:
+    from asyncvmm.vm import VM
+
     async def one(number: int) -> None:
-        from asyncvmm.vm import VM
+        def prepare(vm: VM) -> None:
+            if hooks.prepare is not None:
+                hooks.prepare(vm, number)
 
         async with limit:
-            vms[number] = vm = await VM.restore(snapshot, configure=lambda config: _apart(config, number))
-        if identity is not None:
-            await identity(vm, number)
+            restore = VM.restore(snapshot, prepare=prepare, configure=lambda config: _apart(config, number))
+            vms[number] = vm = await restore
+        if hooks.identity is not None:
+            await hooks.identity(vm, number)
 
     try:
         async with anyio.create_task_group() as group:

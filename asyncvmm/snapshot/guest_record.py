@@ -45,14 +45,16 @@ def _stages(_: object, __: object, value: object) -> None:
 @attrs.frozen(kw_only=True)
 class GuestRecord:
     """has_pid1: PID 1 is ours and listens on the control line. started: its workload was about to run, or ran.
-    in_window: PID 1 holds the workload until it is told ``go``. stages: the boot stages it told of, by field of
-    GuestBootProfile, in ns of its clock. console_line, control_line: what it has written of a line not ended yet.
+    exited: it has ended. in_window: PID 1 holds the workload until it is told ``go``. stages: the boot stages it told
+    of, by field of GuestBootProfile, in ns of its clock. console_line, control_line: what it has written of a line
+    that has no end yet.
 
     Raises SnapshotDamaged for what no guest can have said.
     """
 
     has_pid1: bool = attrs.field(default=False, validator=_flag)
     started: bool = attrs.field(default=False, validator=_flag)
+    exited: bool = attrs.field(default=False, validator=_flag)
     in_window: bool = attrs.field(default=False, validator=_flag)
     stages: Mapping[str, int] = attrs.field(factory=dict, validator=_stages)
     console_line: bytes = attrs.field(default=b"", validator=_line)
@@ -72,12 +74,13 @@ class GuestRecord:
         return cls(**plain)
 
 
-def record_of(watch: GuestWatch, *, holds_workload: bool) -> GuestRecord:
+def record_of(watch: GuestWatch, *, holds_workload: bool, exited: bool) -> GuestRecord:
     """The guest that ``watch`` follows. ``holds_workload``: PID 1 was told to hold it, and not yet to let go."""
     contract = watch.contract
     return GuestRecord(
         has_pid1=contract.ready_on_control,
         started=contract.started,
+        exited=exited,
         in_window=contract.started and holds_workload,
         stages={name: ns for name, ns in contract.profile.to_dict().items() if name in _STAGES},
         console_line=watch.unfinished("console"),

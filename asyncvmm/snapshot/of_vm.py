@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -14,7 +14,6 @@ from asyncvmm.activities import Activities
 from asyncvmm.attempt import Attempt
 from asyncvmm.config import VMConfig
 from asyncvmm.errors import StateError
-from asyncvmm.events.outputs import Target
 from asyncvmm.watch import GuestWatch
 
 if TYPE_CHECKING:
@@ -91,7 +90,7 @@ class SnapshotCalls(ABC):
         snapshot: Snapshot | str | Path,
         *,
         name: str | None = None,
-        stream_to: Iterable[Target] = (),
+        prepare: Callable[[VM], None] | None = None,
         configure: Callable[[VMConfig], VMConfig] | None = None,
         prefetch: bool = True,
         track_dirty: bool = False,
@@ -99,7 +98,8 @@ class SnapshotCalls(ABC):
     ) -> VM:
         """A new VM that goes on where ``snapshot`` was taken, with entropy of its own and the right time.
 
-        name: its name in events. stream_to: where its events go, from the first one on. configure: is given the saved
+        name: its name in events. prepare: is called with the new VM before anything is done with it: what it attaches
+        misses no event and no byte. configure: is given the saved
         VM's configuration and gives the new one's: other paths, sockets and host ports, but the same devices. prefetch:
         make present ahead what an earlier restore is known to have needed. track_dirty: as in VMConfig. paused: leave
         it paused; ``resume`` lets it run.
@@ -110,9 +110,7 @@ class SnapshotCalls(ABC):
         from asyncvmm.snapshot.restoring import RestoreOptions, restored
 
         options = RestoreOptions(prefetch=prefetch, track_dirty=track_dirty, paused=paused)
-        return await restored(
-            cast("type[VM]", cls), snapshot, options, name=name, stream_to=stream_to, configure=configure
-        )
+        return await restored(cast("type[VM]", cls), snapshot, options, name=name, prepare=prepare, configure=configure)
 
     async def go(self) -> None:
         """Give the guest fresh entropy and the time, and let a workload that is held before its exec be run.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,9 +16,8 @@ import attrs
 
 from asyncvmm.config import VMConfig
 from asyncvmm.effects import Effect, SerialOutput
-from asyncvmm.errors import ConfigError
+from asyncvmm.errors import ConfigError, GuestStopped
 from asyncvmm.events.contract import GuestContract
-from asyncvmm.events.outputs import Target
 from asyncvmm.events.snapshot_types import RestoreFirstGuestEvent, RestoreMapped, RestoreStep
 from asyncvmm.machine.base import EffectSink, Machine
 from asyncvmm.snapshot.attempt import RestoreAttempt, choose_machine
@@ -84,6 +83,8 @@ class Restoring:
         """Have ``watch`` follow the guest where it was saved; gives what the machine is to hand its effects to."""
         guest = self.snapshot.guest
         contract = GuestContract.of_saved(has_pid1=guest.has_pid1, started=guest.started, stages=guest.stages)
+        if guest.exited:
+            self._vm.events.exit.fail(GuestStopped("the workload had ended before the snapshot", reason="exited"))
         watch.go_on(contract, {"console": guest.console_line, "control": guest.control_line})
 
         def take(effects: Sequence[Effect]) -> None:
@@ -143,15 +144,15 @@ async def restored(
     options: RestoreOptions,
     *,
     name: str | None,
-    stream_to: Iterable[Target],
+    prepare: Callable[[VM], None] | None,
     configure: Configure | None,
 ) -> VM:
     """VM.restore."""
     begin_ns = time.monotonic_ns()
     if not isinstance(snapshot, Snapshot):
         async with await Snapshot.load(snapshot) as opened:
-            return await _restored(kind, opened, options, begin_ns, name, stream_to, configure)
-    return await _restored(kind, snapshot, options, begin_ns, name, stream_to, configure)
+            return await _restored(kind, opened, options, begin_ns, name, prepare, configure)
+    return await _restored(kind, snapshot, options, begin_ns, name, prepare, configure)
 
 
 async def _restored(
@@ -160,13 +161,13 @@ async def _restored(
     options: RestoreOptions,
     begin_ns: int,
     name: str | None,
-    stream_to: Iterable[Target],
+    prepare: Callable[[VM], None] | None,
     configure: Configure | None,
 ) -> VM:
     vm = kind(saved_config(snapshot, name, configure))
     try:
-        for target in stream_to:
-            vm.stream_to(target)
+        if prepare is not None:
+            prepare(vm)
         await vm._become(Restoring(vm, snapshot, options, begin_ns))
     except BaseException:
         await vm.stop()

@@ -82,20 +82,22 @@ class Snapshot:
         self,
         count: int,
         *,
+        prepare: Callable[[VM, int], None] | None = None,
         identity: Callable[[VM, int], Awaitable[None]] | None = None,
         at_once: int | None = None,
         beyond_bend: bool = False,
     ) -> AbstractAsyncContextManager[list[VM]]:
         """``count`` VMs of this one state, all different in their entropy; stopped when the block ends.
 
-        identity: is awaited with each VM and its number, from 0, before the block begins. at_once: how many are made at
-        the same time. beyond_bend: allow more than MOST_CLONES in one process, where each costs more than the last.
+        prepare: is called with each VM and its number, from 0, before anything is done with it. identity: is awaited
+        with each VM and its number before the block begins. at_once: how many are made at the same time. beyond_bend:
+        allow more than MOST_CLONES in one process, where each costs more than the last.
 
         Raises as VM.restore does; then none is left. ConfigError for a count that is too large.
         """
         from asyncvmm.snapshot.clones import make_clones
 
-        return make_clones(self, count, identity=identity, at_once=at_once, beyond_bend=beyond_bend)
+        return make_clones(self, count, prepare=prepare, identity=identity, at_once=at_once, beyond_bend=beyond_bend)
 
     def close(self) -> None:
         """Let go of its files; a temporary one is gone then. Blocks for as long as that takes. May be called again."""

@@ -166,7 +166,7 @@ class SnapshotTaker:
             await machine.precopy(writer)
         async with self._held(order, times):
             saved = await self._save_machine(machine, writer, base.id if base else None)
-            held = _Held(saved, record_of(self._vm._watch, holds_workload=self._vm._holds_workload))
+            held = _Held(saved, self._record())
             disks = await self._save_drives(draft)
             if order.then == "stop":
                 return await self._commit(draft, order, fired, held, disks)
@@ -198,6 +198,10 @@ class SnapshotTaker:
         setattr(latencies, name, (self._now() - begin) // 1000)
         return task.result()
 
+    def _record(self) -> GuestRecord:
+        vm = self._vm
+        return record_of(vm._watch, holds_workload=vm._holds_workload, exited=vm.events.exit.done)
+
     # -- on disk ---------------------------------------------------------------------------------------------------
 
     async def _save_drives(self, draft: SnapshotDirectory) -> list[Any]:
@@ -206,7 +210,7 @@ class SnapshotTaker:
             return []
         from asyncvmm.storage.snapshot import save_drives
 
-        return await save_drives(plan.resources, _Files(draft))
+        return await save_drives(plan.resources, draft)
 
     async def _commit(
         self, draft: SnapshotDirectory, order: SnapshotOrder, fired: Fired, held: _Held, disks: list[Any]
@@ -279,17 +283,6 @@ class SnapshotTaker:
                     difference=manifest.base is not None,
                 )
             )
-
-
-@attrs.frozen
-class _Files:
-    """The directory as the drives' copies need it."""
-
-    draft: SnapshotDirectory
-
-    def create(self, name: str) -> int:
-        """A new file in it; the descriptor is the caller's."""
-        return os.dup(self.draft.new_file(name))
 
 
 def _with_mac(plan: BootPlan) -> NetConfig | None:

@@ -1,0 +1,161 @@
+"""What ``asyncvmm snapshot`` and ``asyncvmm restore`` do, once the command line is understood."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import anyio
+import anyio.lowlevel
+
+from asyncvmm.commands import WorkloadOutput, write_all
+from asyncvmm.config import VMConfig
+from asyncvmm.console import ConsoleReader
+from asyncvmm.errors import AsyncVMMError, ConfigError, GuestStopped, HostError
+from asyncvmm.events.lines import LineScanner
+from asyncvmm.events.outputs import Output, Target, open_output
+from asyncvmm.snapshot.resources import SnapshotResources
+from asyncvmm.snapshot.snapshot import Snapshot
+from asyncvmm.vm import VM
+
+OUTPUT_BYTES = 64 << 20
+"""Bytes of one guest's output that are held for a stdout that is behind."""
+
+
+def policy(on: str, quiesce_ms: int, out: Path) -> SnapshotResources:
+    """What ``--on`` says: ``pre-exec``, ``listener``, ``heartbeat=N`` or ``after=MS``. Raises ConfigError."""
+    name, _, value = on.partition("=")
+    number = int(value) if value.isascii() and value.isdigit() and len(value) < 20 else None
+    if on == "pre-exec":
+        return SnapshotResources(on_pre_exec=True, quiesce_ms=quiesce_ms, out_path=out)
+    if on == "listener":
+        return SnapshotResources(on_listener=True, quiesce_ms=quiesce_ms, out_path=out)
+    if name == "heartbeat" and number is not None:
+        return SnapshotResources(at_heartbeat=number, quiesce_ms=quiesce_ms, out_path=out)
+    if name == "after" and number is not None:
+        return SnapshotResources(after_ms=number, quiesce_ms=quiesce_ms, out_path=out)
+    raise ConfigError("--on", expected="pre-exec, listener, heartbeat=N or after=MS", found=on)
+
+
+async def take(config: VMConfig, when: SnapshotResources, jsonl: str | None, precopy: bool) -> None:
+    """``asyncvmm snapshot``: boot, wait, save, stop. The workload's output until then on stdout, a line on stderr."""
+    if jsonl == "-":
+        raise ConfigError("--jsonl of snapshot", expected="a file", found="stdout, which the workload's output has")
+    async with VM(config) as vm:
+        if jsonl is not None:
+            vm.stream_to(jsonl)
+        with closing(open_output("-")) as stdout:
+            snapshot = await _boot_and_save(vm, when, stdout, precopy)
+    with closing(snapshot):
+        manifest = snapshot.manifest
+        size = f"{manifest.memory_mib} MiB as {manifest.allocated_bytes / (1 << 20):.1f} MiB"
+        print(f"{snapshot.path}: saved {size} on {manifest.machine}", file=sys.stderr)
+
+
+async def _boot_and_save(vm: VM, when: SnapshotResources, stdout: Output, precopy: bool) -> Snapshot:
+    result: list[Snapshot] = []
+    output = WorkloadOutput(vm)
+
+    async def save() -> None:
+        result.append(await vm.snapshot(when, precopy=precopy, then="stop"))
+
+    try:
+        async with anyio.create_task_group() as group:
+            group.start_soon(save)
+            await anyio.lowlevel.checkpoint()  # it has to be asked for before the boot
+            await vm.boot()
+            group.start_soon(_copy_workload, vm, output, stdout)
+    except BaseExceptionGroup as failed:
+        raise first_error(failed) from None
+    return result[0]
+
+
+async def _copy_workload(vm: VM, output: WorkloadOutput, stdout: Output) -> None:
+    try:
+        await vm.events.pre_exec
+    except GuestStopped:  # saved before there was a workload, or the boot says why
+        return
+    await output.copy_to(stdout)
+
+
+async def restore(directory: Path, clones: int, jsonl: str | None) -> int:
+    """``asyncvmm restore``: run until every workload has ended; gives the first exit code that is not 0, else 0."""
+    output = open_output(2 if jsonl == "-" else "-")
+    with closing(output):
+        async with await Snapshot.load(directory) as snapshot:
+            with _shared(jsonl) as target:
+                runs = _Runs(clones, target, output)
+                try:
+                    async with snapshot.clones(clones, prepare=runs.prepare) as vms:
+                        return await runs.finish(vms)
+                except BaseExceptionGroup as failed:
+                    raise first_error(failed) from None
+
+
+@contextmanager
+def _shared(jsonl: str | None) -> Iterator[Target | None]:
+    """What every clone's lines can go to: a file is opened once for all."""
+    if jsonl is None or jsonl == "-" or jsonl.startswith("unix:"):
+        yield jsonl
+        return
+    try:
+        fd = os.open(jsonl, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"event output {jsonl}", expected="something to write to", found=str(error)) from None
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+class _Runs:
+    """The runs of some clones: their output, each line with its clone's number if there are several."""
+
+    def __init__(self, count: int, target: Target | None, output: Output) -> None:
+        self._readers: dict[int, ConsoleReader] = {}
+        self._many = count > 1
+        self._target = target
+        self._output = output
+
+    def prepare(self, vm: VM, number: int) -> None:
+        if self._target is not None:
+            vm.stream_to(self._target)
+        self._readers[number] = vm.console.subscribe(OUTPUT_BYTES)
+
+    async def finish(self, vms: list[VM]) -> int:
+        codes: dict[int, int] = {}
+
+        async def one(number: int, vm: VM) -> None:
+            codes[number] = await vm.events.exit
+            self._readers[number].end()
+
+        async with anyio.create_task_group() as group:
+            for number, vm in enumerate(vms):
+                prefix = f"{number}: " if self._many else ""
+                group.start_soon(_copy, self._readers[number], self._output, prefix)
+                group.start_soon(one, number, vm)
+        return next((code for _, code in sorted(codes.items()) if code), 0)
+
+
+async def _copy(reader: ConsoleReader, output: Output, prefix: str) -> None:
+    """Write a guest's output, whole lines behind ``prefix`` if there is one. Raises HostError if some was lost."""
+    scanner, start = LineScanner(), prefix.encode()
+    async for chunk in reader:
+        text = b"".join(start + line.text + b"\n" for line in scanner.feed(chunk)) if prefix else chunk
+        await write_all(output, text)
+    last = scanner.flush(0) if prefix else None
+    if last is not None:
+        await write_all(output, start + last.text + b"\n")
+    if reader.lost:
+        raise HostError("stdout", expected="a reader that keeps up", found=f"{reader.lost} bytes of output lost")
+
+
+def first_error(failed: BaseException) -> BaseException:
+    """Of errors that came together, the one to tell."""
+    while isinstance(failed, BaseExceptionGroup):
+        ours = [error for error in failed.exceptions if isinstance(error, AsyncVMMError | BaseExceptionGroup)]
+        failed = (ours or list(failed.exceptions))[0]
+    return failed
