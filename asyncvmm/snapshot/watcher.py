@@ -64,7 +64,7 @@ async def wait_for_trigger(
         if decider.reads_console:
             reader = console.subscribe()
             stack.push_async_callback(reader.aclose)
-            watch.take(ConsoleOutput(console.tail))
+            watch.take(ConsoleOutput(console.tail, gap=True))
         for event in events.past():
             watch.take(event)
         stack.callback(events.attach(watch.take))
