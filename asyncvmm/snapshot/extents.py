@@ -10,6 +10,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from asyncvmm.snapshot.manifest import CHUNK_BYTES
 from asyncvmm.snapshot.memory_map import PAGE_BYTES, Run
 
+Buffer = bytes | memoryview
+
+_SMALL_BYTES = 1 << 16
+"""Up to here a new buffer costs less than the call that fills one there."""
+
 
 def data_runs(fd: int, size: int) -> tuple[Run, ...]:
     """The runs of whole pages that hold data, as the file system tells it. Raises OSError."""
@@ -68,11 +73,14 @@ def checksums(fd: int, runs: Iterable[Run], end: int) -> Iterator[tuple[int, int
 
     What the file has no more of counts as nothing.
     """
-    buffer = bytearray(CHUNK_BYTES)
-    with memoryview(buffer) as view:
+    with memoryview(bytearray(CHUNK_BYTES)) as buffer:
         for number, inside in by_chunk(runs):
             checksum = 0
             for offset, size in inside:
-                got = os.preadv(fd, [view[: min(size, end - offset)]], offset)
-                checksum = zlib.crc32(view[:got], checksum)
+                size = min(size, end - offset)
+                if size > _SMALL_BYTES:
+                    data: Buffer = buffer[: os.preadv(fd, [buffer[:size]], offset)]
+                else:
+                    data = os.pread(fd, size, offset)
+                checksum = zlib.crc32(data, checksum)
             yield number, checksum

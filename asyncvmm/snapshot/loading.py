@@ -7,8 +7,8 @@ data is missing. What they contain is checked only if asked for: that takes as l
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
@@ -18,11 +18,12 @@ import attrs
 
 from asyncvmm.errors import SnapshotDamaged, SnapshotError
 from asyncvmm.machine.saved import MemoryLayer, SavedMachine
+from asyncvmm.snapshot.content import problems_of
 from asyncvmm.snapshot.directory import trailer
-from asyncvmm.snapshot.extents import checksums, in_hole
+from asyncvmm.snapshot.extents import in_hole
 from asyncvmm.snapshot.files import open_base, open_file, open_snapshot, read_file
 from asyncvmm.snapshot.lineage import check_base
-from asyncvmm.snapshot.manifest import CHUNK_BYTES, MANIFEST, MEMORY, MOST_MANIFEST_BYTES, STATE, Manifest
+from asyncvmm.snapshot.manifest import MANIFEST, MEMORY, MOST_MANIFEST_BYTES, STATE, Manifest
 from asyncvmm.snapshot.memory_map import PAGE_BYTES
 from asyncvmm.snapshot.state_file import MOST_STATE_BYTES, unpack
 
@@ -100,7 +101,7 @@ def load(path: Path, *, check_memory: bool = False) -> Loaded:
     with ExitStack() as resources:
         links = open_chain(Path(path), resources)
         for link in links:
-            _check_memory_file(link)
+            check_memory_file(link)
         for name in links[-1].manifest.files.keys() - {MEMORY, STATE}:
             _check_file(links[-1], name)
         sections = read_sections(links[-1])
@@ -119,7 +120,8 @@ def open_chain(path: Path, resources: ExitStack) -> tuple[Link, ...]:
     while (base := chain[-1].manifest.base) is not None:
         where = Path(os.path.normpath(chain[-1].path / base.path))
         link = _open_link(where, open_base(chain[-1].directory, base.path, where), resources)
-        check_base([one.manifest for one in chain], link.manifest)
+        with _located(str(where)):
+            check_base([one.manifest for one in chain], link.manifest)
         chain.append(link)
     return tuple(reversed(chain))
 
@@ -131,21 +133,42 @@ def read_sections(link: Link) -> dict[str, bytes]:
     what = str(link.path / STATE)
     if len(data) != record.size:
         raise SnapshotDamaged(what, expected=f"{record.size} bytes", found=f"{len(data)} bytes")
-    sections = unpack(data)
+    with _located(what):
+        sections = unpack(data)
     if (found := sha256(data).hexdigest()) != record.sha256:
         raise SnapshotDamaged(what, expected=f"SHA-256 {record.sha256}", found=found)
     return sections
 
 
+def memory_problems(link: Link) -> Iterator[SnapshotDamaged]:
+    """Everything that is wrong with what its memory file contains. Raises SnapshotError if it cannot be read."""
+    manifest = link.manifest
+    path, memory = link.path / MEMORY, manifest.memory
+    return problems_of(path, link.memory, manifest.files[MEMORY], memory.data, memory.size)
+
+
+@contextmanager
+def _located(where: str) -> Iterator[None]:
+    """Errors in the block say what they are about, and where that is."""
+    try:
+        yield
+    except SnapshotError as error:
+        error.what = f"{where}: {error.what}"
+        raise
+
+
 def _open_link(path: Path, directory: int, resources: ExitStack) -> Link:
     resources.callback(os.close, directory)
-    manifest = Manifest.from_bytes(read_file(directory, MANIFEST, path, MOST_MANIFEST_BYTES))
+    data = read_file(directory, MANIFEST, path, MOST_MANIFEST_BYTES)
+    with _located(str(path)):
+        manifest = Manifest.from_bytes(data)
     memory = open_file(directory, MEMORY, path)
     resources.callback(os.close, memory)
     return Link(path=path, directory=directory, memory=memory, manifest=manifest)
 
 
-def _check_memory_file(link: Link) -> None:
+def check_memory_file(link: Link) -> None:
+    """Its size, whose memory it is, and that no data is missing. Raises SnapshotDamaged, SnapshotError."""
     what, manifest = str(link.path / MEMORY), link.manifest
     size = manifest.memory.size + PAGE_BYTES
     try:
@@ -189,16 +212,5 @@ def _check_size(what: str, fd: int, expected: int) -> None:
 
 
 def _check_content(link: Link) -> None:
-    what, manifest = str(link.path / MEMORY), link.manifest
-    expected = manifest.files[MEMORY].crc32 or ()
-    try:
-        found = list(checksums(link.memory, manifest.memory.data, manifest.memory.size))
-    except OSError as error:
-        raise SnapshotError(what, expected="a file that can be read", found=error.strerror) from None
-    if len(found) != len(expected):
-        raise SnapshotDamaged(what, expected=f"{len(found)} checksums", found=f"{len(expected)} in the manifest")
-    for (number, checksum), said in zip(found, expected, strict=True):
-        if checksum != said:
-            raise SnapshotDamaged(
-                f"{what}, offset {number * CHUNK_BYTES:#x}", expected=f"CRC-32 {said:08x}", found=f"{checksum:08x}"
-            )
+    for problem in memory_problems(link):
+        raise problem

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, chain, pairwise
+from operator import itemgetter
 from typing import Any
 
 import attrs
@@ -25,6 +26,8 @@ MOST_BYTES = 1 << 40
 
 Run = tuple[int, int]
 """Offset and size in bytes, both whole pages."""
+
+_SIZE = itemgetter(1)
 
 
 @attrs.frozen(kw_only=True)
@@ -42,12 +45,12 @@ class MemoryMap:
     @property
     def data_bytes(self) -> int:
         """Bytes that the file holds."""
-        return sum(size for _, size in self.data)
+        return sum(map(_SIZE, self.data))
 
     @property
     def zero_bytes(self) -> int:
         """Bytes that have become zeros since the base."""
-        return sum(size for _, size in self.zero)
+        return sum(map(_SIZE, self.zero))
 
     def to_plain(self) -> dict[str, Any]:
         """As plain values."""
@@ -95,8 +98,8 @@ def runs_from_plain(numbers: object, limit: int) -> tuple[Run, ...]:
     pages = limit // PAGE_BYTES
     if numbers[0] < 0 or min(numbers[1:]) < 1 or max(numbers) > pages or sum(numbers) > pages:
         raise SnapshotDamaged("memory map", expected=f"gaps and runs within {pages} pages", found="others")
-    edges = [page * PAGE_BYTES for page in accumulate(numbers)]
-    return tuple((start, end - start) for start, end in zip(edges[::2], edges[1::2], strict=True))
+    sizes = [page * PAGE_BYTES for page in numbers]
+    return tuple(zip(list(accumulate(sizes))[::2], sizes[1::2], strict=True))
 
 
 def runs_of(pages: bytes | bytearray, kind: int) -> tuple[Run, ...]:

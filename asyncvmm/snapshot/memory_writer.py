@@ -9,6 +9,7 @@ import ctypes
 import errno
 import os
 import re
+import struct
 from collections.abc import Callable
 from functools import cache
 from typing import Any, ParamSpec, TypeVar
@@ -24,6 +25,8 @@ PIECE_BYTES = 1 << 20
 
 _ABSENT, _DATA, _ZERO = 0, 1, 2
 _KINDS_IN_A_DIFFERENCE = bytes([_ZERO, _DATA]) + bytes(range(2, 256))
+
+_first_word = struct.Struct("Q").unpack_from
 
 _BLOCK_PAGES = 16
 _ZERO_PAGE = bytes(PAGE_BYTES)
@@ -65,11 +68,11 @@ class MemoryWriter:
 
         Raises ValueError for others.
         """
+        if type(view) is memoryview and view.format == "B" and view.ndim == 1:
+            self._write(offset, view)
+            return
         with memoryview(view) as given, given.cast("B") as data:
-            self._check(offset, len(data))
-            for start in range(0, len(data), PIECE_BYTES):
-                with data[start : start + PIECE_BYTES] as piece:
-                    self._write_piece(offset + start, piece)
+            self._write(offset, data)
 
     def zero(self, offset: int, size: int) -> None:
         """Those pages are zeros."""
@@ -85,6 +88,17 @@ class MemoryWriter:
         if offset < 0 or offset % PAGE_BYTES or size % PAGE_BYTES or offset + size > self._size:
             raise ValueError(f"no whole pages of {self._size} bytes: {size} bytes at {offset}")
 
+    def _write(self, offset: int, data: memoryview) -> None:
+        size = len(data)
+        self._check(offset, size)
+        if size == PAGE_BYTES and _first_word(data)[0]:  # a busy guest's memory is full of pages on their own
+            self._write_run(offset, data)
+            self._pages[offset // PAGE_BYTES] = _DATA
+            return
+        for start in range(0, size, PIECE_BYTES):
+            with data[start : start + PIECE_BYTES] as piece:
+                self._write_piece(offset + start, piece)
+
     def _write_piece(self, offset: int, piece: memoryview) -> None:
         kinds = nonzero_pages(piece)
         for start, size in runs_of(kinds, _DATA):
@@ -93,7 +107,7 @@ class MemoryWriter:
         self._set(offset, kinds)
 
     def _write_run(self, offset: int, run: memoryview) -> None:
-        done = 0
+        done = _tried(os.pwrite, self._fd, run, offset)
         while done < len(run):
             with run[done:] as rest:
                 done += _tried(os.pwrite, self._fd, rest, offset + done)
@@ -120,7 +134,9 @@ class MemoryWriter:
 def nonzero_pages(piece: memoryview) -> bytearray:
     """For each page of ``piece``, whole pages as bytes, whether there is anything but zeros in it (0 or 1)."""
     with piece.cast("Q") as words, words[:: PAGE_BYTES // 8] as firsts:
-        kinds = bytearray(map(bool, firsts.tolist()))
+        kinds = bytearray(map(bool, firsts))
+    if 0 not in kinds:
+        return kinds
     for candidates in re.finditer(rb"\0+", bytes(kinds)):
         _look_closer(piece, kinds, *candidates.span())
     return kinds
