@@ -121,8 +121,9 @@ class NetTarget(Target):
         return index == RX or self.space <= 0
 
     def comparable(self, state: Mapping[str, Any]) -> Any:
-        """A restored card has its cable plugged in: that is the host's affair, not the snapshot's."""
-        return dict(state, device=dict(state["device"], link_up=None), config=None)
+        """A restored card has its own cable, and its driver is told if that is plugged in otherwise."""
+        device = dict(state["device"], link_up=None)
+        return dict(state, device=device, config=None, config_generation=None, interrupt_status=None)
 
     def serves(self, driver: Driver) -> None:
         """See Target."""

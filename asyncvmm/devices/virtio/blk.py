@@ -347,6 +347,11 @@ class VirtioBlk(VirtioDevice):
         """See VirtioDevice."""
         return {"size": self.size, "read_only": self.read_only, "writeback": bool(self.config[_WRITEBACK_AT])}
 
+    def restore_config(self, config: bytes) -> None:
+        """See VirtioDevice. The driver may have changed ``writeback`` alone."""
+        self.config[_WRITEBACK_AT] = config[_WRITEBACK_AT] & 1
+        super().restore_config(config)
+
     def restore(self, state: Mapping[str, Any]) -> None:
         """See VirtioDevice. The disk must be the one that was there: as large, and as writable."""
         found = (integer(state, "size", (1 << 64) - 1), boolean(state, "read_only"))

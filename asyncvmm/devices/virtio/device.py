@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Protocol
 
 from asyncvmm.devices.virtio.queue import Queue
+from asyncvmm.errors import ConfigError
 
 
 class Transport(Protocol):
@@ -101,6 +102,14 @@ class VirtioDevice:
     def state(self) -> dict[str, Any]:
         """What a snapshot keeps of the device itself, as plain values that JSON can carry (bytes as hex)."""
         return {}
+
+    def restore_config(self, config: bytes) -> None:
+        """Take the configuration space that was saved, of the size of our own; ``restore`` comes next.
+
+        Raises ConfigError for one that the device cannot have had.
+        """
+        if config != self.config:
+            raise ConfigError("saved config", expected=self.config.hex(), found=config.hex())
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Become what ``state`` says; features and queues are there already. Raises ConfigError for nonsense."""

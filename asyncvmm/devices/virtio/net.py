@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Final, Protocol
 
 import attrs
 
-from asyncvmm.devices.checks import hex_bytes, integer
+from asyncvmm.devices.checks import boolean, hex_bytes, integer
 from asyncvmm.devices.virtio.device import VirtioDevice
 from asyncvmm.devices.virtio.ids import NET
 from asyncvmm.devices.virtio.net_receive import ReceiveQueue
@@ -302,14 +302,23 @@ class VirtioNet(VirtioDevice):
         """See VirtioDevice."""
         return {"mac": self.mac.hex(), "mtu": self.mtu, "link_up": self.link_up}
 
+    def restore_config(self, config: bytes) -> None:
+        """See VirtioDevice. All that it says is in the device's own record."""
+
     def restore(self, state: Mapping[str, Any]) -> None:
-        """See VirtioDevice. The card becomes the one the driver knows: its address and MTU are the saved ones."""
+        """See VirtioDevice. The card becomes the one the driver knows: its address and MTU are the saved ones.
+
+        Not so the cable, which is the host's affair: a driver that knows it otherwise is told.
+        """
         mac = hex_bytes(state, "mac", 6)
         if len(mac) != 6 or mac[0] & 1:
             raise ConfigError("saved mac", expected="six bytes of a unicast address", found=mac.hex(":"))
         mtu = integer(state, "mtu", MAX_MTU)
         if mtu and mtu < MIN_MTU:
             raise ConfigError("saved mtu", expected=f"0 or {MIN_MTU} to {MAX_MTU}", found=mtu)
+        was_up = boolean(state, "link_up")
         self.mac, self.mtu = mac, mtu
         self._started = False
         self._show_config()
+        if was_up != self.link_up:
+            self.config_changed()

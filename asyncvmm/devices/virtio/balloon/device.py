@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Final, Protocol
 
 from asyncvmm.device_config import BalloonConfig
-from asyncvmm.devices.checks import boolean, integer
+from asyncvmm.devices.checks import boolean, entry, integer, shown
 from asyncvmm.devices.virtio import ids
 from asyncvmm.devices.virtio.balloon.pages import (
     MOST_PFNS,
@@ -323,13 +323,17 @@ class VirtioBalloon(VirtioDevice):
         """What is neither configuration space nor queue. Requests under way are in the queues, to be taken again."""
         return {"hinting": self._hinting, "last_cmd_id": self._last_cmd_id, "statistics": dict(self._statistics)}
 
+    def restore_config(self, config: bytes) -> None:
+        """Any sizes: the driver may say of its own what it likes, and what was asked of it is asked again."""
+        self.config[:] = config
+
     def restore(self, state: Mapping[str, Any]) -> None:
         """Raises ConfigError."""
         self._hinting = boolean(state, "hinting")
         self._last_cmd_id = integer(state, "last_cmd_id", _WORD)
-        statistics = state.get("statistics")
+        statistics = entry(state, "statistics")
         if not isinstance(statistics, Mapping) or not set(statistics) <= set(STATISTICS):
-            raise ConfigError("saved statistics", expected="a mapping of their names", found=repr(statistics)[:40])
+            raise ConfigError("saved statistics", expected="a mapping of their names", found=shown(statistics))
         self._statistics = {name: integer(statistics, name, (1 << 64) - 1) for name in statistics}
         self.activate()
 

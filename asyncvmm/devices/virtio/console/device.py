@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Final
 
 from asyncvmm.device_config import ConsoleConfig
-from asyncvmm.devices.checks import boolean, hex_bytes, integer
+from asyncvmm.devices.checks import boolean, entry, hex_bytes, integer, shown
 from asyncvmm.devices.virtio import ids
 from asyncvmm.devices.virtio.console import control
 from asyncvmm.devices.virtio.console.control import Control
@@ -321,23 +321,23 @@ class VirtioConsole(VirtioDevice):
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Raises ConfigError."""
-        messages, ports = state.get("messages"), state.get("ports")
+        messages, ports = entry(state, "messages"), entry(state, "ports")
         names = [port.name for port in self.ports]
-        if not isinstance(ports, list) or [_name(entry) for entry in ports] != names:
-            raise ConfigError("saved ports", expected=names, found=repr(ports)[:80])
+        if not isinstance(ports, list) or len(ports) != len(names) or [_name(port) for port in ports] != names:
+            raise ConfigError("saved ports", expected=names, found=shown(ports))
         if not isinstance(messages, list) or len(messages) > MOST_CONTROL + 2 * MOST_CHAINS:
-            raise ConfigError("saved messages", expected=f"at most {MOST_CONTROL}", found=repr(messages)[:40])
-        self._messages = deque(hex_bytes({"message": entry}, "message", control.MOST_BYTES) for entry in messages)
-        for port, entry in zip(self.ports, ports, strict=True):
-            port.ready, port.guest_open = boolean(entry, "ready"), boolean(entry, "guest_open")
-            port.was_open = boolean(entry, "was_open")
-            port.offset = integer(entry, "offset", (1 << 32) - 1)
+            raise ConfigError("saved messages", expected=f"at most {MOST_CONTROL}", found=shown(messages))
+        self._messages = deque(hex_bytes({"message": data}, "message", control.MOST_BYTES) for data in messages)
+        for port, saved in zip(self.ports, ports, strict=True):
+            port.ready, port.guest_open = boolean(saved, "ready"), boolean(saved, "guest_open")
+            port.was_open = boolean(saved, "was_open")
+            port.offset = integer(saved, "offset", (1 << 32) - 1)
         for port in self.ports:
             self._note_host_open(port)
 
 
-def _name(entry: object) -> object:
-    return entry.get("name") if isinstance(entry, Mapping) else None
+def _name(port: object) -> object:
+    return port.get("name") if isinstance(port, Mapping) else None
 
 
 def _receive_queue(number: int) -> int:

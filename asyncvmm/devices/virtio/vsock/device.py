@@ -19,10 +19,12 @@ from asyncvmm.devices.virtio.vsock.muxer import Muxer
 from asyncvmm.devices.virtio.vsock.packet import (
     EVENT_TRANSPORT_RESET,
     HEADER_SIZE,
+    HOST_CID,
     MAX_PAYLOAD,
     OP_RW,
     Header,
 )
+from asyncvmm.errors import ConfigError
 from asyncvmm.metrics.groups import VsockMetrics
 
 RX: Final = 0
@@ -182,10 +184,15 @@ class VirtioVsock(VirtioDevice):
             "transport_reset": self.queues[EVENT].ready or self._owes_reset_event,
         }
 
+    def restore_config(self, config: bytes) -> None:
+        """See VirtioDevice. All that it says is in the device's own record."""
+
     def restore(self, state: Mapping[str, Any]) -> None:
         """See VirtioDevice. The guest finds its connections gone, with the next thing that happens."""
-        cid = integer(state, "guest_cid", _MOST_CID)
+        cid, owes = integer(state, "guest_cid", _MOST_CID), boolean(state, "transport_reset")
+        if cid <= HOST_CID:
+            raise ConfigError("saved guest_cid", expected=f"more than {HOST_CID}, the host's", found=cid)
         self.muxer.reset()
         self.muxer.guest_cid = cid
         self.config[:] = cid.to_bytes(8, "little")
-        self._owes_reset_event = boolean(state, "transport_reset")
+        self._owes_reset_event = owes

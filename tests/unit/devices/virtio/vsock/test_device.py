@@ -310,7 +310,9 @@ def test_a_reset_event_waits_for_a_buffer(guest: Guest) -> None:
     assert guest.events() == [bytes(4)]
 
 
-@pytest.mark.parametrize("change", [{"guest_cid": -1}, {"guest_cid": "3"}, {"transport_reset": 1}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{"guest_cid": -1}, {"guest_cid": "3"}, {"guest_cid": 2}, {"transport_reset": 1}], ids=str
+)
 def test_a_saved_state_that_cannot_be_is_refused(guest: Guest, change: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
         guest.device.restore({**guest.device.state(), **change})
