@@ -23,20 +23,25 @@ _COPIED_IN_PIECES = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, 
 def flatten(path: Path, out: Path | None = None) -> Manifest:
     """Make one full snapshot of the chain of ``path``, at ``out``, or in the place of ``path``. Blocks while it does.
 
-    It keeps its id: it is the same VM, and what is a difference of it stays one. All of the chain is checked first.
+    It keeps its id: it is the same VM, and what is a difference of it stays one. All of the chain is checked first. A
+    full one stays in its place as it is.
     Raises SnapshotDamaged, SnapshotMismatch, SnapshotFailed, SnapshotError.
     """
     place = Path(os.path.realpath(path)) if out is None else Path(out)
-    with (
-        load(Path(path), check_memory=True) as loaded,
-        SnapshotDirectory.create(place, loaded.manifest.memory.size, replace=out is None) as made,
-    ):
-        try:
-            memory = _copy_memory(loaded, made.memory_fd)
-            _copy_files(loaded, made)
-        except OSError as error:
-            raise SnapshotFailed("snapshot", expected=f"{place} to be written", found=error.strerror) from None
-        return made.commit(attrs.evolve(loaded.manifest, base=None), loaded.sections, memory)
+    with load(Path(path), check_memory=True) as loaded:
+        if out is None and loaded.manifest.base is None:
+            return loaded.manifest
+        with SnapshotDirectory.create(place, loaded.manifest.memory.size, replace=out is None) as made:
+            return _write(loaded, made)
+
+
+def _write(loaded: Loaded, made: SnapshotDirectory) -> Manifest:
+    try:
+        memory = _copy_memory(loaded, made.memory_fd)
+        _copy_files(loaded, made)
+    except OSError as error:
+        raise SnapshotFailed("snapshot", expected=f"{made.path} to be written", found=error.strerror) from None
+    return made.commit(attrs.evolve(loaded.manifest, base=None), loaded.sections, memory)
 
 
 def _copy_memory(loaded: Loaded, target: int) -> MemoryMap:
