@@ -16,6 +16,7 @@ import click
 
 from asyncvmm.device_options import device_options
 from asyncvmm.errors import AsyncVMMError
+from asyncvmm.snapshot.command import flatten, inspect, verify
 from asyncvmm.standard_streams import hold_standard_streams, stdout_lost
 
 EXIT_ERROR = 2
@@ -175,6 +176,10 @@ def snapshot_take(
     when = policy(on, quiesce_ms, out)
     config = make_config(**asked, workload=command)
     run_on_uvloop(lambda: take(config, when, jsonl, precopy))
+
+
+for _command in (inspect, verify, flatten):
+    snapshot.add_command(_command)
 
 
 @main.command()

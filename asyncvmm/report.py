@@ -14,15 +14,29 @@ from asyncvmm.events.types import (
     BootProfileEvent,
     CreateVmProfileEvent,
     PhaseEnded,
+    RestoreProfileEvent,
+    RuntimeRestoreProfileEvent,
     VcpuSetupProfileEvent,
     VmTimingEvent,
 )
 from asyncvmm.machine.base import AccelName
 from asyncvmm.timing.boot_log import log_boot, log_command_loop
 from asyncvmm.timing.boot_profile import BootProfile
-from asyncvmm.timing.derive import boot_profile, create_vm_profile, vcpu_setup_profile
+from asyncvmm.timing.derive import (
+    boot_profile,
+    create_vm_profile,
+    restore_profile,
+    runtime_restore_profile,
+    vcpu_setup_profile,
+)
 from asyncvmm.timing.guest_clock import GuestClock
-from asyncvmm.timing.profiles import CreateVmProfile, GuestBootProfile, VcpuSetupProfile
+from asyncvmm.timing.profiles import (
+    CreateVmProfile,
+    GuestBootProfile,
+    RestoreProfile,
+    RuntimeRestoreProfile,
+    VcpuSetupProfile,
+)
 from asyncvmm.timing.timeline import Phase, Timeline
 from asyncvmm.timing.vm_timing import VmTiming, boot_timing
 
@@ -39,6 +53,7 @@ class BootReport:
         self._first = 0
         self._booted: Sequence[Phase] | None = None
         self._boot: BootProfile | None = None
+        self._into_shell: bool | None = None
 
     def begin_attempt(self, attempt: int) -> None:
         """Phases from now on are those of this attempt."""
@@ -64,6 +79,25 @@ class BootReport:
         if self._events.listening:
             self._publish(self.timing, self._boot, clock)
         return self.timing
+
+    def tell_restored(self, *, into_shell: bool) -> None:
+        """The VM was made of a snapshot, in a shell or from nothing: publish phases and profile."""
+        self._booted, self._into_shell = self._phases, into_shell
+        self.tell_phases()
+        if self._events.listening:
+            now = self._timeline.clock() - self._timeline.start_ns
+            if (restore := self.restore_profile()) is not None:
+                self._events.publish(RestoreProfileEvent(now, restore))
+            if (runtime := self.runtime_restore_profile()) is not None:
+                self._events.publish(RuntimeRestoreProfileEvent(now, runtime))
+
+    def restore_profile(self) -> RestoreProfile | None:
+        """The RestoreProfile; None for a VM that was not restored, or in a shell."""
+        return restore_profile(self._phases) if self._into_shell is False else None
+
+    def runtime_restore_profile(self) -> RuntimeRestoreProfile | None:
+        """The RuntimeRestoreProfile; None for a VM that was not restored in a shell."""
+        return runtime_restore_profile(self._phases) if self._into_shell else None
 
     def tell_captured(self, guest: GuestBootProfile) -> None:
         """The guest's last stage has come: it is logged once the others are."""

@@ -38,9 +38,7 @@ from asyncvmm.machine.waiting import wait_out
 from asyncvmm.readiness import GuestFacts, Readiness, complete, describe_end
 from asyncvmm.report import BootReport
 from asyncvmm.snapshot.of_vm import SnapshotCalls
-from asyncvmm.timing.boot_profile import BootProfile
-from asyncvmm.timing.guest_clock import GuestClock
-from asyncvmm.timing.profiles import CreateVmProfile, GuestBootProfile, VcpuSetupProfile
+from asyncvmm.timing.of_vm import TimingProperties
 from asyncvmm.timing.timeline import Timeline
 from asyncvmm.timing.vm_timing import VmTiming
 from asyncvmm.watch import GuestWatch
@@ -64,7 +62,7 @@ _RETRY_PAUSE_S = 0.2
 _ORDINARY_ENDS = ("shutdown", "reset", "debug-exit")
 
 
-class VM(SnapshotCalls):
+class VM(TimingProperties, SnapshotCalls):
     """One microVM. ``boot`` starts it and returns when the guest is ready; ``stop`` (or leaving the block) frees it.
 
     ``events`` is its EventHub, ``console`` its Console, ``config`` what was asked for, ``name`` the ``vm`` of events.
@@ -111,39 +109,6 @@ class VM(SnapshotCalls):
     def exits(self) -> ExitStatistics | None:
         """Exits to userspace so far, by reason and address; None where the machine cannot tell."""
         return self._machine.exits() if self._machine else None
-
-    @property
-    def guest_profile(self) -> GuestBootProfile:
-        """The guest's boot stages recorded so far."""
-        return self._watch.contract.profile
-
-    @property
-    def guest_clock(self) -> GuestClock | None:
-        """How the guest's clock stands to the VM's time axis, and how sure that is; None before it is known."""
-        return self._watch.guest_clock
-
-    @property
-    def timing(self) -> VmTiming | None:
-        """What boot() returned; None before."""
-        return self._report.timing
-
-    @property
-    def boot_profile(self) -> BootProfile:
-        """The boot's steps, in ns; fields are None where they are not recorded (yet), or do not apply.
-
-        Of a boot that failed or was cancelled it has the steps that its last attempt came to.
-        """
-        return self._report.boot_profile(self.guest_profile)
-
-    @property
-    def create_vm_profile(self) -> CreateVmProfile:
-        """The steps of creating the VM, in ns; None fields as above."""
-        return self._report.create_vm_profile()
-
-    @property
-    def vcpu_setup_profile(self) -> VcpuSetupProfile | None:
-        """The configuration of the vCPUs, in ns; None before it is done, and on QEMU."""
-        return self._report.vcpu_setup_profile()
 
     # -- its devices -----------------------------------------------------------------------------------------------
 
@@ -306,8 +271,10 @@ class VM(SnapshotCalls):
             self._go("paused")
             if not restoring.options.paused:
                 restoring.run()
-                await self._let_run()
+                with self.timeline.phase("resume_kvm_run"):
+                    await self._let_run()
                 self._poll_balloon()
+            self._report.tell_restored(into_shell=restoring.options.shells is not None)
 
     async def _attempt_boot(self, choice: AccelChoice) -> AccelName:
         with self.timeline.phase("setup"):

@@ -84,10 +84,13 @@ class RestoreAttempt(Attempt):
         )
 
     async def _with_saved_resources(self, plan: BootPlan) -> BootPlan:
-        from asyncvmm.resources import HostResources
+        from asyncvmm.resources import HostResources, SavedResources
 
+        loaded = self._snapshot.loaded
+        disks = SavedResources(drives=loaded.manifest.extra.get("disks"), open_file=loaded.open_file)
+        saved = disks if plan.devices.drives else None
         self._resources = HostResources()
-        await self._resources.make_ready(plan.devices, self._choice.accel, self._timeline)
+        await self._resources.make_ready(plan.devices, self._choice.accel, self._timeline, saved)
         return attrs.evolve(plan, resources=self._resources.record)
 
 

@@ -27,6 +27,7 @@ from asyncvmm.snapshot.snapshot import Snapshot
 from asyncvmm.watch import GuestWatch
 
 if TYPE_CHECKING:
+    from asyncvmm.snapshot.shell_pool import ShellPool
     from asyncvmm.vm import VM
 
 Configure = Callable[[VMConfig], VMConfig]
@@ -35,11 +36,12 @@ Configure = Callable[[VMConfig], VMConfig]
 @attrs.frozen(kw_only=True)
 class RestoreOptions:
     """How to restore. prefetch: make the working set present ahead, where it is known. track_dirty: differences are to
-    be saved of it. paused: leave its vCPUs held."""
+    be saved of it. paused: leave its vCPUs held. shells: take a VM that was made ahead from there."""
 
     prefetch: bool = True
     track_dirty: bool = False
     paused: bool = False
+    shells: ShellPool | None = None
 
 
 def saved_config(snapshot: Snapshot, name: str | None, configure: Configure | None) -> VMConfig:

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from asyncvmm.timing.boot_profile import BootProfile
-from asyncvmm.timing.profiles import CreateVmProfile, GuestBootProfile, VcpuSetupProfile, total_of
+from asyncvmm.timing.profiles import (
+    CreateVmProfile,
+    GuestBootProfile,
+    RestoreProfile,
+    RuntimeRestoreProfile,
+    VcpuSetupProfile,
+    total_of,
+)
 from asyncvmm.timing.timeline import Phase
 
 _CREATION = ("kernel_asset_read", "rootfs_asset_open", "layout", "qemu_cmd_build")
@@ -86,6 +93,33 @@ def _creation(attempt: _Attempt) -> int | None:
     if begin is None or end is None:
         return None
     return end - begin + (attempt.took(*_CREATION) or 0) - (attempt.took("vcpu_config") or 0)
+
+
+def restore_profile(phases: Sequence[Phase]) -> RestoreProfile:
+    """The RestoreProfile of a VM made of a snapshot. On QEMU, which does it out of our sight, little is known."""
+    attempt = _Attempt(phases)
+    return RestoreProfile(
+        kvm_fd_open=attempt.took("kvm_open"),
+        kvm_create_vm=attempt.took("kvm_create_vm"),
+        vm_arch_setup=attempt.took("vm_arch_setup", "irqchip_create"),
+        guest_memory_mmap=attempt.took("memory_alloc"),
+        kvm_set_user_memory_region=attempt.took("memory_register"),
+        vcpu_creation=attempt.took("vcpu_create"),
+        cpuid_config=attempt.took("cpuid_config"),
+        memory_state_write=attempt.took("memory_state_write"),
+        vcpu_state_restore=attempt.took("vcpu_state_restore"),
+        device_state_restore=attempt.took("device_state_restore"),
+        resume_kvm_run=attempt.took("resume_kvm_run"),
+    )
+
+
+def runtime_restore_profile(phases: Sequence[Phase]) -> RuntimeRestoreProfile:
+    """The RuntimeRestoreProfile of a VM made of a snapshot in a shell."""
+    attempt = _Attempt(phases)
+    return RuntimeRestoreProfile(
+        vcpu_state_restore=attempt.took("vcpu_state_restore"),
+        device_state_restore=attempt.took("device_state_restore"),
+    )
 
 
 def vcpu_setup_profile(phases: Sequence[Phase]) -> VcpuSetupProfile | None:
