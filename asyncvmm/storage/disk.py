@@ -81,6 +81,7 @@ class Disk:
         self._loop, self._turn = loop, turn
         self._done: Mailbox[Sequence[BlockRequest]] = Mailbox(lambda: loop.call_soon_threadsafe(turn))
         self._holds_memory = True
+        # On the loop: 0.04 ms, which is less than it takes to have a worker thread do it.
         thread = threading.Thread(target=self._work, name=f"disk-{self.name}", daemon=True)
         thread.start()
         self._thread = thread

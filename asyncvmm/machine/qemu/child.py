@@ -23,7 +23,8 @@ class Child:
     """A running child. ``status`` is its exit status (negative: minus the signal), None while it lives.
 
     Must be made on the thread that runs the event loop: the kernel kills the child when the *thread* that made it
-    ends (PR_SET_PDEATHSIG), and worker threads end early.
+    ends (PR_SET_PDEATHSIG), and worker threads end early. Nor would another thread spare the loop anything: Python
+    forks with the interpreter locked. It is a vfork, 0.1 ms long however large this process is.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, command: Sequence[str], descriptors: Sequence[int]) -> None:
