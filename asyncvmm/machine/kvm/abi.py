@@ -166,6 +166,68 @@ class KvmMpState(Structure):
     _fields_ = [("mp_state", c_uint32)]
 
 
+class KvmFpu(Structure):
+    """struct kvm_fpu: what there is of a vCPU's FPU where the processor has no XSAVE."""
+
+    _fields_ = [("bytes", c_uint8 * 416)]
+
+
+XSAVE_BYTES = 4096
+"""struct kvm_xsave. KVM_GET_XSAVE2 gives more where KVM_CAP_XSAVE2 says so; KVM_SET_XSAVE reads as much then."""
+
+
+class KvmXcrs(Structure):
+    """struct kvm_xcrs."""
+
+    _fields_ = [("bytes", c_uint8 * 392)]
+
+
+class KvmDebugregs(Structure):
+    """struct kvm_debugregs."""
+
+    _fields_ = [("bytes", c_uint8 * 128)]
+
+
+class KvmVcpuEvents(Structure):
+    """struct kvm_vcpu_events. ``flags`` says which fields are valid: KVM_SET_VCPU_EVENTS wants it as it was got."""
+
+    _fields_ = [("exceptions", c_uint8 * 20), ("flags", c_uint32), ("rest", c_uint8 * 40)]
+
+
+class KvmIrqchip(Structure):
+    """struct kvm_irqchip."""
+
+    _fields_ = [("chip_id", c_uint32), ("pad", c_uint32), ("state", c_uint8 * 512)]
+
+
+class KvmPitState2(Structure):
+    """struct kvm_pit_state2."""
+
+    _fields_ = [("bytes", c_uint8 * 112)]
+
+
+class KvmClockData(Structure):
+    """struct kvm_clock_data."""
+
+    _fields_ = [
+        ("clock", c_uint64),
+        ("flags", c_uint32),
+        ("pad0", c_uint32),
+        ("realtime", c_uint64),
+        ("host_tsc", c_uint64),
+        ("pad", c_uint32 * 4),
+    ]
+
+
+MAX_MSR_INDICES = 1024
+
+
+class KvmMsrList(Structure):
+    """struct kvm_msr_list with room for MAX_MSR_INDICES."""
+
+    _fields_ = [("nmsrs", c_uint32), ("indices", c_uint32 * MAX_MSR_INDICES)]
+
+
 class KvmIoeventfd(Structure):
     """struct kvm_ioeventfd."""
 
@@ -196,6 +258,7 @@ class Request(IntEnum):
 
     KVM_GET_API_VERSION = _io(0x00)
     KVM_CREATE_VM = _io(0x01)
+    KVM_GET_MSR_INDEX_LIST = _iowr(0x02, 4)
     KVM_CHECK_EXTENSION = _io(0x03)
     KVM_GET_VCPU_MMAP_SIZE = _io(0x04)
     KVM_GET_SUPPORTED_CPUID = _iowr(0x05, 8)
@@ -206,9 +269,13 @@ class Request(IntEnum):
     KVM_SET_IDENTITY_MAP_ADDR = _iow(0x48, 8)
     KVM_CREATE_IRQCHIP = _io(0x60)
     KVM_IRQ_LINE = _iow(0x61, sizeof(KvmIrqLevel))
+    KVM_GET_IRQCHIP = _iowr(0x62, sizeof(KvmIrqchip))
+    KVM_SET_IRQCHIP = _ior(0x63, sizeof(KvmIrqchip))
     KVM_IRQFD = _iow(0x76, sizeof(KvmIrqfd))
     KVM_CREATE_PIT2 = _iow(0x77, sizeof(KvmPitConfig))
     KVM_IOEVENTFD = _iow(0x79, sizeof(KvmIoeventfd))
+    KVM_SET_CLOCK = _iow(0x7B, sizeof(KvmClockData))
+    KVM_GET_CLOCK = _ior(0x7C, sizeof(KvmClockData))
     KVM_RUN = _io(0x80)
     KVM_GET_REGS = _ior(0x81, sizeof(KvmRegs))
     KVM_SET_REGS = _iow(0x82, sizeof(KvmRegs))
@@ -217,12 +284,29 @@ class Request(IntEnum):
     KVM_GET_MSRS = _iowr(0x88, 8)
     KVM_SET_MSRS = _iow(0x89, 8)
     KVM_SET_SIGNAL_MASK = _iow(0x8B, 4)
+    KVM_GET_FPU = _ior(0x8C, sizeof(KvmFpu))
+    KVM_SET_FPU = _iow(0x8D, sizeof(KvmFpu))
     KVM_GET_LAPIC = _ior(0x8E, sizeof(KvmLapicState))
     KVM_SET_LAPIC = _iow(0x8F, sizeof(KvmLapicState))
     KVM_SET_CPUID2 = _iow(0x90, 8)
+    KVM_GET_CPUID2 = _iowr(0x91, 8)
     KVM_GET_MP_STATE = _ior(0x98, sizeof(KvmMpState))
     KVM_SET_MP_STATE = _iow(0x99, sizeof(KvmMpState))
+    KVM_GET_PIT2 = _ior(0x9F, sizeof(KvmPitState2))
+    KVM_SET_PIT2 = _iow(0xA0, sizeof(KvmPitState2))
+    KVM_GET_VCPU_EVENTS = _ior(0x9F, sizeof(KvmVcpuEvents))
+    KVM_SET_VCPU_EVENTS = _iow(0xA0, sizeof(KvmVcpuEvents))
+    KVM_GET_DEBUGREGS = _ior(0xA1, sizeof(KvmDebugregs))
+    KVM_SET_DEBUGREGS = _iow(0xA2, sizeof(KvmDebugregs))
+    KVM_SET_TSC_KHZ = _io(0xA2)
     KVM_GET_TSC_KHZ = _io(0xA3)
+    KVM_GET_XSAVE = _ior(0xA4, XSAVE_BYTES)
+    KVM_SET_XSAVE = _iow(0xA5, XSAVE_BYTES)
+    KVM_GET_XCRS = _ior(0xA6, sizeof(KvmXcrs))
+    KVM_SET_XCRS = _iow(0xA7, sizeof(KvmXcrs))
+    KVM_KVMCLOCK_CTRL = _io(0xAD)
+    KVM_GET_XSAVE2 = _ior(0xCF, XSAVE_BYTES)
+    KVM_SET_DEVICE_ATTR = _iow(0xE1, sizeof(KvmDeviceAttr))
     KVM_GET_DEVICE_ATTR = _iow(0xE2, sizeof(KvmDeviceAttr))
 
 
@@ -233,9 +317,12 @@ class Capability(IntEnum):
     KVM_CAP_USER_MEMORY = 3
     KVM_CAP_NR_VCPUS = 9
     KVM_CAP_PIT2 = 33
+    KVM_CAP_XCRS = 56
+    KVM_CAP_TSC_CONTROL = 60
     KVM_CAP_MAX_VCPUS = 66
     KVM_CAP_READONLY_MEM = 81
     KVM_CAP_IMMEDIATE_EXIT = 136
+    KVM_CAP_XSAVE2 = 208
 
 
 KVM_MEM_LOG_DIRTY_PAGES = 1

@@ -101,6 +101,11 @@ def blueprint(memory_bytes: int, vcpus: int, contents: Contents | None = None, *
     return Blueprint(steps, contents, cpuid, given, tuple(sources))
 
 
+def seen_tsc_khz() -> int | None:
+    """What the newest VM had, None before there was one."""
+    return _seen_tsc_khz
+
+
 def expect_tsc_khz(tsc_khz: int) -> None:
     """Blueprints from now on are made for that frequency."""
     global _seen_tsc_khz

@@ -14,14 +14,16 @@ import attrs
 from asyncvmm.bus import Bus, ByteDevice
 from asyncvmm.devices.acpi_pm import AcpiPm
 from asyncvmm.devices.debug_exit import DebugExit
-from asyncvmm.devices.ged import Ged
-from asyncvmm.devices.i8042 import I8042
-from asyncvmm.devices.rtc import Rtc
+from asyncvmm.devices.ged import Ged, GedState
+from asyncvmm.devices.i8042 import I8042, I8042State
+from asyncvmm.devices.rtc import Rtc, RtcState
 from asyncvmm.devices.serial import Serial
+from asyncvmm.devices.serial_state import SerialState
 from asyncvmm.effects import Port
 from asyncvmm.machine.kvm.fastpath.binding import Fastpath
 from asyncvmm.machine.kvm.fastpath.serial import PostedSerial
 from asyncvmm.machine.kvm.interleave import Taken
+from asyncvmm.machine.kvm.state.board import BoardState
 from asyncvmm.x86 import layout
 
 
@@ -43,16 +45,29 @@ class Outlets:
 class SerialPort:
     """A 16550A with its lock, as the loop's side uses it."""
 
-    def __init__(self, name: Port, gsi: int, outlets: Outlets, clock: Callable[[], int]) -> None:
+    def __init__(
+        self, name: Port, gsi: int, outlets: Outlets, clock: Callable[[], int], state: SerialState | None = None
+    ) -> None:
+        """``state``: what it was when it was saved; its line is as high or low already."""
         self.name: Port = name
+        self.gsi = gsi
         self.lock = threading.Lock()
         self.posted: PostedSerial | None = None
-        self.device = Serial(
-            interrupt=lambda level: outlets.irq(gsi, level),
+        self.is_high = False
+        self._irq: Callable[[int, bool], None] | None = None if state else outlets.irq
+        self.device = Serial.from_state(
+            state or SerialState(),
+            interrupt=self._set_line,
             output_pending=lambda: outlets.output_pending(name),
             room=lambda: outlets.room(name),
             clock=clock,
         )
+        self._irq = outlets.irq
+
+    def _set_line(self, level: bool) -> None:
+        self.is_high = level
+        if self._irq is not None:
+            self._irq(self.gsi, level)
 
     @property
     def on_bus(self) -> ByteDevice:
@@ -76,6 +91,11 @@ class SerialPort:
             first = self.device.taken
             return Taken(*self.device.take_output(), first=first)
 
+    def state(self) -> SerialState:
+        """All that it remembers, output that is still with the native run loop included. The lock is held."""
+        self._collect()
+        return self.device.state()
+
     def feed(self, data: bytes) -> int:
         """Bytes for the guest; returns how many the port took."""
         with self.lock:
@@ -96,22 +116,47 @@ class Board:
     by then: so the loop can hand out both ports' bytes in the order in which the guest wrote them.
     """
 
-    def __init__(self, outlets: Outlets, fastpath: Fastpath | None) -> None:
+    def __init__(self, outlets: Outlets, fastpath: Fastpath | None, state: BoardState | None = None) -> None:
+        """``state``: of the board that was saved. Its lines stand at their levels already; no edge is made of them."""
         self.bus = Bus()
         self.control_marks: list[int] = []
-        self.console = SerialPort("console", layout.COM1_GSI, outlets, time.monotonic_ns)
-        self.control = SerialPort("control", layout.COM2_GSI, outlets, self._mark_control_newline)
-        self.ged = Ged(lambda level: outlets.irq(layout.ACPI_EVENT_GSI, level))
+        console, control = (state.console, state.control) if state else (None, None)
+        self.console = SerialPort("console", layout.COM1_GSI, outlets, time.monotonic_ns, console)
+        self.control = SerialPort("control", layout.COM2_GSI, outlets, self._mark_control_newline, control)
         self.ged_lock = threading.Lock()
-        self.i8042 = I8042(outlets.reset)
+        self._pulses_ged = state is None
+        self.ged = Ged.from_state(state.ged if state else GedState(), lambda level: self._pulse_ged(outlets, level))
+        self._pulses_ged = True
+        self.i8042 = I8042.from_state(state.i8042 if state else I8042State(), outlets.reset)
+        self.rtc = Rtc.from_state(state.rtc if state else RtcState(), time.time)
+        if state is not None:
+            self.control_marks = list(state.control_marks)
         if fastpath is not None:
             self.console.post_through(fastpath, layout.COM1_PORT)
         self._attach(outlets)
+
+    def state(self) -> BoardState:
+        """All that the devices remember, while no vCPU runs; the loop may go on feeding and taking."""
+        with self.control.lock, self.console.lock, self.ged_lock:
+            first = self.console.device.taken
+            return BoardState(
+                console=self.console.state(),
+                control=self.control.state(),
+                control_marks=[max(0, mark - first) for mark in self.control_marks],
+                i8042=self.i8042.state(),
+                rtc=self.rtc.state(),
+                ged=self.ged.state(),
+                high=[port.gsi for port in (self.console, self.control) if port.is_high],
+            )
 
     def press_power_button(self) -> None:
         """Set the GED's event and pulse its line."""
         with self.ged_lock:
             self.ged.press_power_button()
+
+    def _pulse_ged(self, outlets: Outlets, level: bool) -> None:
+        if self._pulses_ged:
+            outlets.irq(layout.ACPI_EVENT_GSI, level)
 
     def _attach(self, outlets: Outlets) -> None:
         attach = self.bus.attach
@@ -119,7 +164,7 @@ class Board:
         attach("com1", layout.COM1_PORT, layout.SERIAL_PORT_SIZE, self.console.on_bus, self.console.lock)
         attach("com2", layout.COM2_PORT, layout.SERIAL_PORT_SIZE, self.control.on_bus, self.control.lock)
         attach("i8042", layout.I8042_DATA_PORT, 5, self.i8042, threading.Lock())
-        attach("rtc", layout.RTC_INDEX_PORT, 2, Rtc(time.time), threading.Lock())
+        attach("rtc", layout.RTC_INDEX_PORT, 2, self.rtc, threading.Lock())
         attach("debug-exit", layout.DEBUG_EXIT_PORT, 1, DebugExit(outlets.debug_exit), threading.Lock())
         attach("acpi-pm", layout.ACPI_SLEEP_CONTROL_PORT, 3, power, threading.Lock())
         attach("ged", layout.ACPI_EVENT_PORT, 1, self.ged, self.ged_lock)

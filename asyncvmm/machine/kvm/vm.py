@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import os
+from typing import TYPE_CHECKING
 
 from asyncvmm.errors import AsyncVMMError, InitrdError, MemorySizeError
 from asyncvmm.machine.kvm.abi import KvmIrqLevel, Request
 from asyncvmm.machine.kvm.contents import READ_INITRD, Contents
-from asyncvmm.machine.kvm.creation import Blueprint, GuestCpuid, expect_tsc_khz, set_cpuid
+from asyncvmm.machine.kvm.creation import Blueprint, Creation, GuestCpuid, expect_tsc_khz, set_cpuid
 from asyncvmm.machine.kvm.fastpath.chain import Chain, Failure, Made
 from asyncvmm.machine.kvm.fds import raw_ioctl_short
 from asyncvmm.machine.kvm.mapped import mapped_view
@@ -24,44 +25,54 @@ from asyncvmm.timing.timeline import Span, Timeline
 from asyncvmm.x86.layout import MMIO_SIZE
 from asyncvmm.x86.msrs import boot_msrs
 
+if TYPE_CHECKING:
+    from asyncvmm.machine.kvm.discard import Backing
+
 _IRQ_LINE = int(Request.KVM_IRQ_LINE)
 _MSRS = boot_msrs()
 
 
 class KvmVm:
-    """A VM with memory and vCPUs, filled and ready to run as its blueprint says."""
+    """A VM with memory and vCPUs, filled and ready to run."""
 
     def __init__(self, plan: Blueprint, timeline: Timeline) -> None:
-        """Create it, recording the phases on ``timeline``.
+        """Create it as its blueprint says, recording the phases on ``timeline``.
 
         Raises KvmUnavailable, KvmIoctlError, MemorySizeError, VcpuCountError, InitrdError.
         """
         steps = plan.steps
-        self._made = made = steps.program.run(*plan.given)
+        made = steps.program.run(*plan.given)
         timeline.record_later(made.spans)
         try:
             if made.failure is not None:
-                raise _error(made.failure, len(steps.vcpus))
+                raise creation_error(made.failure, len(steps.vcpus))
             begin = timeline.clock()
-            self._take(plan, made)
+            self._take(steps, made, "anonymous")
+            if plan.contents is not None:
+                self._finish(plan, plan.contents)
             finish = Span("vm_finish", begin, timeline.clock())
             timeline.record_later(lambda: (finish,))
         except BaseException:
             made.undo()
             raise
 
-    def _take(self, plan: Blueprint, made: Made) -> None:
+    @classmethod
+    def adopt(cls, steps: Creation, made: Made, backing: Backing) -> KvmVm:
+        """The VM that a chain has made. ``backing``: what its memory is."""
+        vm = cls.__new__(cls)
+        vm._take(steps, made, backing)
+        return vm
+
+    def _take(self, steps: Creation, made: Made, backing: Backing) -> None:
         """What the chain has made, as objects."""
-        steps = plan.steps
+        self._made = made
         self.fd = made[steps.vm]
         self.tsc_khz = made[steps.tsc_khz]
-        self.memory = GuestMemory(steps.regions, made[steps.memory])
+        self.memory = GuestMemory(steps.regions, made[steps.memory], backing)
         registers = made[steps.registers] if steps.registers is not None else 0
         self.registers = mapped_view(registers, steps.devices * MMIO_SIZE) if registers else memoryview(b"")
         run_size = made[steps.system.run_size]
         self.vcpus = [Vcpu(index, made[at.fd], made[at.page], run_size) for index, at in enumerate(steps.vcpus)]
-        if plan.contents is not None:
-            self._finish(plan, plan.contents)
 
     def set_irq_line(self, irq: int, level: bool) -> None:
         """KVM_IRQ_LINE: a microsecond, so the GIL is kept. Raises nothing: the GSI is ours and the VM is alive."""
@@ -106,7 +117,8 @@ class KvmVm:
             raise InitrdError("initrd", expected=f"{size} bytes, as when it was opened", found=f"{read} bytes")
 
 
-def _error(failure: Failure, vcpus: int) -> AsyncVMMError:
+def creation_error(failure: Failure, vcpus: int) -> AsyncVMMError:
+    """What it means that a step of a VM's creation failed."""
     if failure.name == MAP_MEMORY:
         return MemorySizeError("guest memory", expected="a mapping of it", found=os.strerror(failure.errno))
     if failure.name == READ_INITRD:

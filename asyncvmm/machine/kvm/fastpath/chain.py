@@ -45,6 +45,7 @@ MOST_STEPS = NOTHING - 256
 _WORD_BITS = (1 << 64) - 1
 _SLOT_WORDS = 2
 _DATA_SLOT = 0
+_ANY_RESULT = -1 << 63
 
 Executor = Callable[[bytes, int, int, int], int]
 """Makes steps: their bytes, how many they are, the slots' address, how many of those are given before the first step's.
@@ -131,8 +132,11 @@ class Chain:
         self._kept.append(content)
         return ctypes.addressof(content)
 
-    def call(self, name: str, call: int, *arguments: Argument, least: int = 0) -> At:
-        """Append a step and give its result. Raises ValueError for a result that is not known by then."""
+    def call(self, name: str, call: int, *arguments: Argument, least: int = 0, may_fail: bool = False) -> At:
+        """Append a step and give its result. Raises ValueError for a result that is not known by then.
+
+        may_fail: the chain goes on whatever the result.
+        """
         padded = (*arguments, *(0,) * (ARGUMENTS - len(arguments)))
         here = self._first + len(self._steps)
         bases = [argument.slot if isinstance(argument, At) else NOTHING for argument in padded]
@@ -141,7 +145,7 @@ class Chain:
         if len(self._steps) >= MOST_STEPS:
             raise ValueError(f"more than {MOST_STEPS} steps")
         values = [_word(argument.offset if isinstance(argument, At) else argument) for argument in padded]
-        self._steps.append((call, (*bases, *values, least)))
+        self._steps.append((call, (*bases, *values, _ANY_RESULT if may_fail else least)))
         self._names.append(name)
         return At(here)
 
@@ -151,10 +155,18 @@ class Chain:
         return self.closing(self.call(name, SystemCall.OPEN, where, os.O_RDWR | os.O_CLOEXEC))
 
     def ioctl(
-        self, request: IntEnum, fd: Argument, argument: Argument = 0, *, least: int = 0, name: str | None = None
+        self,
+        request: IntEnum,
+        fd: Argument,
+        argument: Argument = 0,
+        *,
+        least: int = 0,
+        name: str | None = None,
+        may_fail: bool = False,
     ) -> At:
         """ioctl(2), named as its request unless it has another name."""
-        return self.call(name or request.name, SystemCall.IOCTL, fd, request, argument, least=least)
+        name = name or request.name
+        return self.call(name, SystemCall.IOCTL, fd, request, argument, least=least, may_fail=may_fail)
 
     def map(self, name: str, size: Argument, flags: int, fd: Argument = -1) -> At:
         """mmap(2) for reading and writing, unmapped again by ``undo``."""
