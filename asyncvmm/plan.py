@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 def make_plan(config: VMConfig, name: str, accel: AccelName, tsc_khz: int | None) -> BootPlan:
     """Decide what to boot. Reads the image's manifest. Raises ConfigError and its kinds."""
+    if accel == "qemu" and not config.acpi:
+        raise ConfigError("acpi", expected="the KVM machine, or a kernel with ACPI", found="the QEMU machine")
     if config.kernel is None and config.initrd is not None:
         raise ConfigError("initrd", expected="a kernel beside it", found="none")
     kernel, initrd, image = config.kernel, config.initrd, None

@@ -54,6 +54,12 @@ def test_qemu_is_not_started_with_what_our_own_loader_would_refuse(tmp_path: Pat
         plan("qemu", kernel=text)
 
 
+def test_a_qemu_without_acpi_is_refused() -> None:
+    with pytest.raises(ConfigError, match="acpi: expected the KVM machine"):
+        plan("qemu", acpi=False)
+    assert not plan("kvm", acpi=False).acpi
+
+
 def test_the_workload_goes_into_an_archive() -> None:
     found = plan(initrd=INITRD, workload=("uname", "-a"), env=("A=b",))
     files = {entry.name: entry.data for entry in cpio.read(found.appended)}
