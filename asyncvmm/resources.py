@@ -69,12 +69,14 @@ class HostResources:
 
     def _ready(self, drive: DriveConfig, accel: AccelName) -> DriveResource:
         """On a worker thread."""
+        from asyncvmm.storage.opening import of_drive
         from asyncvmm.storage.overlay import make_overlay
 
         if drive.overlay is False:
             return DriveResource(drive, drive.path)
         target = drive.overlay if isinstance(drive.overlay, Path) else None
-        overlay = make_overlay(drive.path, target, for_qemu=accel == "qemu")
+        with of_drive(drive):
+            overlay = make_overlay(drive.path, target, for_qemu=accel == "qemu")
         self._remove_at_end(overlay)
         return DriveResource(drive, overlay.path or drive.path, overlay.format, overlay)
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from asyncvmm.device_config import CacheMode, DriveConfig
-from asyncvmm.errors import DriveBusy, DriveError
+from asyncvmm.errors import DriveBusy, DriveError, ImageError
 from asyncvmm.storage.block_map import BlockMap
 from asyncvmm.storage.direct import DirectImage
 from asyncvmm.storage.image import Image
@@ -24,8 +25,25 @@ from asyncvmm.storage.raw import RawImage
 def open_image(drive: DriveConfig, overlay: Overlay | None = None) -> Image:
     """The drive's image; ``overlay`` is what ``make_overlay`` made for it, and this image's from now on.
 
-    Raises DriveError, DriveBusy, ImageError, each with the path.
+    Raises DriveError, DriveBusy, ImageError, each with the drive's id and the path.
     """
+    with of_drive(drive):
+        return _open_any(drive, overlay)
+
+
+@contextmanager
+def of_drive(drive: DriveConfig) -> Iterator[None]:
+    """Errors that come through here say which drive they are about, if it has an id."""
+    try:
+        yield
+    except (DriveError, ImageError) as error:
+        if drive.id:
+            what = error.what.removeprefix("drive")
+            error.what = f"drive {drive.id}: {what}" if what else f"drive {drive.id}"
+        raise
+
+
+def _open_any(drive: DriveConfig, overlay: Overlay | None) -> Image:
     path = drive.path if overlay is None else overlay.path or overlay.base
     try:
         with ExitStack() as stack:

@@ -119,8 +119,11 @@ async def test_a_second_drive_that_cannot_be_had_leaves_nothing_of_the_first(
 ) -> None:
     before = holdings()
     found = HostResources()
-    drives = (DriveConfig(path=image, overlay=True), DriveConfig(path=image.with_name("nosuch"), overlay=True))
-    with pytest.raises(DriveError, match="nosuch"):
+    drives = (
+        DriveConfig(path=image, overlay=True),
+        DriveConfig(path=image.with_name("nosuch"), id="second", overlay=True),
+    )
+    with pytest.raises(DriveError, match=r"^drive second: .*nosuch"):
         await make_ready(found, accel, drives=drives)
     await found.aclose()
     assert holdings() == before

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from asyncvmm.device_config import DriveConfig
 from asyncvmm.devices.virtio.block_io import BlockRequest, Operation
 from asyncvmm.devices.virtio.queue import Chain
-from asyncvmm.errors import DriveBusy
+from asyncvmm.errors import DriveBusy, DriveError
 from asyncvmm.storage.disk import MOST_READ_NOW, Disk, open_disk
 from asyncvmm.storage.image import Buffer
+from asyncvmm.storage.opening import of_drive
 from asyncvmm.storage.overlay import make_overlay
 from asyncvmm.storage.raw import RawImage
 from asyncvmm.storage.work import MOST_MERGED, merged
@@ -222,9 +223,22 @@ async def test_after_the_end_neither_thread_nor_descriptor_is_left(path: Path) -
 
 async def test_a_drive_in_use_is_refused_by_name(path: Path) -> None:
     disk = await open_disk(DriveConfig(path=path))
-    with pytest.raises(DriveBusy, match=r"disk\.img in use"):
+    with pytest.raises(DriveBusy, match=r"^drive: .*disk\.img in use"):
         await open_disk(DriveConfig(path=path))
+    with pytest.raises(DriveBusy, match=r"^drive data: .*disk\.img in use"):
+        await open_disk(DriveConfig(path=path, id="data"))
     assert await disk.aclose()
+
+
+@pytest.mark.parametrize("overlay", [False, True])
+async def test_a_drive_that_cannot_be_opened_is_refused_with_its_id(tmp_path: Path, overlay: bool) -> None:
+    drive = DriveConfig(path=tmp_path / "nosuch", id="data", overlay=overlay)
+    with pytest.raises(DriveError, match=r"^drive data: .*nosuch"):
+        if overlay:
+            with of_drive(drive):
+                make_overlay(drive.path, None)
+        else:
+            await open_disk(drive)
 
 
 @pytest.mark.parametrize("turns", range(4))
