@@ -327,7 +327,9 @@ class ConsoleConfig:
         for name in value:
             if not isinstance(name, str) or not _ID.fullmatch(name):
                 raise ConfigError("console port", expected="1 to 20 letters, digits, dots, dashes", found=repr(name))
-        if len(value) > MAX_PORTS or len(set(value)) != len(value) or "console" in value:
+        if "console" in value:
+            raise ConfigError("console port", expected="another name than hvc0's", found=repr("console"))
+        if len(value) > MAX_PORTS or len(set(value)) != len(value):
             raise ConfigError("console ports", expected=f"at most {MAX_PORTS} different names", found=value)
 
 

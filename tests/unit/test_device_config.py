@@ -297,3 +297,8 @@ def test_whatever_is_written_there_is_a_record_or_a_refusal(kind: type[Any], dat
     value = data.draw(ANYTHING)
     with suppress(ConfigError):
         hash(kind(**{**NEEDED.get(kind, {}), name: value}))
+
+
+def test_a_port_of_the_consoles_own_name_is_refused_for_its_name() -> None:
+    with pytest.raises(ConfigError, match="another name than hvc0's, found 'console'"):
+        ConsoleConfig(ports=("data", "console"))
