@@ -1,0 +1,177 @@
+"""Snapshots of a real Linux through the public VM and the command line, on QEMU/TCG."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+import orjson
+import pytest
+
+from asyncvmm import VM, VMConfig
+from asyncvmm.errors import SnapshotFailed
+from asyncvmm.events.snapshot_types import RestoreStep
+from asyncvmm.events.types import Event
+from asyncvmm.snapshot.resources import SnapshotResources
+from asyncvmm.snapshot.snapshot import Snapshot
+
+pytestmark = [pytest.mark.anyio, pytest.mark.requires("qemu", "image")]
+
+PATIENCE_S = 120
+SAY = "echo random=$(head -c16 /dev/urandom | od -An -tx1 | tr -d ' \n') time=$(date +%s.%N)"
+MOST_CLOCK_ERROR_S = 2.0
+"""TCG's clones share two cores; how exact the clock is, is the lab's to say."""
+
+
+@pytest.fixture(scope="module")
+def anyio_backend() -> tuple[str, dict[str, Any]]:
+    """The snapshot is shared, so is the loop."""
+    return "asyncio", {"use_uvloop": True}
+
+
+@pytest.fixture(scope="module")
+async def held(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[tuple[Snapshot, str]]:
+    """A guest saved one step before its workload ran; and what that said in the original, which ran on."""
+    out = tmp_path_factory.mktemp("snapshots") / "held"
+    when = SnapshotResources(on_pre_exec=True, quiesce_ms=10, out_path=out)
+    taken: list[Snapshot] = []
+    async with VM(VMConfig(accel="qemu", workload=("sh", "-c", SAY))) as vm:
+
+        async def take() -> None:
+            taken.append(await vm.snapshot(when))
+
+        with anyio.fail_after(PATIENCE_S):
+            async with anyio.create_task_group() as group:
+                group.start_soon(take)
+                await anyio.lowlevel.checkpoint()
+                reader = vm.console.subscribe()
+                await vm.boot()
+            said = await answer(vm, reader)
+    async with taken[0] as snapshot:
+        yield snapshot, said
+
+
+async def answer(vm: VM, reader: Any) -> str:
+    assert await vm.events.exit == 0
+    text = reader.take().decode()
+    found = re.search(r"random=[0-9a-f]{32} time=[0-9.]+", text)
+    assert found, text
+    return found[0]
+
+
+async def test_every_clone_says_something_else_at_the_right_time(held: tuple[Snapshot, str]) -> None:
+    snapshot, original = held
+    readers: dict[int, Any] = {}
+    steps: list[Event] = []
+
+    def prepare(vm: VM, number: int) -> None:
+        readers[number] = vm.console.subscribe()
+        vm.events.attach(steps.append)
+
+    with anyio.fail_after(PATIENCE_S):
+        async with snapshot.clones(3, prepare=prepare) as clones:
+            answers = [await answer(clone, readers[number]) for number, clone in enumerate(clones)]
+            now = time.time()
+    randoms = {text.split()[0] for text in [*answers, original]}
+    assert len(randoms) == 4
+    for text in answers:
+        assert abs(now - float(text.split("time=")[1])) < PATIENCE_S
+    assert {step.step for step in steps if isinstance(step, RestoreStep)} >= {"entropy"}
+
+
+async def test_the_manifest_says_which_machine_made_it_and_that_the_workload_waits(held: tuple[Snapshot, str]) -> None:
+    snapshot, _ = held
+    assert snapshot.manifest.machine == "qemu"
+    assert snapshot.manifest.window
+    assert snapshot.manifest.extra["trigger"]["trigger"] == "pre_exec"
+
+
+async def test_a_difference_is_kvms_alone(held: tuple[Snapshot, str]) -> None:
+    snapshot, _ = held
+    async with await VM.restore(snapshot, paused=True) as vm:
+        with pytest.raises(SnapshotFailed):
+            await vm.snapshot(base=snapshot)
+        assert vm.state == "paused"
+
+
+async def test_a_listener_that_cannot_come_any_more_counts_as_parked() -> None:
+    async with VM(VMConfig(accel="qemu", workload=("true",))) as vm:
+        with anyio.fail_after(PATIENCE_S):
+            await vm.boot()
+            async with await vm.snapshot(SnapshotResources(on_listener=True)) as snapshot:
+                assert snapshot.manifest.extra["trigger"]["trigger"] == "parked"
+
+
+async def test_a_workload_can_be_held_without_a_snapshot() -> None:
+    async with VM(VMConfig(accel="qemu", workload=("echo", "let go"), pre_exec_window=True)) as vm:
+        with anyio.fail_after(PATIENCE_S):
+            await vm.boot()
+            await vm.events.pre_exec
+            with pytest.raises(TimeoutError):
+                with anyio.fail_after(0.3):
+                    await vm.events.exit
+            await vm.go()
+            assert await vm.events.exit == 0
+
+
+# -- the command line --------------------------------------------------------------------------------------------------
+
+
+def asyncvmm(directory: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [str(Path(sys.executable).parent / "asyncvmm"), *words]
+    return subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("commands")
+    words = ("--on", "pre-exec", "--quiesce-ms", "5", "--accel", "qemu", "--jsonl", "s.jsonl", "--out", "s")
+    done = asyncvmm(directory, "snapshot", *words, "--", "sh", "-c", f"{SAY}; exit 3")
+    assert (done.returncode, done.stdout) == (0, ""), done
+    assert "saved 256 MiB" in done.stderr
+    return directory
+
+
+def test_the_command_saves_and_tells(saved: Path) -> None:
+    names = [orjson.loads(line)["event"] for line in (saved / "s.jsonl").read_bytes().splitlines()]
+    assert names.index("snapshot.trigger") < names.index("snapshot.saved")
+
+
+def test_restored_clones_prefix_their_lines_and_give_the_workloads_exit_code(saved: Path) -> None:
+    done = asyncvmm(saved, "restore", "s", "--clones", "2", "--jsonl", "r.jsonl")
+    assert done.returncode == 3, done
+    lines = sorted(done.stdout.splitlines())
+    assert [line[:10] for line in lines] == ["0: random=", "1: random="]
+    assert lines[0][3:] != lines[1][3:]
+    events = [orjson.loads(line) for line in (saved / "r.jsonl").read_bytes().splitlines()]
+    assert len({event["vm"] for event in events}) == 2
+    assert {"restore.mapped", "restore.first_guest_event", "restore.profile"} <= {event["event"] for event in events}
+
+
+def test_one_restored_guest_has_stdout_to_itself(saved: Path) -> None:
+    done = asyncvmm(saved, "restore", "s")
+    assert done.returncode == 3, done
+    assert done.stdout.startswith("random=")
+
+
+def test_a_snapshot_is_inspected_verified_and_refused_when_it_is_there_already(saved: Path) -> None:
+    facts = orjson.loads(asyncvmm(saved, "snapshot", "inspect", "s").stdout)
+    assert facts["machine"] == "qemu"
+    assert asyncvmm(saved, "snapshot", "verify", "s").returncode == 0
+    again = asyncvmm(saved, "snapshot", "--on", "pre-exec", "--out", "s", "--accel", "qemu", "--", "true")
+    assert again.returncode == 2
+    assert len(again.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("on", ["never", "heartbeat=", "after=-1", "heartbeat=x", "pre-exec=1"])
+def test_a_trigger_that_is_none_is_one_line_and_exit_code_2(tmp_path: Path, on: str) -> None:
+    done = asyncvmm(tmp_path, "snapshot", "--on", on, "--out", "s", "--", "true")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
