@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import anyio
@@ -20,17 +19,15 @@ import attrs
 from asyncvmm.effects import ExitStatistics, Port, Stopped
 from asyncvmm.errors import KvmIoctlError, MachineError, StateError
 from asyncvmm.machine.base import AccelName, BootPlan, EffectSink, Evidence
+from asyncvmm.machine.kvm.building import Building, Joints, device_section
 from asyncvmm.machine.kvm.devices import DeviceSet
-from asyncvmm.machine.kvm.fastpath.binding import Fastpath
-from asyncvmm.machine.kvm.fastpath.binding import load as load_library
-from asyncvmm.machine.kvm.guest_tsc import GuestTsc
-from asyncvmm.machine.kvm.loading import Prepared, prepare
+from asyncvmm.machine.kvm.marks import RestoreMarks
 from asyncvmm.machine.kvm.output import Output
 from asyncvmm.machine.kvm.platform import Board, Outlets, SerialPort
 from asyncvmm.machine.kvm.statistics import VcpuCounters, collect, posted_counters
 from asyncvmm.machine.kvm.tracing import TracedExit, TraceSink, Tracing
 from asyncvmm.machine.kvm.vm import KvmVm
-from asyncvmm.machine.waiting import wait_out
+from asyncvmm.machine.waiting import in_thread, wait_out
 from asyncvmm.mailbox import Mailbox
 from asyncvmm.metrics.groups import I8042Metrics, UartMetrics
 from asyncvmm.metrics.sources import copy_i8042, sum_uart, sum_vcpus
@@ -41,6 +38,10 @@ if TYPE_CHECKING:
     from anyio.abc import ByteStream
 
     from asyncvmm.balloon import BalloonBackend
+    from asyncvmm.machine.kvm.restoring import Shell
+    from asyncvmm.machine.kvm.saving import Saving
+    from asyncvmm.machine.saved import RestorePlan, SavedMachine
+    from asyncvmm.snapshot.memory_writer import MemoryWriter
     from asyncvmm.vsock.host import VsockHost
 
 _log = logging.getLogger("asyncvmm.machine")
@@ -62,7 +63,12 @@ class _HasRoom:
     port: Port
 
 
-_Notice = _HasOutput | _HasRoom | Stopped | TracedExit
+@attrs.frozen
+class _FirstExit:
+    """Of a restored guest."""
+
+
+_Notice = _HasOutput | _HasRoom | Stopped | TracedExit | _FirstExit
 _State = Literal["new", "running", "paused", "ended", "closed"]
 
 
@@ -81,18 +87,27 @@ class KvmMachine:
         self._timeline = timeline
         self._output = Output(on_effects)
         self._state: _State = "new"
-        self._prepared: Prepared | None = None
-        self._vm: KvmVm | None = None
-        self._board: Board | None = None
         self._final_exits: ExitStatistics | None = None
         self._room: dict[Port, anyio.Event] = {}
         self._writing: dict[Port, anyio.Lock] = {}
         self._tracing = Tracing(lambda traced: self._mailbox.post(traced, droppable=True))
-        self._fastpath: Fastpath | None = None
-        self._guest_tsc: GuestTsc | None = None
-        self._building = threading.Lock()
+        joints = Joints(outlets=self._outlets, halt=self._halt, output=self._output, devices=self._devices)
+        self._building = Building(plan, timeline, joints)
+        self._saving: Saving | None = None
+        self.restored: RestoreMarks | None = None
+        """Of a machine that was restored: when what was reached."""
+        self.on_first_exit: Callable[[RestoreMarks], None] | None = None
+        """Is called on the loop."""
         self._freeing: asyncio.Task[None] | None = None
         self.meter(metrics)
+
+    @property
+    def _vm(self) -> KvmVm | None:
+        return self._building.vm
+
+    @property
+    def _board(self) -> Board | None:
+        return self._building.board
 
     @property
     def balloon(self) -> BalloonBackend | None:
@@ -118,7 +133,7 @@ class KvmMachine:
             if self._devices is not None:
                 with self._timeline.phase("device_open"):
                     await self._devices.open()
-            await anyio.to_thread.run_sync(self._prepare)
+            await anyio.to_thread.run_sync(self._building.prepare)
         except BaseException:
             await self.stop()
             raise
@@ -126,30 +141,58 @@ class KvmMachine:
     async def start(self) -> None:
         """Create the VM, load it, start its vCPUs."""
         self._require_new("start")
+        await self._begin(self._boot())
+
+    async def restore(self, plan: RestorePlan, *, shell: Shell | None = None) -> None:
+        """Create the VM as it was saved, its vCPUs' threads waiting. ``shell``: a VM made ahead to do it in; it is used
+        up, whatever comes of it."""
+        try:
+            self._require_new("restore")
+            await self._begin(self._restore(plan, shell))
+        finally:
+            if shell is not None:
+                await in_thread(shell.close)
+
+    async def _begin(self, build: Coroutine[None, None, None]) -> None:
         self._loop = asyncio.get_running_loop()
         self._writing = {"console": anyio.Lock(), "control": anyio.Lock()}
         self._mailbox: Mailbox[_Notice] = Mailbox(lambda: self._loop.call_soon_threadsafe(self._drain))
         try:
             self._output.open()
-            if self._devices is not None:
-                await self._build_with_devices(self._devices)
-            else:
-                await anyio.to_thread.run_sync(self._build)
-            self._started()
+            await build
         except BaseException:
             await self.stop()
             raise
 
-    async def _build_with_devices(self, devices: DeviceSet) -> None:
-        """Devices are the loop's, so it has its turn between a VM's creation and its start."""
-        if self._prepared is None:
-            await self.prepare()
-        await anyio.to_thread.run_sync(self._create)
-        if self._vm is None or self._state != "new":
-            return
-        with self._timeline.phase("device_fit"):
-            devices.fit(self._vm, self._device_failed)
-        await anyio.to_thread.run_sync(self._launch)
+    async def _boot(self) -> None:
+        building, devices = self._building, self._devices
+        if devices is None:
+            await anyio.to_thread.run_sync(building.boot)
+        else:  # they are the loop's, so it has its turn between a VM's creation and its start
+            if not building.is_prepared:
+                await self.prepare()
+            await anyio.to_thread.run_sync(building.create)
+            if building.vm is not None and self._state == "new":
+                with self._timeline.phase("device_fit"):
+                    devices.fit(building.vm, self._device_failed)
+                await anyio.to_thread.run_sync(building.launch)
+        self._started("running")
+
+    async def _restore(self, plan: RestorePlan, shell: Shell | None) -> None:
+        building, devices = self._building, self._devices
+        if devices is None:
+            await anyio.to_thread.run_sync(building.rebuild, plan, shell)
+        else:
+            with self._timeline.phase("device_open"):
+                await devices.open()
+            await anyio.to_thread.run_sync(building.recreate, plan, shell)
+            if building.vm is not None and self._state == "new":
+                with self._timeline.phase("device_state_restore"):
+                    devices.fit(building.vm, self._device_failed, state=device_section(plan.saved))
+                await anyio.to_thread.run_sync(building.hold)
+        self._started("paused")
+        self.restored = RestoreMarks(time.monotonic_ns())
+        self.restored.watch(self._running_vm().vcpus, lambda: self._mailbox.post(_FirstExit()))
 
     def _device_failed(self, error: Exception) -> None:
         """A device of ours went wrong: the guest cannot be served any more."""
@@ -170,21 +213,53 @@ class KvmMachine:
                     await room.wait()
 
     async def pause(self) -> None:
-        """Kick every vCPU out of the guest and keep it out."""
+        """Kick every vCPU out of the guest and keep it out, then hold the devices. Cancelled, the guest runs on."""
         vm = self._running_vm()
-        for vcpu in vm.vcpus:
-            vcpu.order("pause")
-        for vcpu in vm.vcpus:
-            if not await anyio.to_thread.run_sync(vcpu.wait_parked, _PARK_TIMEOUT_S):
-                raise MachineError("pause", expected=f"vCPU {vcpu.index} out of the guest", found="still in it")
+        try:
+            for vcpu in vm.vcpus:
+                vcpu.order("pause")
+            for vcpu in vm.vcpus:
+                if not await anyio.to_thread.run_sync(vcpu.wait_parked, _PARK_TIMEOUT_S):
+                    raise MachineError("pause", expected=f"vCPU {vcpu.index} out of the guest", found="still in it")
+            if self._devices is not None:
+                await self._devices.hold()
+        except BaseException:
+            if self._state == "running":
+                self._let_run(vm)
+            raise
         self._state = "paused" if self._state == "running" else self._state
 
     async def resume(self) -> None:
-        """Let every vCPU enter the guest again."""
-        vm = self._running_vm()
+        """Let every vCPU enter the guest again, and the devices work."""
+        vm, saving = self._running_vm(), self._saving
+        if saving is not None and saving.busy:
+            raise StateError("resume", expected="a machine that is not being saved", state=self._state)
+        if self.restored is not None and self.restored.resumed_ns is None:
+            self.restored.resumed_ns = time.monotonic_ns()
+        self._let_run(vm)
+        self._state = "running" if self._state == "paused" else self._state
+        if saving is not None:
+            await saving.settle()
+
+    def _let_run(self, vm: KvmVm) -> None:
+        if self._devices is not None:
+            self._devices.unhold()
         for vcpu in vm.vcpus:
             vcpu.order("run")
-        self._state = "running" if self._state == "paused" else self._state
+
+    async def precopy(self, memory: MemoryWriter) -> None:
+        """By passes over what KVM's dirty log and our own marks say was written."""
+        await self._saver("running", "paused").precopy(memory)
+
+    async def save(self, memory: MemoryWriter, *, difference_of: str | None = None) -> SavedMachine:
+        """See Machine."""
+        saver = self._saver("paused")
+        self._output.put(self._output.take())  # what the guest has written is this VM's to tell, not its copies'
+        return await saver.save(memory, difference_of)
+
+    def saved_as(self, name: str) -> None:
+        """See Machine. Of a restored machine that was not saved yet: the name of what it was restored from."""
+        self._saver("running", "paused", "ended").saved_as(name)
 
     async def request_shutdown(self) -> None:
         """Press the ACPI power button."""
@@ -195,6 +270,7 @@ class KvmMachine:
     async def stop(self) -> None:
         """Stop the vCPUs, join their threads, hand out what output is left, free everything."""
         self._state = "closed"
+        self._building.give_up()
         self._wake_writers()
         self._tracing.end()
         if self._freeing is None:
@@ -204,13 +280,15 @@ class KvmMachine:
 
     async def _free(self) -> None:
         """A task of its own: every stop waits for it, and a cancelled one does not end it half-way."""
-        vm = await anyio.to_thread.run_sync(self._end_threads)
+        if self._saving is not None:
+            await self._saving.aclose()
+        vm = await anyio.to_thread.run_sync(self._building.end_threads)
         self._output.close()
         if vm is not None:
             self._drain()
             await self._output.finish()
             self._final_exits = self.exits()
-            self._vm = None
+            self._building.vm = None
         freed = self._devices is None or await self._devices.aclose()
         if vm is not None and freed:
             await anyio.to_thread.run_sync(vm.close)
@@ -232,7 +310,7 @@ class KvmMachine:
 
     def guest_instant(self, tsc: int) -> tuple[int, int] | None:
         """By KVM's TSC offset and samples of the host's two clocks."""
-        return None if self._guest_tsc is None else self._guest_tsc.instant(tsc)
+        return None if self._building.guest_tsc is None else self._building.guest_tsc.instant(tsc)
 
     def meter(self, metrics: VmMetrics) -> None:
         """Have exits, serial ports and keyboard controller counted in their groups at each flush."""
@@ -263,7 +341,8 @@ class KvmMachine:
         if self._vm is None:
             return []
         counters = [vcpu.counters for vcpu in self._vm.vcpus]
-        return [*counters, posted_counters(self._fastpath, self._vm.tsc_khz)] if self._fastpath else counters
+        fastpath = self._building.fastpath
+        return [*counters, posted_counters(fastpath, self._vm.tsc_khz)] if fastpath else counters
 
     def _sum_uart(self, group: UartMetrics) -> None:
         if self._board is not None:
@@ -276,69 +355,14 @@ class KvmMachine:
         if self._board is not None:
             copy_i8042(group, self._board.i8042)
 
-    # -- on a worker thread ----------------------------------------------------------------------------------------
-
-    def _prepare(self) -> None:
-        with self._building:
-            if self._state == "new" and self._prepared is None:
-                self._prepared = prepare(self._plan, self._timeline)
-
-    def _build(self) -> None:
-        self._create()
-        self._launch()
-
-    def _create(self) -> None:
-        self._prepare()
-        with self._building:
-            if self._state == "new" and self._prepared is not None:
-                self._vm = KvmVm(self._prepared.blueprint, self._timeline)
-                self._let_go()
-
-    def _launch(self) -> None:
-        with self._building:
-            if self._state == "new" and self._vm is not None:
-                with self._timeline.phase("vcpu_start"):
-                    self._run(self._vm)
-
-    def _let_go(self) -> None:
-        """Of what was prepared: the files are loaded, or never will be."""
-        prepared, self._prepared = self._prepared, None
-        if prepared is not None:
-            prepared.close()
-
-    def _run(self, vm: KvmVm) -> None:
-        """Let the guest run: here, so that it need not wait for the loop, nor the loop for its threads to start."""
-        library = load_library()
-        if library is not None:
-            self._fastpath = Fastpath(library, self._output.posted_fd)
-        self._board = Board(self._outlets(vm), self._fastpath)
-        self._output.connect(self._board, self._fastpath)
-        if self._devices is not None:
-            with self._timeline.phase("device_attach"):
-                self._devices.attach(vm, self._board.bus)
-        self._guest_tsc = GuestTsc.of([vcpu.fd for vcpu in vm.vcpus])
-        for vcpu in vm.vcpus:
-            vcpu.start(f"{self._plan.name}-vcpu{vcpu.index}", self._board.bus, self._halt, self._fastpath)
-
-    def _end_threads(self) -> KvmVm | None:
-        """End what is being built or runs. Whoever awaited the building may have been cancelled, its thread was not."""
-        with self._building:
-            vm = self._vm
-            self._let_go()
-        for vcpu in vm.vcpus if vm else ():
-            vcpu.order("stop")
-        for vcpu in vm.vcpus if vm else ():
-            vcpu.join()
-        return vm
-
     # -- on the loop -----------------------------------------------------------------------------------------------
 
-    def _started(self) -> None:
-        """The guest runs, and may have ended already."""
+    def _started(self, state: Literal["running", "paused"]) -> None:
+        """The guest runs, and may have ended already; or its vCPUs wait."""
         if self._state == "closed":
             raise StateError("start", expected="a machine that nobody stops meanwhile", state=self._state)
         if self._state == "new":
-            self._state = "running"
+            self._state = state
 
     def _outlets(self, vm: KvmVm) -> Outlets:
         return Outlets(
@@ -361,8 +385,18 @@ class KvmMachine:
                 self._wake_writer(notice.port)
             elif isinstance(notice, TracedExit):
                 self._tracing.hand(notice)
+            elif isinstance(notice, _FirstExit):
+                self._tell_first_exit()
             else:
                 self._output.put([*self._output.take(), *self._end(notice)])
+
+    def _tell_first_exit(self) -> None:
+        marks = self.restored
+        assert marks is not None
+        for span in marks.resume_span():
+            self._timeline.record(span)
+        if self.on_first_exit is not None:
+            self.on_first_exit(marks)
 
     def _wake_writers(self) -> None:
         for event in self._room.values():
@@ -388,6 +422,18 @@ class KvmMachine:
         self._running_vm()
         assert self._board is not None
         return self._board.console if port == "console" else self._board.control
+
+    def _saver(self, *states: _State) -> Saving:
+        """Made when it is first wanted: few machines are saved."""
+        vm = self._running_vm()
+        if self._state not in states:
+            raise StateError("save", expected=f"a machine that is {' or '.join(states)}", state=self._state)
+        if self._saving is None:
+            from asyncvmm.machine.kvm.saving import saving_of
+
+            assert self._board is not None
+            self._saving = saving_of(vm, self._board, self._devices, self._building)
+        return self._saving
 
     def _require_new(self, what: str) -> None:
         if self._state != "new":

@@ -100,9 +100,14 @@ class MemorySaver:
             self._base = name
             self._changed, self._since = self._since, PageSet(self._memory.size)
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether the dirty log is on only if it is wanted."""
+        return self._tracked or not self._log.is_on or self._ahead is not None
+
     def settle(self) -> None:
-        """The dirty log is not wanted any more, unless differences are. Raises KvmIoctlError."""
-        if not self._tracked and self._ahead is None:
+        """Have the dirty log on only if it is wanted. Raises KvmIoctlError."""
+        if not self.is_settled:
             self._log.end()
 
     def _check(self, difference_of: str | None) -> None:

@@ -24,9 +24,9 @@ class PageSet:
     def add(self, offset: int, size: int) -> None:
         """Take in every page that these bytes touch. Not beyond the memory: the caller has checked that."""
         first, last = offset // PAGE_BYTES, -(-(offset + size) // PAGE_BYTES)
-        if last - first == 1:
+        if last - first == 1 and size:
             self._marks[first] = 1
-        elif last > first:
+        elif size:
             self._marks[first:last] = b"\1" * (last - first)
 
     def add_runs(self, runs: Iterable[Run]) -> None:

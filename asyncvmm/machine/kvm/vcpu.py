@@ -37,6 +37,7 @@ from asyncvmm.machine.kvm.exits import (
     exit_name,
 )
 from asyncvmm.machine.kvm.fastpath.binding import Fastpath
+from asyncvmm.machine.kvm.faults import NO_FAULTS, Faults, faults_of, thread_faults
 from asyncvmm.machine.kvm.fds import ioctl, raw_ioctl
 from asyncvmm.machine.kvm.mapped import mapped_view
 from asyncvmm.machine.kvm.statistics import VcpuCounters
@@ -47,6 +48,9 @@ _TRANSIENT = (errno.EINTR, errno.EAGAIN)
 
 Order = Literal["run", "pause", "stop"]
 Halt = Callable[[Stopped], None]
+FirstExit = Callable[[int, int, Faults], None]
+"""Is told on the vCPU's thread when it entered the guest first, when it came out with an exit, CLOCK_MONOTONIC ns, and
+the page faults in between."""
 
 
 class Vcpu:
@@ -62,6 +66,7 @@ class Vcpu:
         self._fastpath: Fastpath | None = None
         self.counters = VcpuCounters()
         self.trace: Callable[[int, int, Exit], None] | None = None
+        self.on_first_exit: FirstExit | None = None
         self._order: Order = "run"
         self._changed = threading.Condition()
         self._parked = False
@@ -135,6 +140,11 @@ class Vcpu:
         ioctl(self.fd, Request.KVM_GET_REGS, regs)
         return regs
 
+    def faults(self) -> Faults:
+        """Page faults of its thread so far, Python's own among them."""
+        native_id = None if self._thread is None else self._thread.native_id
+        return NO_FAULTS if native_id is None else faults_of(native_id)
+
     @property
     def last_exit(self) -> str:
         """The name of the newest exit to userspace."""
@@ -154,7 +164,7 @@ class Vcpu:
             with self._changed:
                 self._kickable = threading.get_ident()
             while self._obey():
-                ended = self._run_until_kicked(dispatcher, clock)
+                ended = self._run(dispatcher, clock)
                 if ended is not None:
                     halt(ended)
         except Exception as error:  # a vCPU thread must never end in silence
@@ -181,6 +191,21 @@ class Vcpu:
 
     def _is_parked(self) -> bool:
         return self._parked or self._thread is None
+
+    def _run(self, dispatcher: Dispatcher, clock: Callable[[], int]) -> Stopped | None:
+        """As ``_run_until_kicked``, but tell of the first exit if somebody wants to know."""
+        entered, faults = clock(), thread_faults() if self.on_first_exit is not None else NO_FAULTS
+        while (told := self.on_first_exit) is not None:
+            if raw_ioctl(self.fd, int(Request.KVM_RUN), 0):
+                if self._take_kick(ctypes.get_errno()):
+                    return None
+                continue
+            self.on_first_exit = None
+            told(entered, clock(), thread_faults() - faults)
+            ended = self._slow(dispatcher)
+            if ended is not None:
+                return ended
+        return self._run_until_kicked(dispatcher, clock)
 
     def _run_until_kicked(self, dispatcher: Dispatcher, clock: Callable[[], int]) -> Stopped | None:
         """Run the guest until the vCPU is kicked (None) or the guest cannot run on (why)."""

@@ -1,0 +1,124 @@
+"""Saving a KVM machine: device, board and vCPU state as sections, memory to the snapshot's file.
+
+On the loop. What blocks runs in a worker thread, one call at a time; a cancelled one ends at its next piece of memory
+and is waited for, so that neither the file nor the guest's memory goes away under it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import anyio.to_thread
+
+from asyncvmm.errors import StateError
+from asyncvmm.machine.kvm.memory_saver import MemorySaver
+from asyncvmm.machine.kvm.platform import Board
+from asyncvmm.machine.kvm.state.cpu_check import cpu_facts
+from asyncvmm.machine.kvm.state.vcpu import save_vcpu
+from asyncvmm.machine.kvm.state.vm import save_vm
+from asyncvmm.machine.kvm.vm import KvmVm
+from asyncvmm.machine.saved import SavedMachine
+from asyncvmm.machine.waiting import wait_out
+from asyncvmm.snapshot.codec import encode
+
+if TYPE_CHECKING:
+    from asyncvmm.machine.kvm.building import Building
+    from asyncvmm.machine.kvm.devices import DeviceSet
+    from asyncvmm.snapshot.memory_writer import MemoryWriter
+
+T = TypeVar("T")
+
+
+def saving_of(vm: KvmVm, board: Board, devices: DeviceSet | None, made: Building) -> Saving:
+    """For the machine that ``made`` made."""
+    assert made.log is not None
+    return Saving(vm, board, devices, MemorySaver(vm.memory, made.log, tracked=made.tracked, held=made.held))
+
+
+class Saving:
+    """Saves of one running machine, one at a time."""
+
+    def __init__(self, vm: KvmVm, board: Board, devices: DeviceSet | None, memory: MemorySaver) -> None:
+        self._vm = vm
+        self._board = board
+        self._devices = devices
+        self._memory = memory
+        self._stop = threading.Event()
+        self._call: asyncio.Future[Any] | None = None
+        self._closed = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether one is under way."""
+        return self._call is not None
+
+    async def precopy(self, writer: MemoryWriter) -> None:
+        """See Machine."""
+        try:
+            await self._in_thread(lambda: self._memory.precopy(writer, self._proceed))
+        except BaseException:
+            await self.settle()
+            raise
+
+    async def save(self, writer: MemoryWriter, difference_of: str | None) -> SavedMachine:
+        """See Machine. No vCPU may run."""
+        sections = {}
+        if self._devices is not None:
+            sections["devices"] = encode(await self._devices.state())
+        return await self._in_thread(lambda: self._save(writer, difference_of, sections))
+
+    def saved_as(self, name: str) -> None:
+        """See Machine."""
+        self._memory.saved_as(name)
+
+    async def settle(self) -> None:
+        """Once vCPUs run again: stop what only a save wanted."""
+        if not (self._closed or self._memory.is_settled):
+            await self._in_thread(self._memory.settle)
+
+    async def aclose(self) -> None:
+        """Nothing is saved any more; what is under way ends."""
+        self._closed = True
+        self._stop.set()
+        if self._call is not None:
+            await wait_out(self._call)
+
+    # -- on a worker thread --------------------------------------------------------------------------------------------
+
+    def _save(self, writer: MemoryWriter, difference_of: str | None, sections: Mapping[str, bytes]) -> SavedMachine:
+        vm = self._vm
+        states = {f"vcpu{vcpu.index}": save_vcpu(vcpu.fd) for vcpu in vm.vcpus}
+        all_sections = {**sections, "board": self._board.state().encode(), **states, "vm": save_vm(vm.fd)}
+        self._memory.save(writer, difference_of, self._proceed)
+        return SavedMachine(
+            accel="kvm",
+            vcpus=len(vm.vcpus),
+            regions=tuple((region.start, region.size) for region in vm.memory.regions),
+            sections=all_sections,
+            cpu=cpu_facts(vm.tsc_khz),
+            memory=writer.map(),
+        )
+
+    def _proceed(self) -> None:
+        if self._stop.is_set():
+            raise StateError("save", expected="a machine that nobody stops meanwhile", state="closed")
+
+    async def _in_thread(self, function: Callable[[], T]) -> T:
+        if self._call is not None or self._closed:
+            found = "one under way" if self._call is not None else None
+            raise StateError("save", expected="one at a time, of a running machine", found=found)
+        self._stop.clear()
+        call = self._call = asyncio.ensure_future(anyio.to_thread.run_sync(function))
+        try:
+            return await asyncio.shield(call)
+        except asyncio.CancelledError:
+            self._stop.set()
+            await wait_out(call)
+            raise
+        finally:
+            self._call = None
+            if not call.cancelled() and call.done():
+                call.exception()  # counts as seen
