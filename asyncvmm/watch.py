@@ -17,6 +17,7 @@ from asyncvmm.events.lines import Line, LineScanner
 from asyncvmm.events.markers import (
     BootTime,
     ClockReading,
+    GoDone,
     Heartbeat,
     Idle,
     InitError,
@@ -32,6 +33,7 @@ from asyncvmm.events.types import (
     Event,
     GuestBootTime,
     GuestExit,
+    GuestGoDone,
     GuestHeartbeat,
     GuestIdle,
     GuestListener,
@@ -159,6 +161,8 @@ def event_of(marker: Marker, t_ns: int) -> Event:
             return GuestListener(t_ns, proto, port)
         case WorkloadExit(code):
             return GuestExit(t_ns, code)
+        case GoDone(tsc, realtime_ns):
+            return GuestGoDone(t_ns, realtime_ns, tsc)
         case Idle():
             return GuestIdle(t_ns)
         case Panic() | ClockReading() | InitError() | InitWarning():

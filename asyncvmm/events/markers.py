@@ -2,7 +2,8 @@
 
 BOOT_TIME:<stage>:<ns>             READY                    workload-pre-exec
 heartbeat counter=<n>              listener proto=<p> port=<n>      workload-exit code=<n>
-idle                               clock tsc=<n> ns=<n> tsc_end=<n>
+go-done tsc=<n> realtime_ns=<n>    idle
+clock tsc=<n> ns=<n> tsc_end=<n>
 
 ``clock`` ties the guest's CLOCK_MONOTONIC to its time stamp counter: it read ``ns`` between the two counter values.
 """
@@ -68,6 +69,14 @@ class Idle:
 
 
 @attrs.frozen
+class GoDone:
+    """PID 1 has followed ``go``: its CLOCK_REALTIME was ``realtime_ns`` at the value ``tsc`` of its counter."""
+
+    tsc: int
+    realtime_ns: int
+
+
+@attrs.frozen
 class ClockReading:
     """PID 1 read ``ns`` of its CLOCK_MONOTONIC while its time stamp counter went from ``tsc`` to ``tsc_end``."""
 
@@ -109,7 +118,8 @@ class Malformed:
     excerpt: bytes
 
 
-_Told = BootTime | Ready | PreExec | Heartbeat | Listener | WorkloadExit | Idle | ClockReading | InitError | InitWarning
+_Heard = BootTime | Ready | PreExec | Heartbeat | Listener | WorkloadExit | Idle | GoDone
+_Told = _Heard | ClockReading | InitError | InitWarning
 Marker = _Told | Panic
 Parsed = _Told | UnknownStage | Malformed
 
@@ -171,6 +181,11 @@ def _clock(*digits: bytes) -> Parsed | None:
     return ClockReading(*values)
 
 
+def _go_done(*digits: bytes) -> Parsed | None:
+    tsc, realtime_ns = (_number(text, U64_MAX) for text in digits)
+    return None if tsc is None or realtime_ns is None else GoDone(tsc, realtime_ns)
+
+
 def _init_error(detail: bytes) -> Parsed:
     return InitError(detail.decode("ascii"))
 
@@ -187,6 +202,7 @@ _NUMBERED: tuple[tuple[bytes, re.Pattern[bytes], _Build], ...] = (
     (b"listener ", re.compile(rb"listener proto=(tcp6?|udp6?) port=([0-9]{1,5})"), _listener),
     (b"workload-exit ", re.compile(rb"workload-exit code=([0-9]{1,3})"), _workload_exit),
     (b"clock ", re.compile(rb"clock tsc=([0-9]{1,20}) ns=([0-9]{1,20}) tsc_end=([0-9]{1,20})"), _clock),
+    (b"go-done ", re.compile(rb"go-done tsc=([0-9]{1,20}) realtime_ns=([0-9]{1,20})"), _go_done),
     (b"init-error ", re.compile(rb"init-error ([a-z]+=[!-~]{1,64})"), _init_error),
     (b"init-warning ", re.compile(rb"init-warning ([a-z]+=[!-~]{1,64})"), _init_warning),
 )

@@ -160,6 +160,19 @@ class GuestExit(Event):
 
 
 @event_class
+class GuestGoDone(Event):
+    """PID 1 has done what ``go`` asks: new entropy is mixed in, the clock is set. Only then a held workload runs.
+
+    Its CLOCK_REALTIME was ``realtime_ns`` (ns since 1970) when its time stamp counter was ``tsc``.
+    """
+
+    event: ClassVar[str] = "guest.go_done"
+
+    realtime_ns: int
+    tsc: int
+
+
+@event_class
 class GuestIdle(Event):
     """PID 1 is alone: the workload and all that it left behind have ended, or there never was one."""
 
@@ -355,6 +368,7 @@ EVENTS: Mapping[str, type[Event]] = {
         GuestHeartbeat,
         GuestListener,
         GuestExit,
+        GuestGoDone,
         GuestIdle,
         SerialLine,
         VmTimingEvent,

@@ -11,7 +11,9 @@ from asyncvmm.events.hub import EventHub
 from asyncvmm.events.markers import (
     BootTime,
     ClockReading,
+    GoDone,
     Heartbeat,
+    Idle,
     Listener,
     Marker,
     Panic,
@@ -23,7 +25,9 @@ from asyncvmm.events.types import (
     Event,
     GuestBootTime,
     GuestExit,
+    GuestGoDone,
     GuestHeartbeat,
+    GuestIdle,
     GuestListener,
     GuestPreExec,
     GuestReady,
@@ -225,6 +229,8 @@ async def test_a_boot_time_from_the_future_ties_nothing(watched: Callable[..., W
         (Heartbeat(2), GuestHeartbeat(4, 2)),
         (Listener("tcp6", 8080), GuestListener(4, "tcp6", 8080)),
         (WorkloadExit(255), GuestExit(4, 255)),
+        (GoDone(7, 9), GuestGoDone(4, 9, 7)),
+        (Idle(), GuestIdle(4)),
     ],
 )
 async def test_each_marker_has_its_event(marker: Marker, event: Event) -> None:

@@ -1,7 +1,9 @@
 /*
  * Lines from the host on the control line:
  *
- *     go <seed-hex> <realtime_ns>    mix the seed into the kernel's random pool, set the clock, open the pre-exec gate
+ *     go <seed-hex> <realtime_ns>    mix the seed into the kernel's random pool, set the clock, say so ("go-done"), open
+ *                                    the pre-exec gate
+ *     tsc <value> <khz>              the time in the next go is that of this value of the time stamp counter
  *     poweroff
  *     reboot
  *
@@ -12,10 +14,10 @@
 #include <fcntl.h>
 #include <string.h>
 #include <sys/ioctl.h>
-#include <time.h>
 #include <unistd.h>
 
 enum { LINE_SIZE = 512, BYTES_PER_POLL = 1024, EMPTY_POLLS_MID_LINE = 200, SEED_MAX = 64 };
+enum { GAP_MAX_NS = 200000000 };
 
 /* linux/random.h, which musl does not ship. */
 struct rand_pool_info { int entropy_count, buf_size; unsigned char buf[SEED_MAX]; };
@@ -25,6 +27,8 @@ static char line[LINE_SIZE];
 static size_t length;
 static bool overlong;
 static int empty_polls;
+static uint64_t empty_ns; /* CLOCK_MONOTONIC of the last look that found nothing */
+static uint64_t tsc, tsc_khz; /* of the last line that said them; 0 kHz: none did since the last go */
 
 static int hex_digit(char c)
 {
@@ -48,17 +52,15 @@ static size_t parse_seed(const char *text, unsigned char *seed)
 	return n;
 }
 
-static bool parse_u64(const char *text, uint64_t *value)
+/* A decimal number, and whatever follows its "end"; NULL if it is none. */
+static const char *parse_u64(const char *text, char end, uint64_t *value)
 {
-	*value = 0;
-	if (!*text)
-		return false;
-	for (; *text; text++) {
-		unsigned digit = (unsigned)(*text - '0');
-		if (digit > 9 || __builtin_mul_overflow(*value, 10, value) || __builtin_add_overflow(*value, digit, value))
-			return false;
-	}
-	return true;
+	const char *at = text;
+	for (*value = 0; *at >= '0' && *at <= '9'; at++)
+		if (__builtin_mul_overflow(*value, 10, value) ||
+		    __builtin_add_overflow(*value, (unsigned)(*at - '0'), value))
+			return NULL;
+	return at > text && *at == end ? at + 1 : NULL;
 }
 
 static void mix_entropy(const unsigned char *seed, size_t size)
@@ -73,10 +75,16 @@ static void mix_entropy(const unsigned char *seed, size_t size)
 	close(fd);
 }
 
-static void set_clock(uint64_t ns)
+/*
+ * When the line's time was true, on CLOCK_MONOTONIC: exactly, if the counter came with it. Else somewhere between the
+ * last look that found nothing and now: half-way.
+ */
+static uint64_t sent_ns(void)
 {
-	struct timespec now = { (time_t)(ns / 1000000000u), (long)(ns % 1000000000u) };
-	clock_settime(CLOCK_REALTIME, &now);
+	if (tsc_khz)
+		return monotonic_at(tsc, tsc_khz);
+	uint64_t now = monotonic_ns(), gap = now - empty_ns;
+	return gap < GAP_MAX_NS ? now - gap / 2 : now;
 }
 
 static void go(const char *arguments)
@@ -84,11 +92,24 @@ static void go(const char *arguments)
 	unsigned char seed[SEED_MAX];
 	uint64_t realtime_ns;
 	size_t size = parse_seed(arguments, seed);
-	if (!size || !parse_u64(arguments + 2 * size + 1, &realtime_ns))
+	if (!size || !parse_u64(arguments + 2 * size + 1, 0, &realtime_ns))
 		return;
+	uint64_t at_ns = sent_ns();
 	mix_entropy(seed, size);
-	set_clock(realtime_ns);
+	set_clock(realtime_ns, at_ns);
+	tsc_khz = 0;
+	say_gone();
 	workload_go();
+}
+
+static void take_tsc(const char *arguments)
+{
+	uint64_t value, khz;
+	const char *rest = parse_u64(arguments, ' ', &value);
+	if (rest && parse_u64(rest, 0, &khz)) {
+		tsc = value;
+		tsc_khz = khz;
+	}
 }
 
 static void obey(void)
@@ -99,6 +120,8 @@ static void obey(void)
 		restart();
 	else if (!strncmp(line, "go ", 3))
 		go(line + 3);
+	else if (!strncmp(line, "tsc ", 4))
+		take_tsc(line + 4);
 }
 
 static void take(char c)
@@ -125,6 +148,8 @@ void control_poll(void)
 	}
 	if (c < 0 && empty_polls < EMPTY_POLLS_MID_LINE)
 		empty_polls++;
+	if (c < 0 && !length)
+		empty_ns = monotonic_ns();
 }
 
 bool control_mid_line(void)

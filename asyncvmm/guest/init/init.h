@@ -12,6 +12,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <sys/types.h>
+#include <time.h>
 
 /* uart.c: the 16550 at COM2, polled. Without a UART there, writes vanish and reads find nothing. */
 void uart_open(void);
@@ -24,7 +25,11 @@ void control_poll(void);
 bool control_mid_line(void); /* a line has begun and its rest is on the way */
 
 /* clock.c */
+uint64_t monotonic_ns(void);
+uint64_t monotonic_at(uint64_t tsc, uint64_t khz);       /* what it was at that value of the time stamp counter */
+void set_clock(uint64_t realtime_ns, uint64_t at_ns);    /* that was the time when CLOCK_MONOTONIC was at_ns */
 void say_clock(void); /* ties CLOCK_MONOTONIC to the time stamp counter, for a host that knows the latter */
+void say_gone(void);  /* ties CLOCK_REALTIME to it, as the answer to "go" */
 
 /* setup.c */
 void mount_all(void);
@@ -65,7 +70,6 @@ bool drop_capabilities(void);  /* of the calling process and all it will ever ex
 void listeners_poll(void);
 
 /* main.c */
-uint64_t monotonic_ns(void);
 void sleep_ms(unsigned milliseconds);
 void say(const char *format, ...) __attribute__((format(printf, 1, 2)));  /* one whole line, with its "\n" */
 ssize_t read_file(const char *path, char *buffer, size_t size);           /* NUL-terminated; -1 if unreadable */

@@ -13,7 +13,6 @@
 #include <sys/reboot.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
-#include <time.h>
 #include <unistd.h>
 
 enum { SECOND_NS = 1000000000, MS_NS = 1000000, LINE_SIZE = 256 };
@@ -21,13 +20,6 @@ enum { SECOND_NS = 1000000000, MS_NS = 1000000, LINE_SIZE = 256 };
 enum { TICK_MID_LINE = 1, TICK_AT_GATE = 5, TICK_BUSY = 20, TICK_IDLE = 50 };
 
 static sigset_t signals;
-
-uint64_t monotonic_ns(void)
-{
-	struct timespec now;
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	return (uint64_t)now.tv_sec * SECOND_NS + (uint64_t)now.tv_nsec;
-}
 
 void sleep_ms(unsigned milliseconds)
 {
@@ -145,6 +137,15 @@ static void heartbeat(void)
 	ports_poll();
 }
 
+/* Once no child is left, none will ever be: nothing but the host asks anything of PID 1. */
+static void say_idle(void)
+{
+	static bool said;
+	if (!said)
+		say("idle");
+	said = true;
+}
+
 static long tick_ms(bool busy)
 {
 	if (control_mid_line())
@@ -171,7 +172,9 @@ static _Noreturn void command_loop(void)
 		bool busy = reap();
 		control_poll();
 		heartbeat();
-		if (busy && !workload_waits())
+		if (!busy)
+			say_idle();
+		else if (!workload_waits())
 			listeners_poll();
 		wait_for_tick(busy);
 	}

@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncvmm.errors import BootError, ConfigError, GuestStopped
-from asyncvmm.events.hub import EventHub, Subscription
+from asyncvmm.events.hub import MOST_LISTENERS, EventHub, Subscription
 from asyncvmm.events.types import (
     Event,
     GuestExit,
     GuestHeartbeat,
+    GuestIdle,
     GuestListener,
     GuestPreExec,
     GuestReady,
@@ -41,6 +42,26 @@ async def test_milestones_follow_the_events() -> None:
         hub.publish(event)
     assert (await hub.ready, await hub.pre_exec, await hub.listener, await hub.exit) == (*events[:3], 3)
     assert not hub.stopped.done
+
+
+async def test_what_the_guest_has_come_to_is_remembered_each_thing_once() -> None:
+    hub = EventHub()
+    assert hub.heartbeat is None
+    assert list(hub.past()) == []
+    web, shell = GuestListener(3, "tcp", 80), GuestListener(4, "tcp6", 22)
+    events = [GuestHeartbeat(1, 1), GuestPreExec(2), web, shell, GuestListener(5, "tcp", 80), GuestIdle(7)]
+    for event in [*events, GuestHeartbeat(6, 2), GuestReady(8)]:
+        hub.publish(event)
+    assert hub.heartbeat == GuestHeartbeat(6, 2)
+    assert list(hub.past()) == [GuestPreExec(2), web, shell, GuestHeartbeat(6, 2), GuestIdle(7)]
+    assert await hub.idle == GuestIdle(7)
+
+
+async def test_a_guest_with_endless_listeners_is_remembered_in_part() -> None:
+    hub = EventHub()
+    for port in range(1, 2 * MOST_LISTENERS):
+        hub.publish(GuestListener(0, "tcp", port))
+    assert len(list(hub.past())) == MOST_LISTENERS
 
 
 async def test_a_clean_stop_ends_iterations_after_what_is_queued() -> None:

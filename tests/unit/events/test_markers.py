@@ -11,7 +11,9 @@ from asyncvmm.events.markers import (
     U64_MAX,
     BootTime,
     ClockReading,
+    GoDone,
     Heartbeat,
+    Idle,
     InitError,
     InitWarning,
     Listener,
@@ -44,6 +46,8 @@ def test_every_stage_and_every_u64_is_understood(stage: str, guest_ns: int) -> N
         (b"listener proto=tcp6 port=65535", Listener("tcp6", 65535)),
         (b"workload-exit code=0", WorkloadExit(0)),
         (b"workload-exit code=137", WorkloadExit(137)),
+        (b"idle", Idle()),
+        (b"go-done tsc=5 realtime_ns=18446744073709551615", GoDone(5, (1 << 64) - 1)),
         (b"BOOT_TIME:coffee_ready:7", UnknownStage()),
         (b"clock tsc=10 ns=5 tsc_end=12", ClockReading(10, 5, 12)),
         (b"init-error root=2", InitError("root=2")),
@@ -96,6 +100,12 @@ def test_a_marker_is_understood(line: bytes, marker: object) -> None:
         b"clock tsc=5 ns=2 tsc_end=4",
         b"workload-exit code=256",
         b"workload-exit code=-1",
+        b"go-done ",
+        b"go-done tsc=5",
+        b"go-done tsc=5 realtime_ns=18446744073709551616",
+        b"go-done tsc=18446744073709551616 realtime_ns=1",
+        b"go-done tsc=-1 realtime_ns=1",
+        b"go-done tsc=1 realtime_ns=1 ",
     ],
 )
 def test_a_malformed_marker_is_said_to_be_one_with_a_short_excerpt(line: bytes) -> None:
@@ -117,6 +127,7 @@ def test_other_lines_are_none(line: bytes) -> None:
         st.binary(max_size=30).map(lambda tail: b"heartbeat counter=" + tail),
         st.binary(max_size=30).map(lambda tail: b"listener proto=tcp port=" + tail),
         st.binary(max_size=30).map(lambda tail: b"clock tsc=1 ns=" + tail),
+        st.binary(max_size=30).map(lambda tail: b"go-done tsc=1 realtime_ns=" + tail),
     )
 )
 def test_no_line_raises_and_a_number_comes_only_from_ascii_digits(line: bytes) -> None:
@@ -134,8 +145,9 @@ VALID = st.one_of(
         lambda proto, port: f"listener proto={proto} port={port}", st.sampled_from(PROTOS), st.integers(1, 65535)
     ),
     st.builds(lambda code: f"workload-exit code={code}", st.integers(0, 255)),
+    st.builds(lambda tsc, ns: f"go-done tsc={tsc} realtime_ns={ns}", *[st.integers(0, U64_MAX)] * 2),
     st.builds(lambda tsc, ns: f"clock tsc={tsc} ns={ns} tsc_end={U64_MAX}", *[st.integers(0, U64_MAX)] * 2),
-    st.sampled_from(["READY", "workload-pre-exec"]),
+    st.sampled_from(["READY", "workload-pre-exec", "idle"]),
 ).map(str.encode)
 
 
@@ -150,12 +162,16 @@ def spelling(marker: object) -> bytes:
             return f"listener proto={proto} port={port}".encode()
         case WorkloadExit(code):
             return f"workload-exit code={code}".encode()
+        case GoDone(tsc, realtime_ns):
+            return f"go-done tsc={tsc} realtime_ns={realtime_ns}".encode()
         case ClockReading(tsc, ns, tsc_end):
             return f"clock tsc={tsc} ns={ns} tsc_end={tsc_end}".encode()
         case Ready():
             return b"READY"
         case PreExec():
             return b"workload-pre-exec"
+        case Idle():
+            return b"idle"
     raise AssertionError(marker)
 
 

@@ -70,6 +70,7 @@ SAMPLES: list[Event] = [
     types.GuestHeartbeat(6, 1),
     types.GuestListener(7, "tcp", 8080),
     types.GuestExit(8, 137),
+    types.GuestGoDone(8, 1_763_692_533_123_456_789, (1 << 64) - 1),
     types.GuestIdle(8),
     types.SerialLine.of(9, "console", Line(b"\xffhello", 9, True)),
     types.VmTimingEvent.of(10, VmTiming(setup_ms=1, boot_ms=2, boot_retries=0)),
