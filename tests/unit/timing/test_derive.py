@@ -7,9 +7,15 @@ from itertools import count
 
 import attrs
 
-from asyncvmm.timing.derive import boot_profile, create_vm_profile, vcpu_setup_profile
-from asyncvmm.timing.profiles import GuestBootProfile, VcpuSetupProfile
-from asyncvmm.timing.timeline import Timeline
+from asyncvmm.timing.derive import (
+    boot_profile,
+    create_vm_profile,
+    restore_profile,
+    runtime_restore_profile,
+    vcpu_setup_profile,
+)
+from asyncvmm.timing.profiles import GuestBootProfile, RestoreProfile, RuntimeRestoreProfile, VcpuSetupProfile
+from asyncvmm.timing.timeline import Phase, Timeline
 
 GUEST = GuestBootProfile(init_entry_ns=1)
 ON_QEMU = {"create_vm_total", "boot_wait", "cold_start_total", "create_vm_misc"}
@@ -117,3 +123,42 @@ def test_a_step_that_failed_has_a_duration_and_no_mark() -> None:
         raise ZeroDivisionError
     profile = boot_profile(timeline.phases, timeline.start_ns, GUEST)
     assert (profile.t_total_start, profile.t_kernel_load, profile.kernel_load_duration) == (1, None, 1)
+
+
+RESTORE = ("kvm_open", "kvm_create_vm", "vm_arch_setup", "memory_alloc", "memory_register", "irqchip_create")
+RESTORE_ON = (*RESTORE, "vcpu_create", "cpuid_config", "memory_state_write", "vcpu_state_restore")
+
+
+def phases_of(*names: str) -> list[Phase]:
+    """Of 1 ns, 2 ns, 3 ns and so on."""
+    return [Phase(name, 0, duration) for duration, name in enumerate(names, 1)]
+
+
+def test_every_field_of_a_restore_is_there() -> None:
+    profile = restore_profile(phases_of(*RESTORE_ON, "device_state_restore", "resume_kvm_run"))
+    assert None not in attrs.astuple(profile)
+    assert profile == RestoreProfile(
+        kvm_fd_open=1,
+        kvm_create_vm=2,
+        vm_arch_setup=3 + 6,
+        guest_memory_mmap=4,
+        kvm_set_user_memory_region=5,
+        vcpu_creation=7,
+        cpuid_config=8,
+        memory_state_write=9,
+        vcpu_state_restore=10,
+        device_state_restore=11,
+        resume_kvm_run=12,
+    )
+
+
+def test_a_step_that_is_made_in_parts_counts_with_all_of_them() -> None:
+    """Interrupt controllers in the chain, the board and the devices by themselves; the file, and what is prefetched."""
+    parts = ("memory_state_write", "device_state_restore", "memory_state_write", "device_state_restore")
+    profile = restore_profile(phases_of(*parts))
+    assert (profile.memory_state_write, profile.device_state_restore) == (1 + 3, 2 + 4)
+
+
+def test_a_restore_into_a_shell_has_a_profile_of_its_own() -> None:
+    found = runtime_restore_profile(phases_of("memory_state_write", "vcpu_state_restore", "device_state_restore"))
+    assert found == RuntimeRestoreProfile(vcpu_state_restore=2, device_state_restore=3)
