@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -10,11 +11,14 @@ import pytest
 from asyncvmm.guest import cpio
 from asyncvmm.guest.archive import workload_archive
 from asyncvmm.guest.image import find_image
+from asyncvmm.machine.host_clock import clock_sample
 from tests.support.hand_started import Guest, start_guest
 from tests.support.probes import probe_programs
 from tests.support.requirements import require
 
 REALTIME_S = 1_234_567_890
+LATER_S = 2_000_000_000
+SECOND_NS = 10**9
 
 END = "caf\u00e9\tend\n".encode()
 EPERM, KILLED_BY_SIGSEGV = 1, 139
@@ -64,7 +68,14 @@ def held(boot: Boot) -> Guest:
     guest.send(b"go " + b"a5" * 32 + f" {REALTIME_S}000000000\n".encode())
     guest.wait_for("workload-exit .*")
     guest.wait_for_console(END)
+    guest.wait_for("idle")
     return guest
+
+
+def _answers(guest: Guest) -> list[tuple[int, int]]:
+    """What each go-done said: the time stamp counter, and CLOCK_REALTIME then."""
+    found = [re.fullmatch(r"go-done tsc=(\d+) realtime_ns=(\d+)", line) for line in guest.lines]
+    return [(int(match[1]), int(match[2])) for match in found if match]
 
 
 def _console_after_go(guest: Guest) -> list[str]:
@@ -111,6 +122,35 @@ def test_go_sets_the_clock(held: Guest) -> None:
     assert 0 <= int(_console_after_go(held)[2]) - REALTIME_S < 60
 
 
+def test_go_is_answered_once_it_took_effect_and_what_is_no_go_is_not(held: Guest) -> None:
+    answered = [at for at, line in enumerate(held.lines) if line.startswith("go-done")]
+    assert held.lines.index("heartbeat counter=2") < answered[0] < held.lines.index("workload-exit code=7")
+    assert 0 <= _answers(held)[0][1] - REALTIME_S * SECOND_NS < 60 * SECOND_NS
+
+
+def test_go_is_followed_at_any_time_and_counts_from_its_value_of_the_time_stamp_counter(held: Guest) -> None:
+    before, begin = len(_answers(held)), clock_sample()
+    held.send(b"go 5a %d\n" % (LATER_S * SECOND_NS))
+    held.wait_for(rf"go-done tsc=\d+ realtime_ns={LATER_S}\d+")
+    tsc, _ = _answers(held)[before]
+    time.sleep(0.3)
+    end = clock_sample()
+    assert begin is not None
+    assert end is not None
+    khz = (end.tsc - begin.tsc) * 1_000_000 // (end.ns - begin.ns)
+    held.send(b"tsc x 1\ntsc 5\ntsc %d %d\ngo 5a %d\n" % (tsc, khz, (LATER_S + 1000) * SECOND_NS))
+    held.wait_for(rf"go-done tsc=\d+ realtime_ns={LATER_S + 1000}\d+")
+    tsc_later, realtime_ns = _answers(held)[before + 1]
+    passed_ns = (tsc_later - tsc) * 1_000_000 // khz
+    assert passed_ns >= SECOND_NS * 3 // 10
+    assert abs(realtime_ns - (LATER_S + 1000) * SECOND_NS - passed_ns) < 50_000_000
+
+
+def test_pid_1_says_once_that_it_is_alone_when_all_that_the_workload_left_has_ended(held: Guest) -> None:
+    assert held.lines.count("idle") == 1
+    assert held.lines.index("workload-exit code=7") < held.lines.index("idle")
+
+
 def test_the_workload_is_root_and_yet_cannot_reach_the_control_line(held: Guest) -> None:
     console = _console_after_go(held)
     assert console[1] == "0"
@@ -148,8 +188,24 @@ def test_the_exit_code_is_the_workload_s_and_the_guest_stays_until_told_to_power
     assert held.power_off() == 0
 
 
+LEAVES_A_LISTENER = """
+(sleep 1; nc -l -p 8080 & sleep 0.5; kill $!) &
+echo "$GREETING from $(uname -sn)"; kill -9 $$
+"""
+
+
 def test_without_a_window_the_workload_runs_at_once_and_a_signal_is_128_and_its_number(boot: Boot) -> None:
-    guest = boot(workload_archive(["sh", "-c", 'echo "$GREETING from $(uname -sn)"; kill -9 $$'], ["GREETING=hello"]))
+    guest = boot(workload_archive(["sh", "-c", LEAVES_A_LISTENER], ["GREETING=hello"]))
     assert guest.wait_for("workload-exit .*") == "workload-exit code=137"
     guest.wait_for_console(b"hello from Linux asyncvmm\n")
+    guest.wait_for("idle")
+    told = [guest.lines.index(line) for line in ("workload-exit code=137", "listener proto=tcp port=8080", "idle")]
+    assert told == sorted(told)
+    assert guest.power_off() == 0
+
+
+def test_without_a_workload_pid_1_is_alone_at_once(boot: Boot) -> None:
+    guest = boot(b"")
+    guest.wait_for("heartbeat counter=1")
+    assert "idle" in guest.lines
     assert guest.power_off() == 0
