@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import zlib
 from pathlib import Path
 
 from asyncvmm.errors import QemuUnavailable
@@ -22,6 +23,7 @@ OLDEST = (6, 0)
 TIMEOUT_S = 20.0
 """Longest wait for ``-version``; it takes some 20 ms."""
 
+_CPU_LINE = re.compile(r"^([\w ]+?)\s*: (.*)$", re.MULTILINE)
 _VERSION = re.compile(r"version (\d+(?:\.\d+)+)")
 
 
@@ -50,7 +52,17 @@ def _probe(path: str, _mtime_ns: int, _size: int) -> QemuBinary:
         raise QemuUnavailable(f"QEMU at {path}", expected="its version", found=repr((text or "").strip()[:200]))
     if version < OLDEST:
         raise QemuUnavailable(f"QEMU at {path}", expected="6.0 or newer", found=".".join(map(str, version)))
-    return QemuBinary(Path(path), version, sandbox)
+    return QemuBinary(Path(path), version, sandbox, _host_cpu())
+
+
+def _host_cpu() -> str:
+    """Model and a checksum of the features, of the first processor in /proc/cpuinfo."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
+    found = dict(_CPU_LINE.findall(text.split("\n\n", 1)[0]))
+    return f"{found.get('model name', '')} {zlib.crc32(found.get('flags', '').encode()):08x}"
 
 
 def parse_version(text: str) -> tuple[int, ...] | None:

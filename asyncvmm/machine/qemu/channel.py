@@ -79,23 +79,28 @@ class Channel:
         self._socket.sendall(data)
         self.sent += len(data)
 
-    async def write(self, data: bytes) -> None:
-        """Send all of ``data``, in one piece among several writers.
+    async def write(self, data: bytes, descriptor: int | None = None) -> None:
+        """Send all of ``data``, in one piece among several writers; a copy of ``descriptor`` goes with the first byte.
 
         Cancelled, it has sent a beginning of it. Raises StateError when the channel is closed meanwhile.
         """
         async with self._turn:
             rest = memoryview(data)
             while rest:
-                rest = rest[self._send_some(rest) :]
+                sent = self._send_some(rest, descriptor)
+                rest = rest[sent:]
+                if sent:
+                    descriptor = None
                 if rest:
                     await self._wait_writable()
 
-    def _send_some(self, data: memoryview) -> int:
+    def _send_some(self, data: memoryview, descriptor: int | None) -> int:
         if self.closed:
             raise StateError("the guest's machine has ended", expected="a running machine")
         try:
-            sent = self._socket.send(data)
+            sent = (
+                self._socket.send(data) if descriptor is None else socket.send_fds(self._socket, [data], [descriptor])
+            )
         except (BlockingIOError, InterruptedError):
             return 0
         except ConnectionError as error:

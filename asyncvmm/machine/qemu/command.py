@@ -6,6 +6,9 @@ kernel-parameters.txt. What is not obvious in them:
 - Linux finds COM1 and COM2 through ACPI, where QEMU lists the devices of a bus youngest first. With
   ``8250.nr_uarts=1`` the first one listed becomes ttyS0, so COM2 is created before COM1; the other way round the
   kernel's console ends up on the control line.
+- Guest memory is always a file of ours (a memfd, or a snapshot's): QEMU leaves shared memory out of the state it saves,
+  where it can be told to, and vhost-user needs it shared anyway. A boot takes no longer for it.
+- A saved state brings kernel, initrd and firmware tables with it; QEMU wants none of them again.
 - ``-S`` costs no round trip: ``cont`` is waiting in the QMP socket before QEMU exists (see qmp.py).
 """
 
@@ -18,7 +21,7 @@ import attrs
 
 from asyncvmm.config import check_cmdline
 from asyncvmm.machine.base import BootPlan
-from asyncvmm.machine.qemu.devices import DeviceEnds, Transport, device_words, needs_shared_memory, shared_memory
+from asyncvmm.machine.qemu.devices import DeviceEnds, Transport, device_words
 
 QemuAccel = Literal["tcg", "kvm"]
 MachineType = Literal["microvm", "q35"]
@@ -32,27 +35,48 @@ COM2 = (0x2F8, 3)
 DEBUG_EXIT_PORT = 0xF4
 """A byte ``v`` written there ends QEMU with exit status ``v << 1 | 1``."""
 
+RAM = "ram"
+"""The id of the guest's memory, and what it is called in a saved state."""
+
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 """QEMU's own seccomp filter: no fork, no exec, no set*id for a guest that broke out."""
 
 
 @attrs.frozen
 class QemuBinary:
-    """A QEMU that runs here. ``sandbox``: whether it was built with seccomp."""
+    """A QEMU that runs here. ``sandbox``: whether it was built with seccomp. ``host_cpu`` is what ``-cpu host`` shows
+    its guests."""
 
     path: Path
     version: tuple[int, ...]
     sandbox: bool = True
+    host_cpu: str = ""
+
+
+@attrs.frozen
+class MemoryEnd:
+    """The file that is the guest's memory: its descriptor, and whether what the guest writes goes into it (``shared``)
+    or stays this QEMU's."""
+
+    fd: int
+    shared: bool = True
 
 
 @attrs.frozen(kw_only=True)
 class ChildDescriptors:
-    """Descriptor numbers that QEMU inherits: its ends of three stream sockets, and what its devices stand on."""
+    """Descriptor numbers that QEMU inherits: its ends of three stream sockets, the guest's memory, and what its devices
+    stand on. ``restores``: a saved state is to come by QMP, and takes the kernel's place."""
 
     qmp: int
     console: int
     control: int
+    memory: MemoryEnd
     devices: DeviceEnds = attrs.field(factory=DeviceEnds)
+    restores: bool = False
+
+    def all(self) -> list[int]:
+        """Every one of them."""
+        return [self.qmp, self.console, self.control, self.memory.fd, *self.devices.descriptors()]
 
 
 def choose_machine_type(plan: BootPlan) -> MachineType:
@@ -82,27 +106,31 @@ def build_command(
     initrd: str | None,
 ) -> list[str]:
     """The words that start QEMU with its vCPUs stopped. ``initrd`` is a path as QEMU will see it, None for none."""
-    command = [str(qemu.path), *_machine(plan, accel), *_isolation(qemu)]
+    command = [str(qemu.path), *_machine(plan, accel, descriptors.memory), *_isolation(qemu)]
     command += _serial_port("control", descriptors.control, COM2)
     command += _serial_port("console", descriptors.console, COM1)
     command += _socket("qmp", descriptors.qmp)
     command += ["-mon", "chardev=qmp,mode=control", "-S"]
     command += ["-device", f"isa-debug-exit,iobase={DEBUG_EXIT_PORT:#x},iosize=4"]
-    command += device_words(plan, _transport(plan), qemu.version, descriptors.devices)
-    command += ["-kernel", str(plan.kernel)]
+    command += device_words(plan, transport_of(plan), qemu.version, descriptors.devices)
+    return [*command, *(("-incoming", "defer") if descriptors.restores else _boot(plan, accel, initrd))]
+
+
+def _boot(plan: BootPlan, accel: QemuAccel, initrd: str | None) -> list[str]:
+    command = ["-kernel", str(plan.kernel)]
     if initrd is not None:
         command += ["-initrd", initrd]
     cmdline = kernel_cmdline(plan, accel)
     return [*command, "-append", cmdline] if cmdline else command
 
 
-def _machine(plan: BootPlan, accel: QemuAccel) -> list[str]:
+def _machine(plan: BootPlan, accel: QemuAccel, memory: MemoryEnd) -> list[str]:
     options = {"microvm": "microvm,acpi=on,isa-serial=off,auto-kernel-cmdline=off", "q35": "q35"}
-    shared = needs_shared_memory(plan)
+    backend = f"memory-backend-file,id={RAM},size={plan.memory_mib}M,mem-path=/proc/self/fd/{memory.fd}"
     return [
         *("-name", f"guest={_escape(plan.name)},debug-threads=on"),
-        *("-machine", options[choose_machine_type(plan)] + (",memory-backend=ram" if shared else "")),
-        *(shared_memory(plan) if shared else ()),
+        *("-machine", f"{options[choose_machine_type(plan)]},memory-backend={RAM}"),
+        *("-object", f"{backend},share={'on' if memory.shared else 'off'}"),
         *("-accel", accel),
         *("-cpu", "host" if accel == "kvm" else "max"),
         *("-m", f"{plan.memory_mib}M"),
@@ -110,7 +138,8 @@ def _machine(plan: BootPlan, accel: QemuAccel) -> list[str]:
     ]
 
 
-def _transport(plan: BootPlan) -> Transport:
+def transport_of(plan: BootPlan) -> Transport:
+    """How the plan's devices are attached."""
     return "device" if choose_machine_type(plan) == "microvm" else "pci"
 
 

@@ -9,15 +9,20 @@ from typing import Any
 
 from asyncvmm.errors import MachineError, StateError
 from asyncvmm.machine.qemu.channel import Channel
-from asyncvmm.machine.qemu.qmp import RUN_ID, QmpDecoder, QmpEvent, QmpReply, encode_command, opening
+from asyncvmm.machine.qemu.qmp import NEGOTIATE_ID, RUN_ID, QmpDecoder, QmpEvent, QmpReply, encode_command, opening
+
+
+class QmpRefused(MachineError):
+    """QEMU refused a command, and lives on."""
 
 
 class QmpControl:
-    """The conversation with one QEMU, from before it is started. ``started`` resolves when its vCPUs run.
+    """The conversation with one QEMU, from before it is started. ``negotiated`` resolves when it answers at all,
+    ``started`` when its vCPUs run, or when it has read a saved state (``restores``) and holds them.
 
     ``on_event`` takes QEMU's events, ``on_failure`` a breach of the protocol, ``on_running`` hears the reply to the
-    first ``cont``, which is sent once the vCPUs may run; all on the loop. ``before_running`` are commands, and their
-    arguments, to be carried out before that; one that QEMU refuses is a failure, too.
+    first ``cont``, which is sent once the vCPUs may run, or that the state is read; all on the loop. ``before_running``
+    are commands, and their arguments, to be carried out before that; one that QEMU refuses is a failure, too.
     """
 
     def __init__(
@@ -27,6 +32,8 @@ class QmpControl:
         on_failure: Callable[[MachineError], None],
         on_running: Callable[[], None] = lambda: None,
         before_running: Sequence[tuple[str, Mapping[str, Any]]] = (),
+        *,
+        restores: bool = False,
     ) -> None:
         self._channel = channel
         self._on_event = on_event
@@ -35,17 +42,25 @@ class QmpControl:
         self._decoder = QmpDecoder()
         self._ids = itertools.count(1)
         self._replies: dict[int | str | None, asyncio.Future[Any]] = {}
+        self._restores = restores
         self.has_started = False  # unlike ``started``, whose waiter may have cancelled it
+        self.negotiated = self._expect(NEGOTIATE_ID)
         self.started = self._expect(RUN_ID)
-        channel.write_now(opening(b"".join(self._encode_first(*command) for command in before_running)))
+        first = b"".join(self._encode_first(*command) for command in before_running)
+        channel.write_now(opening(first, run=not restores))
         channel.watch(self.read)
 
-    async def execute(self, name: str, arguments: Mapping[str, Any] | None = None) -> Any:
-        """Run a command; what it returns. Raises MachineError if QEMU refuses it or ends meanwhile."""
+    async def execute(
+        self, name: str, arguments: Mapping[str, Any] | None = None, *, descriptor: int | None = None
+    ) -> Any:
+        """Run a command; what it returns. A copy of ``descriptor`` goes with it.
+
+        Raises MachineError if QEMU refuses it or ends meanwhile.
+        """
         id_ = next(self._ids)
         reply = self._expect(id_)
         try:
-            await self._channel.write(encode_command(name, id_, arguments))
+            await self._channel.write(encode_command(name, id_, arguments), descriptor)
             return await reply
         except StateError as error:
             raise MachineError(f"QMP {name}", expected="a reply", found="QEMU has ended") from error
@@ -113,10 +128,17 @@ class QmpControl:
     def _take_event(self, event: QmpEvent) -> None:
         # Sent before the first vCPU runs, where the reply to ``cont`` is sent after: a guest that ends QEMU at once
         # ends it before the reply.
-        if event.name == "RESUME" and not self.has_started:
+        if not self.has_started and self._is_start(event):
             self.has_started = True
             self._settle(QmpReply(RUN_ID))
+            if self._restores:
+                self._on_running()
         self._on_event(event)
+
+    def _is_start(self, event: QmpEvent) -> bool:
+        if self._restores:
+            return event.name == "MIGRATION" and event.data.get("status") == "completed"
+        return event.name == "RESUME"
 
     def _settle(self, reply: QmpReply) -> None:
         future = self._replies.get(reply.id)
@@ -125,5 +147,5 @@ class QmpControl:
         if reply.error is None:
             future.set_result(reply.value)
         else:
-            future.set_exception(MachineError("QMP", expected="success", found=reply.error))
+            future.set_exception(QmpRefused("QMP", expected="success", found=reply.error))
             future.exception()  # counts as seen: the one who asked may have been cancelled

@@ -10,7 +10,6 @@ hw/char/virtio-console.c of QEMU 7.2. What is not obvious in them:
   nothing (qcow2's backing file excepted).
 - Where the host has no room left for a write, QEMU would stop the guest; told to report, it gives the guest an I/O
   error, as our own disks do.
-- A vhost-user device works in the guest's memory from another process, so that must be a shared memfd.
 - QEMU asks a guest for its free pages (VIRTIO_BALLOON_F_FREE_PAGE_HINT) only while it migrates, and then needs a
   thread to do it in.
 - virtconsole drops what does not fit into its socket; virtserialport holds its writer back instead.
@@ -69,16 +68,6 @@ class DeviceEnds:
         """All of them."""
         found = [drive.fd for drive in self.drives] + list(self.ports.values())
         return found if self.vsock is None else [*found, self.vsock]
-
-
-def needs_shared_memory(plan: BootPlan) -> bool:
-    """Whether another process works in the guest's memory."""
-    return plan.devices.vsock is not None
-
-
-def shared_memory(plan: BootPlan) -> list[str]:
-    """The memory backend for ``-machine memory-backend=ram``."""
-    return ["-object", f"memory-backend-memfd,id=ram,size={plan.memory_mib}M,share=on"]
 
 
 def device_words(plan: BootPlan, transport: Transport, version: tuple[int, ...], ends: DeviceEnds) -> list[str]:

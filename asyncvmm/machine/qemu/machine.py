@@ -10,11 +10,11 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from asyncvmm.effects import Effect, Port, SerialOutput, Stopped, StopReason
-from asyncvmm.errors import MachineError, StateError
+from asyncvmm.effects import Port, Stopped, StopReason
+from asyncvmm.errors import MachineError, SnapshotDamaged, SnapshotMismatch, StateError
 from asyncvmm.machine.base import AccelName, BootPlan, EffectSink, Evidence
 from asyncvmm.machine.pacing import Pacer
 from asyncvmm.machine.qemu.attachments import Attachments
@@ -24,6 +24,7 @@ from asyncvmm.machine.qemu.channel import Channel
 from asyncvmm.machine.qemu.child import Child, start_error
 from asyncvmm.machine.qemu.command import (
     ChildDescriptors,
+    MemoryEnd,
     QemuAccel,
     QemuBinary,
     build_command,
@@ -33,20 +34,23 @@ from asyncvmm.machine.qemu.command import (
 from asyncvmm.machine.qemu.control import QmpControl
 from asyncvmm.machine.qemu.counts import QemuCounts
 from asyncvmm.machine.qemu.files import check_readable, join_initrd
+from asyncvmm.machine.qemu.guest_memory import GuestMemory
 from asyncvmm.machine.qemu.guest_tsc import GuestTsc
-from asyncvmm.machine.qemu.ordering import split_before_end
 from asyncvmm.machine.qemu.ports import ChannelStream
 from asyncvmm.machine.qemu.qmp import QmpEvent
 from asyncvmm.machine.qemu.reasons import debug_exit_code, is_contention, reason_of_halt, reason_of_shutdown
+from asyncvmm.machine.qemu.restoring import LOAD_FAILED, StateFile, incoming
+from asyncvmm.machine.qemu.saved_facts import STATE, check, check_can_save, facts_of, saved_machine
+from asyncvmm.machine.qemu.saving import StateSaver
+from asyncvmm.machine.qemu.serial_lines import SerialLines
+from asyncvmm.machine.saved import RestorePlan, SavedMachine
 from asyncvmm.machine.waiting import in_thread, wait_out
 from asyncvmm.metrics.vm_metrics import VmMetrics
 from asyncvmm.timing.timeline import Timeline
 
 if TYPE_CHECKING:
+    from asyncvmm.snapshot.memory_writer import MemoryWriter
     from asyncvmm.vsock.host import VsockHost
-
-DRY_READS = 8
-"""Most reads that empty the console before the control line is read; more is a guest that floods."""
 
 _log = logging.getLogger("asyncvmm.devices")
 
@@ -80,10 +84,12 @@ class QemuMachine:
         self._state: _State = "new"
         self._is_prepared = False
         self._child: Child | None = None
-        self._ports: dict[Port, Channel] = {}
+        self._serial: SerialLines | None = None
         self._qmp: QmpControl | None = None
         self._guest_tsc: GuestTsc | None = None
         self._initrd: int | None = None
+        self._memory: GuestMemory | None = None
+        self._saver: StateSaver | None = None
         self._metrics = VmMetrics() if metrics is None else metrics
         self._attachments = Attachments(plan, self._metrics)
         self._counts = QemuCounts(self._metrics, plan)
@@ -93,7 +99,6 @@ class QemuMachine:
         self._failure: str | None = None
         self._pausing = False
         self._child_gone: asyncio.Future[None] | None = None
-        self._received = 0
 
     # -- the protocol ----------------------------------------------------------------------------------------------
 
@@ -125,7 +130,8 @@ class QemuMachine:
         try:
             assert self._qemu is not None
             with self._timeline.phase("qemu_fork"):
-                self._spawn(self._qemu)
+                self._memory = GuestMemory.new(self._plan.memory_mib << 20)
+                self._spawn(self._qemu, self._memory)
             with self._timeline.phase("qemu_qmp_connect"):
                 await self._running()
         except BaseException:
@@ -135,7 +141,8 @@ class QemuMachine:
     async def write(self, port: Port, data: bytes) -> None:
         """Send bytes to the guest's serial port. Cancelled, it has sent a beginning of them. Raises StateError."""
         self._require("running")
-        await self._ports[port].write(data)
+        assert self._serial is not None
+        await self._serial.channels[port].write(data)
 
     async def pause(self) -> None:
         """Stop every vCPU. Raises StateError or MachineError."""
@@ -144,8 +151,48 @@ class QemuMachine:
 
     async def resume(self) -> None:
         """Let the vCPUs run on. Raises StateError or MachineError."""
+        if self._saver is not None:
+            self._saver.forget()
         await self._command("cont")
         self._pausing = False
+
+    async def precopy(self, memory: MemoryWriter) -> None:
+        """Nothing: QEMU does not say what its guest writes meanwhile. Raises StateError."""
+        self._require("running")
+
+    async def save(self, memory: MemoryWriter, *, difference_of: str | None = None) -> SavedMachine:
+        """As the protocol says; always all of memory. What was written to a serial line and the guest has not read yet
+        goes to this machine alone.
+
+        Raises StateError, SnapshotFailed, MachineError.
+        """
+        self._require("running")
+        if not self._pausing:
+            raise StateError("save", expected="a paused machine", state="running")
+        check_can_save(self._plan, difference_of)
+        assert self._saver is not None
+        state = await self._saver.save(memory)
+        return saved_machine(self._plan, self._facts(), state, memory.map())
+
+    def saved_as(self, name: str) -> None:
+        """Nothing: there are no differences on QEMU."""
+
+    async def restore(self, plan: RestorePlan) -> None:
+        """As the protocol says. The kernel and initrd of the boot plan are not needed, and not looked at.
+
+        Raises SnapshotMismatch, SnapshotDamaged, QemuUnavailable, HostError, MachineError.
+        """
+        self._require_new("restore")
+        try:
+            with self._timeline.phase("qemu_cmd_build"):
+                await in_thread(lambda: self._prepare_restore(plan.saved))
+            with self._timeline.phase("memory_state_write"):
+                await in_thread(lambda: self._take_memory(plan))
+            self._require_new("restore")
+            await self._become(plan.saved.sections[STATE])
+        except BaseException:
+            await self.stop()
+            raise
 
     async def request_shutdown(self) -> None:
         """Press the ACPI power button. Raises StateError or MachineError."""
@@ -190,7 +237,7 @@ class QemuMachine:
 
     def progress(self) -> int:
         """Serial bytes the guest has written so far."""
-        return self._received + sum(port.received for port in self._ports.values())
+        return 0 if self._serial is None else self._serial.received
 
     @property
     def ports(self) -> Mapping[str, ChannelStream]:
@@ -217,35 +264,61 @@ class QemuMachine:
         if self._plan.appended:
             self._initrd = join_initrd(self._plan)
 
-    def _spawn(self, qemu: QemuBinary) -> None:
+    def _prepare_restore(self, saved: SavedMachine) -> None:
+        if self._qemu is None:
+            self._qemu = find_qemu()
+        check(saved, self._facts())
+        self._attachments.open_drives()
+
+    def _take_memory(self, plan: RestorePlan) -> None:
+        if len(plan.layers) != 1:
+            raise SnapshotMismatch("snapshot", expected="all of memory in one file", found=f"{len(plan.layers)} files")
+        gives_back = self._plan.devices.balloon is not None
+        self._memory = GuestMemory.of_snapshot(plan.layers[0], self._plan.memory_mib << 20, gives_back=gives_back)
+
+    async def _become(self, state: bytes) -> None:
+        assert self._qemu is not None
+        assert self._memory is not None
+        self._state, self._pausing = "starting", True
+        with self._timeline.phase("qemu_fork"), StateFile(state) as file:
+            self._spawn(self._qemu, self._memory, file.fd)
+        assert self._qmp is not None
+        with self._timeline.phase("qemu_qmp_connect"):
+            await self._answered(self._qmp.negotiated)
+        with self._timeline.phase("device_state_restore"):
+            await self._running()
+
+    def _spawn(self, qemu: QemuBinary, memory: GuestMemory, state: int | None = None) -> None:
+        """Start QEMU, from its kernel or with a saved state, which is in the file ``state``."""
         loop = asyncio.get_running_loop()
         qmp = Channel(loop)
-        self._guest_tsc = GuestTsc() if self._qemu_accel == "tcg" else None
-        first = first_size(self._plan)
-        self._qmp = QmpControl(qmp, self._on_event, self._fail, self._on_running, before_running=first)
+        self._guest_tsc = GuestTsc() if self._qemu_accel == "tcg" and state is None else None
+        first = first_size(self._plan) if state is None else incoming(state)
+        self._qmp = QmpControl(qmp, self._on_event, self._fail, self._on_running, first, restores=state is not None)
+        self._saver = StateSaver(self._qmp.execute, memory)
         if self._plan.devices.balloon is not None:
             is_pci = choose_machine_type(self._plan) == "q35"
             group = self._metrics.balloon
             self.balloon = QmpBalloon(self._qmp.execute, self._plan, group, is_pci=is_pci, version=qemu.version)
-        control = self._ports["control"] = Channel(loop)
-        console = self._ports["console"] = Channel(loop)
-        devices = self._attachments.connect(loop, self._device_failed)
+        self._serial = SerialLines(loop, self._pacer)
         ends = ChildDescriptors(
-            qmp=qmp.peer.fileno(), console=console.peer.fileno(), control=control.peer.fileno(), devices=devices
+            qmp=qmp.peer.fileno(),
+            console=self._serial.channels["console"].peer.fileno(),
+            control=self._serial.channels["control"].peer.fileno(),
+            memory=MemoryEnd(memory.fd, memory.shared),
+            devices=self._attachments.connect(loop, self._device_failed),
+            restores=state is not None,
         )
         command = build_command(self._plan, qemu, self._qemu_accel, ends, self._initrd_path())
-        inherited = [ends.qmp, ends.console, ends.control, *devices.descriptors()]
-        inherited += [fd for fd in (self._initrd, self._plan.resources.net_fd) if fd is not None]
-        self._child = Child(loop, command, inherited)
+        others = (self._initrd, state, self._plan.resources.net_fd)
+        self._child = Child(loop, command, [*ends.all(), *(fd for fd in others if fd is not None)])
         self._child_gone = loop.create_future()
         self._child.watch(self._on_child_end)
-        for channel in (qmp, control, console):
-            channel.peer.close()
+        qmp.peer.close()
         self._attachments.release_ends()
         self._close_initrd()
-        self._counts.watch_ports((console, control), self._attachments.channels)
-        console.watch(self._read_ports)
-        control.watch(self._read_ports)
+        self._counts.watch_ports(self._serial.channels.values(), self._attachments.channels)
+        self._serial.watch()
 
     def _initrd_path(self) -> str | None:
         if self._initrd is not None:
@@ -253,56 +326,27 @@ class QemuMachine:
         return None if self._plan.initrd is None else str(self._plan.initrd)
 
     async def _running(self) -> None:
-        """Until QEMU has taken its command line and let the vCPUs run, or has ended instead."""
+        """Until QEMU has taken its command line and lets the vCPUs run, or holds them where they were saved."""
         assert self._qmp is not None
+        await self._answered(self._qmp.started)
+        if self._state == "starting":
+            # Else the guest has come to its end already, as its effects say.
+            self._state = "running"
+
+    async def _answered(self, answer: asyncio.Future[Any]) -> None:
+        """Until QEMU has answered, or has ended instead."""
         try:
-            await self._qmp.started
+            await answer
         except MachineError:
             if self._child is None or self._child.status is None:
                 raise
             if self._failure is not None:
                 raise start_error("a device failed", self._failure, retryable=False) from None
+            words = self._child.describe_end()
+            if LOAD_FAILED in words:
+                raise SnapshotDamaged("QEMU's state", expected="one that QEMU can read", found=words) from None
             retryable = is_contention(self._child.status, self._child.last_words())
-            raise start_error("QEMU refused to start", self._child.describe_end(), retryable=retryable) from None
-        if self._state == "starting":
-            # Else the guest has come to its end already, as its effects say.
-            self._state = "running"
-
-    # -- what the guest writes -------------------------------------------------------------------------------------
-
-    def _read_ports(self) -> None:
-        if not self._pacer.busy:  # else the sockets keep it; QEMU waits for room in them
-            self._hand_out_ports()
-
-    def _hand_out_ports(self) -> bool:
-        """Hand out what both ports have, in the order in which the guest wrote it, as far as that can be known.
-
-        The sockets do not say. PID 1 drains its console before each line that begins or ends the workload, or that
-        ends the boot: so of lines and console bytes found together, the end comes after the bytes, everything else
-        before them. The console is read second: what the guest wrote on it before such an end is there by then.
-        """
-        control = self._take("control")
-        console: list[SerialOutput] = []
-        for _ in range(DRY_READS):
-            taken = self._take("console")
-            if not taken:
-                break
-            console += taken
-        before, after = split_before_end(control)
-        effects = [*before, *console, *after]
-        self._deliver(effects)
-        return bool(effects)
-
-    def _take(self, port: Port) -> list[SerialOutput]:
-        data = self._ports[port].read()
-        if not data:
-            return []
-        newlines = data.count(b"\n")
-        return [SerialOutput(port, data, (time.monotonic_ns(),) * newlines)]
-
-    def _deliver(self, effects: Sequence[Effect]) -> None:
-        if effects:
-            self._pacer.put(effects)
+            raise start_error("QEMU refused to start", words, retryable=retryable) from None
 
     # -- how it ends -----------------------------------------------------------------------------------------------
 
@@ -335,10 +379,11 @@ class QemuMachine:
         assert self._child is not None
         assert self._child.status is not None
         assert self._qmp is not None
+        assert self._serial is not None
         # What the child left in its sockets is a few hundred KiB at the most.
         while self._qmp.read():
             pass
-        while self._hand_out_ports():
+        while self._serial.hand_out():
             pass
         if self._qmp.has_started:
             self._report_end(self._child, self._child.status)
@@ -374,10 +419,10 @@ class QemuMachine:
 
     def _free(self) -> None:
         self._state = "ended"
-        self._received = self.progress()
-        for channel in self._ports.values():
-            channel.close()
-        self._ports = {}
+        if self._serial is not None:
+            self._serial.close()
+        if self._memory is not None:
+            self._memory.close()
         self._counts.close()
         if self._qmp is not None:
             self._qmp.close()
@@ -392,6 +437,10 @@ class QemuMachine:
             self._initrd = None
 
     # -- small things ----------------------------------------------------------------------------------------------
+
+    def _facts(self) -> dict[str, Any]:
+        assert self._qemu is not None
+        return facts_of(self._plan, self._qemu, self._qemu_accel)
 
     async def _command(self, name: str) -> None:
         self._require("running")

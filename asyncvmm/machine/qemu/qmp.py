@@ -63,12 +63,13 @@ NEGOTIATE_ID = "negotiate"
 RUN_ID = "run"
 
 
-def opening(before_running: bytes = b"") -> bytes:
+def opening(before_running: bytes = b"", *, run: bool = True) -> bytes:
     """What is written before QEMU exists (it is started with ``-S``).
 
-    Turn events on, carry out the encoded commands ``before_running``, then let the vCPUs run.
+    Turn events on, carry out the encoded commands ``before_running``, then let the vCPUs ``run``.
     """
-    return encode_command("qmp_capabilities", NEGOTIATE_ID) + before_running + encode_command("cont", RUN_ID)
+    cont = encode_command("cont", RUN_ID) if run else b""
+    return encode_command("qmp_capabilities", NEGOTIATE_ID) + before_running + cont
 
 
 class QmpDecoder:

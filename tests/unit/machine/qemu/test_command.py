@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from asyncvmm.errors import CmdlineError
 from asyncvmm.machine.base import BootPlan
-from asyncvmm.machine.qemu.command import ChildDescriptors, QemuBinary, build_command, kernel_cmdline
+from asyncvmm.machine.qemu.command import ChildDescriptors, MemoryEnd, QemuBinary, build_command, kernel_cmdline
 
 QEMU = QemuBinary(Path("/usr/bin/qemu-system-x86_64"), (7, 2, 22))
-ENDS = ChildDescriptors(qmp=5, console=6, control=7)
+ENDS = ChildDescriptors(qmp=5, console=6, control=7, memory=MemoryEnd(8))
 PLAN = BootPlan(name="vm", memory_mib=256, vcpus=2, kernel=Path("/k"), initrd=None, cmdline="quiet", tsc_khz=2_300_000)
 
 
@@ -31,7 +31,7 @@ def test_a_guest_that_can_be_told_its_tsc_frequency_gets_a_microvm() -> None:
 
 def test_without_a_known_tsc_frequency_it_gets_a_q35_and_is_told_nothing() -> None:
     command = build_command(attrs.evolve(PLAN, tsc_khz=None), QEMU, "tcg", ENDS, None)
-    assert option(command, "-machine") == "q35"
+    assert option(command, "-machine") == "q35,memory-backend=ram"
     assert option(command, "-append") == "quiet"
 
 
@@ -96,3 +96,18 @@ def test_a_command_line_that_our_words_make_too_long_is_refused() -> None:
 @given(st.text(st.characters(codec="ascii", exclude_characters="\0"), max_size=300))
 def test_the_callers_words_come_last_so_they_win(text: str) -> None:
     assert kernel_cmdline(attrs.evolve(PLAN, cmdline=text), "tcg").endswith(text)
+
+
+def test_memory_is_a_file_that_is_shared_with_us() -> None:
+    command = build_command(PLAN, QEMU, "tcg", ENDS, None)
+    assert option(command, "-object") == "memory-backend-file,id=ram,size=256M,mem-path=/proc/self/fd/8,share=on"
+    assert option(command, "-machine").endswith(",memory-backend=ram")
+    assert ENDS.all() == [5, 6, 7, 8]
+
+
+def test_a_restored_machine_keeps_its_writes_to_itself_and_needs_no_kernel() -> None:
+    ends = attrs.evolve(ENDS, memory=MemoryEnd(8, shared=False), restores=True)
+    command = build_command(PLAN, QEMU, "tcg", ends, "/initrd")
+    assert option(command, "-object").endswith(",share=off")
+    assert option(command, "-incoming") == "defer"
+    assert not {"-kernel", "-initrd", "-append"} & set(command)

@@ -21,7 +21,7 @@ from asyncvmm.device_config import (
     VsockConfig,
 )
 from asyncvmm.machine.base import BootPlan, DriveResource, Resources
-from asyncvmm.machine.qemu.command import ChildDescriptors, QemuBinary, build_command
+from asyncvmm.machine.qemu.command import QemuBinary
 from asyncvmm.machine.qemu.devices import DeviceEnds, DriveEnd, Transport, device_words, entropy_budget
 
 QEMU = QemuBinary(Path("/usr/bin/qemu-system-x86_64"), (7, 2, 22))
@@ -185,21 +185,10 @@ def test_the_console_is_port_0_and_named_ports_follow() -> None:
     ]
 
 
-def command_of(plan: BootPlan, ends: DeviceEnds) -> list[str]:
-    return build_command(plan, QEMU, "tcg", ChildDescriptors(qmp=5, console=6, control=7, devices=ends), None)
-
-
-def test_a_vsock_device_works_in_memory_that_is_shared() -> None:
-    command = command_of(plan_of(vsock=VsockConfig()), DeviceEnds(vsock=8))
-    assert values(command, "-object") == ["memory-backend-memfd,id=ram,size=256M,share=on"]
-    assert values(command, "-machine")[0].endswith(",memory-backend=ram")
-    assert "socket,id=vsock0,fd=8" in values(command, "-chardev")
-    assert "vhost-user-vsock-device,chardev=vsock0" in values(command, "-device")
-
-
-def test_without_one_memory_is_private() -> None:
-    command = command_of(plan_of(rng=RngConfig()), DeviceEnds())
-    assert not any("memory-backend" in word for word in command)
+def test_a_vsock_device_speaks_vhost_user() -> None:
+    words = device_words(plan_of(vsock=VsockConfig()), "device", (7, 2), DeviceEnds(vsock=8))
+    assert "socket,id=vsock0,fd=8" in values(words, "-chardev")
+    assert "vhost-user-vsock-device,chardev=vsock0" in values(words, "-device")
 
 
 def test_every_descriptor_is_named_for_the_child() -> None:
