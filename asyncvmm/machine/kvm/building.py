@@ -61,17 +61,17 @@ class Building:
         self._joints = joints
         self._prepared: Prepared | None = None
         self._blueprint: RestoreBlueprint | None = None
-        self._given_up = False
+        self.given_up = False
         self._lock = threading.Lock()
 
     def give_up(self) -> None:
         """Begin no further step. On any thread."""
-        self._given_up = True
+        self.given_up = True
 
     def prepare(self) -> None:
         """Read the files and decide the layout. Raises ConfigError, HostError."""
         with self._lock:
-            if not self._given_up and self._prepared is None:
+            if not self.given_up and self._prepared is None:
                 self._prepared = prepare(self._plan, self._timeline)
 
     @property
@@ -93,7 +93,7 @@ class Building:
         """Create the VM, loaded. Raises HostError, ConfigError."""
         self.prepare()
         with self._lock:
-            if not self._given_up and self._prepared is not None:
+            if not self.given_up and self._prepared is not None:
                 vm = self.vm = KvmVm(self._prepared.blueprint, self._timeline)
                 self._let_go()
                 self.log = _log(vm)
@@ -103,7 +103,7 @@ class Building:
     def launch(self) -> None:
         """Let the guest run: here, so that it need not wait for the loop, nor the loop for its threads to start."""
         with self._lock:
-            if not self._given_up and self.vm is not None:
+            if not self.given_up and self.vm is not None:
                 with self._timeline.phase("vcpu_start"):
                     self._join_board(self.vm)
                     self._start_vcpus(self.vm)
@@ -116,7 +116,7 @@ class Building:
         from asyncvmm.machine.kvm.restoring import restore_blueprint
 
         with self._lock:
-            if self._given_up:
+            if self.given_up:
                 return
             _check_size(plan.saved, self._plan)
             blueprint = self._blueprint = restore_blueprint(plan, self._plan.devices.count)
@@ -130,7 +130,7 @@ class Building:
     def hold(self) -> None:
         """Start the restored VM's vCPU threads, which wait."""
         with self._lock:
-            if not self._given_up and self.vm is not None and self._blueprint is not None:
+            if not self.given_up and self.vm is not None and self._blueprint is not None:
                 with self._timeline.phase("device_state_restore"):
                     self._join_board(self.vm, self._blueprint.board)
                 for vcpu in self.vm.vcpus:

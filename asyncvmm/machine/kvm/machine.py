@@ -9,45 +9,47 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
-import anyio
 import anyio.to_thread
 import attrs
 
 from asyncvmm.effects import ExitStatistics, Port, Stopped
 from asyncvmm.errors import KvmIoctlError, MachineError, StateError
 from asyncvmm.machine.base import AccelName, BootPlan, EffectSink, Evidence
-from asyncvmm.machine.kvm.building import Building, Joints, device_section
+from asyncvmm.machine.kvm.building import Building, Joints
 from asyncvmm.machine.kvm.devices import DeviceSet
-from asyncvmm.machine.kvm.marks import RestoreMarks
+from asyncvmm.machine.kvm.input import Input
 from asyncvmm.machine.kvm.output import Output
 from asyncvmm.machine.kvm.platform import Board, Outlets, SerialPort
+from asyncvmm.machine.kvm.port_watches import PortWatches, PortWritten
+from asyncvmm.machine.kvm.snapshots import Snapshots, close_shell
 from asyncvmm.machine.kvm.statistics import VcpuCounters, collect, posted_counters
 from asyncvmm.machine.kvm.tracing import TracedExit, TraceSink, Tracing
 from asyncvmm.machine.kvm.vm import KvmVm
-from asyncvmm.machine.waiting import in_thread, wait_out
+from asyncvmm.machine.waiting import wait_out
 from asyncvmm.mailbox import Mailbox
 from asyncvmm.metrics.groups import I8042Metrics, UartMetrics
 from asyncvmm.metrics.sources import copy_i8042, sum_uart, sum_vcpus
 from asyncvmm.metrics.vm_metrics import VmMetrics
 from asyncvmm.timing.timeline import Timeline
+from asyncvmm.timing.tsc import GuestTime
+from asyncvmm.x86 import layout
 
 if TYPE_CHECKING:
     from anyio.abc import ByteStream
 
     from asyncvmm.balloon import BalloonBackend
+    from asyncvmm.machine.kvm.faults import Faults
+    from asyncvmm.machine.kvm.marks import RestoreMarks
     from asyncvmm.machine.kvm.restoring import Shell
-    from asyncvmm.machine.kvm.saving import Saving
     from asyncvmm.machine.saved import RestorePlan, SavedMachine
+    from asyncvmm.snapshot.memory_map import Run
     from asyncvmm.snapshot.memory_writer import MemoryWriter
     from asyncvmm.vsock.host import VsockHost
 
 _log = logging.getLogger("asyncvmm.machine")
-
-_FEED_BYTES = 1 << 13
-"""Bytes offered to a port at a time: twice what its backlog holds, so that it always says when there is room again."""
 
 _PARK_TIMEOUT_S = 5.0
 """Seconds for a kicked vCPU to leave the guest; it takes tens of microseconds."""
@@ -68,7 +70,7 @@ class _FirstExit:
     """Of a restored guest."""
 
 
-_Notice = _HasOutput | _HasRoom | Stopped | TracedExit | _FirstExit
+_Notice = _HasOutput | _HasRoom | Stopped | TracedExit | PortWritten | _FirstExit
 _State = Literal["new", "running", "paused", "ended", "closed"]
 
 
@@ -88,16 +90,12 @@ class KvmMachine:
         self._output = Output(on_effects)
         self._state: _State = "new"
         self._final_exits: ExitStatistics | None = None
-        self._room: dict[Port, anyio.Event] = {}
-        self._writing: dict[Port, anyio.Lock] = {}
+        self._input = Input(lambda: self._state if self._state in ("ended", "closed") else None)
         self._tracing = Tracing(lambda traced: self._mailbox.post(traced, droppable=True))
+        self._port_watches = PortWatches(lambda written: self._mailbox.post(written))
         joints = Joints(outlets=self._outlets, halt=self._halt, output=self._output, devices=self._devices)
         self._building = Building(plan, timeline, joints)
-        self._saving: Saving | None = None
-        self.restored: RestoreMarks | None = None
-        """Of a machine that was restored: when what was reached."""
-        self.on_first_exit: Callable[[RestoreMarks], None] | None = None
-        """Is called on the loop."""
+        self._snapshots = Snapshots(self._building, self._devices, timeline)
         self._freeing: asyncio.Task[None] | None = None
         self.meter(metrics)
 
@@ -141,25 +139,23 @@ class KvmMachine:
     async def start(self) -> None:
         """Create the VM, load it, start its vCPUs."""
         self._require_new("start")
-        await self._begin(self._boot())
+        await self._begin(self._boot)
 
     async def restore(self, plan: RestorePlan, *, shell: Shell | None = None) -> None:
         """Create the VM as it was saved, its vCPUs' threads waiting. ``shell``: a VM made ahead to do it in; it is used
         up, whatever comes of it."""
         try:
             self._require_new("restore")
-            await self._begin(self._restore(plan, shell))
+            await self._begin(lambda: self._restore(plan, shell))
         finally:
-            if shell is not None:
-                await in_thread(shell.close)
+            await close_shell(shell)
 
-    async def _begin(self, build: Coroutine[None, None, None]) -> None:
+    async def _begin(self, build: Callable[[], Awaitable[None]]) -> None:
         self._loop = asyncio.get_running_loop()
-        self._writing = {"console": anyio.Lock(), "control": anyio.Lock()}
         self._mailbox: Mailbox[_Notice] = Mailbox(lambda: self._loop.call_soon_threadsafe(self._drain))
         try:
             self._output.open()
-            await build
+            await build()
         except BaseException:
             await self.stop()
             raise
@@ -179,20 +175,9 @@ class KvmMachine:
         self._started("running")
 
     async def _restore(self, plan: RestorePlan, shell: Shell | None) -> None:
-        building, devices = self._building, self._devices
-        if devices is None:
-            await anyio.to_thread.run_sync(building.rebuild, plan, shell)
-        else:
-            with self._timeline.phase("device_open"):
-                await devices.open()
-            await anyio.to_thread.run_sync(building.recreate, plan, shell)
-            if building.vm is not None and self._state == "new":
-                with self._timeline.phase("device_state_restore"):
-                    devices.fit(building.vm, self._device_failed, state=device_section(plan.saved))
-                await anyio.to_thread.run_sync(building.hold)
+        await self._snapshots.restore(plan, shell, self._device_failed)
         self._started("paused")
-        self.restored = RestoreMarks(time.monotonic_ns())
-        self.restored.watch(self._running_vm().vcpus, lambda: self._mailbox.post(_FirstExit()))
+        self._snapshots.mark(self._running_vm(), lambda: self._mailbox.post(_FirstExit()))
 
     def _device_failed(self, error: Exception) -> None:
         """A device of ours went wrong: the guest cannot be served any more."""
@@ -201,16 +186,7 @@ class KvmMachine:
 
     async def write(self, port: Port, data: bytes) -> None:
         """Feed the port's receive backlog, waiting for the guest to make room."""
-        serial = self._serial(port)
-        rest = memoryview(data)
-        async with self._writing[port]:
-            while rest:
-                if self._state in ("ended", "closed"):
-                    raise StateError("serial input", expected="a running guest", state=self._state)
-                room = self._room[port] = anyio.Event()
-                rest = rest[serial.feed(bytes(rest[:_FEED_BYTES])) :]
-                if rest:
-                    await room.wait()
+        await self._input.write(self._serial(port), data)
 
     async def pause(self) -> None:
         """Kick every vCPU out of the guest and keep it out, then hold the devices. Cancelled, the guest runs on."""
@@ -231,15 +207,11 @@ class KvmMachine:
 
     async def resume(self) -> None:
         """Let every vCPU enter the guest again, and the devices work."""
-        vm, saving = self._running_vm(), self._saving
-        if saving is not None and saving.busy:
-            raise StateError("resume", expected="a machine that is not being saved", state=self._state)
-        if self.restored is not None and self.restored.resumed_ns is None:
-            self.restored.resumed_ns = time.monotonic_ns()
+        vm = self._running_vm()
+        self._snapshots.resuming()
         self._let_run(vm)
         self._state = "running" if self._state == "paused" else self._state
-        if saving is not None:
-            await saving.settle()
+        await self._snapshots.resumed()
 
     def _let_run(self, vm: KvmVm) -> None:
         if self._devices is not None:
@@ -249,17 +221,36 @@ class KvmMachine:
 
     async def precopy(self, memory: MemoryWriter) -> None:
         """By passes over what KVM's dirty log and our own marks say was written."""
-        await self._saver("running", "paused").precopy(memory)
+        self._require("precopy", "running", "paused")
+        await self._snapshots.precopy(memory)
 
     async def save(self, memory: MemoryWriter, *, difference_of: str | None = None) -> SavedMachine:
         """See Machine."""
-        saver = self._saver("paused")
+        self._require("save", "paused")
         self._output.put(self._output.take())  # what the guest has written is this VM's to tell, not its copies'
-        return await saver.save(memory, difference_of)
+        return await self._snapshots.save(memory, difference_of)
 
     def saved_as(self, name: str) -> None:
-        """See Machine. Of a restored machine that was not saved yet: the name of what it was restored from."""
-        self._saver("running", "paused", "ended").saved_as(name)
+        """See Machine. Of a machine that was restored and not saved yet: the name of what it was restored from."""
+        self._snapshots.saved_as(name)
+
+    @property
+    def restored(self) -> RestoreMarks | None:
+        """Of a machine that was restored: when it reached what."""
+        return self._snapshots.marks
+
+    def on_first_exit(self, tell: Callable[[RestoreMarks], None]) -> None:
+        """Have ``tell`` called on the loop when a restored guest has made its first exit. Before it is resumed."""
+        self._snapshots.on_first_exit = tell
+
+    async def working_set(self) -> tuple[tuple[Run, ...], tuple[Run, ...]]:
+        """The runs of memory that are present, and those that this VM has written to; offsets as in a memory file."""
+        self._require("working set", "running", "paused", "ended")
+        return await self._snapshots.working_set()
+
+    def page_faults(self) -> Faults:
+        """Page faults of the vCPUs' threads so far."""
+        return self._snapshots.faults()
 
     async def request_shutdown(self) -> None:
         """Press the ACPI power button."""
@@ -271,7 +262,7 @@ class KvmMachine:
         """Stop the vCPUs, join their threads, hand out what output is left, free everything."""
         self._state = "closed"
         self._building.give_up()
-        self._wake_writers()
+        self._input.wake_all()
         self._tracing.end()
         if self._freeing is None:
             self._freeing = asyncio.get_running_loop().create_task(self._free())
@@ -280,8 +271,7 @@ class KvmMachine:
 
     async def _free(self) -> None:
         """A task of its own: every stop waits for it, and a cancelled one does not end it half-way."""
-        if self._saving is not None:
-            await self._saving.aclose()
+        await self._snapshots.aclose()
         vm = await anyio.to_thread.run_sync(self._building.end_threads)
         self._output.close()
         if vm is not None:
@@ -321,6 +311,22 @@ class KvmMachine:
     def progress(self) -> int:
         """Exits so far."""
         return sum(counters.total() for counters in self._counters())
+
+    def activity(self) -> int:
+        """Exits so far, but for those at the control line."""
+        control = (layout.COM2_PORT, layout.SERIAL_PORT_SIZE)
+        return sum(counters.total() - counters.at_ports(*control) for counters in self._counters())
+
+    def guest_time(self) -> GuestTime | None:
+        """By KVM's TSC offset."""
+        vm, tsc = self._vm, self._building.guest_tsc
+        return None if vm is None or tsc is None else tsc.now(vm.tsc_khz)
+
+    def watch_port(self, port: int, value: int | None, told: Callable[[int], None]) -> Callable[[], None]:
+        """See Machine."""
+        self._running_vm()
+        assert self._board is not None
+        return self._port_watches.add(self._board.bus, port, value, told)
 
     def trace(self, trace: TraceSink) -> None:
         """Hand every exit from now on to ``trace``, on the loop; a former one ends. Tracing slows the guest."""
@@ -382,29 +388,15 @@ class KvmMachine:
             if isinstance(notice, _HasOutput):
                 self._output.ready()
             elif isinstance(notice, _HasRoom):
-                self._wake_writer(notice.port)
+                self._input.wake(notice.port)
             elif isinstance(notice, TracedExit):
                 self._tracing.hand(notice)
+            elif isinstance(notice, PortWritten):
+                self._port_watches.hand(notice)
             elif isinstance(notice, _FirstExit):
-                self._tell_first_exit()
+                self._snapshots.first_exit()
             else:
                 self._output.put([*self._output.take(), *self._end(notice)])
-
-    def _tell_first_exit(self) -> None:
-        marks = self.restored
-        assert marks is not None
-        for span in marks.resume_span():
-            self._timeline.record(span)
-        if self.on_first_exit is not None:
-            self.on_first_exit(marks)
-
-    def _wake_writers(self) -> None:
-        for event in self._room.values():
-            event.set()
-
-    def _wake_writer(self, port: Port) -> None:
-        if port in self._room:
-            self._room[port].set()
 
     def _end(self, stopped: Stopped) -> Sequence[Stopped]:
         """The first reason counts; who waits to write is woken to learn of it."""
@@ -412,7 +404,7 @@ class KvmMachine:
             return ()
         if self._state != "closed":
             self._state = "ended"
-        self._wake_writers()
+        self._input.wake_all()
         if self._devices is not None:
             self._devices.guest_ended()
         self._tracing.end()
@@ -423,17 +415,10 @@ class KvmMachine:
         assert self._board is not None
         return self._board.console if port == "console" else self._board.control
 
-    def _saver(self, *states: _State) -> Saving:
-        """Made when it is first wanted: few machines are saved."""
-        vm = self._running_vm()
+    def _require(self, what: str, *states: _State) -> None:
+        self._running_vm()
         if self._state not in states:
-            raise StateError("save", expected=f"a machine that is {' or '.join(states)}", state=self._state)
-        if self._saving is None:
-            from asyncvmm.machine.kvm.saving import saving_of
-
-            assert self._board is not None
-            self._saving = saving_of(vm, self._board, self._devices, self._building)
-        return self._saving
+            raise StateError(what, expected=f"a machine that is {' or '.join(states)}", state=self._state)
 
     def _require_new(self, what: str) -> None:
         if self._state != "new":

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import anyio.to_thread
 
 from asyncvmm.errors import StateError
+from asyncvmm.machine.kvm.memory import GuestMemory
 from asyncvmm.machine.kvm.memory_saver import MemorySaver
 from asyncvmm.machine.kvm.platform import Board
 from asyncvmm.machine.kvm.state.cpu_check import cpu_facts
@@ -32,10 +33,13 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def saving_of(vm: KvmVm, board: Board, devices: DeviceSet | None, made: Building) -> Saving:
-    """For the machine that ``made`` made."""
+def saving_of(made: Building, devices: DeviceSet | None) -> Saving:
+    """For a machine that was made."""
+    assert made.vm is not None
+    assert made.board is not None
     assert made.log is not None
-    return Saving(vm, board, devices, MemorySaver(vm.memory, made.log, tracked=made.tracked, held=made.held))
+    memory = MemorySaver(made.vm.memory, made.log, tracked=made.tracked, held=made.held)
+    return Saving(made.vm, made.board, devices, memory)
 
 
 class Saving:
@@ -69,6 +73,10 @@ class Saving:
         if self._devices is not None:
             sections["devices"] = encode(await self._devices.state())
         return await self._in_thread(lambda: self._save(writer, difference_of, sections))
+
+    async def look(self, function: Callable[[GuestMemory], T]) -> T:
+        """Have a thread look at memory, which stays where it is for as long as that takes."""
+        return await self._in_thread(lambda: function(self._vm.memory))
 
     def saved_as(self, name: str) -> None:
         """See Machine."""

@@ -1,0 +1,131 @@
+"""What a KVM machine does for snapshots: be restored, be saved, say how it came to life. On the loop.
+
+Most machines are neither saved nor restored: what that takes is imported when it is first wanted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import anyio.to_thread
+
+from asyncvmm.errors import StateError
+from asyncvmm.machine.kvm.building import Building, device_section
+from asyncvmm.machine.kvm.devices import DeviceSet
+from asyncvmm.machine.kvm.faults import NO_FAULTS, Faults
+from asyncvmm.machine.kvm.marks import RestoreMarks
+from asyncvmm.machine.kvm.vm import KvmVm
+from asyncvmm.machine.waiting import in_thread
+from asyncvmm.timing.timeline import Timeline
+
+if TYPE_CHECKING:
+    from asyncvmm.machine.kvm.restoring import Shell
+    from asyncvmm.machine.kvm.saving import Saving
+    from asyncvmm.machine.saved import RestorePlan, SavedMachine
+    from asyncvmm.snapshot.memory_map import Run
+    from asyncvmm.snapshot.memory_writer import MemoryWriter
+
+
+class Snapshots:
+    """Of one machine, which says whether its state allows a call. on_first_exit: called on the loop, once."""
+
+    def __init__(self, building: Building, devices: DeviceSet | None, timeline: Timeline) -> None:
+        self.marks: RestoreMarks | None = None
+        self.on_first_exit: Callable[[RestoreMarks], None] | None = None
+        self._building = building
+        self._devices = devices
+        self._timeline = timeline
+        self._saving: Saving | None = None
+
+    # -- restored ----------------------------------------------------------------------------------------------------
+
+    async def restore(self, plan: RestorePlan, shell: Shell | None, fail: Callable[[Exception], None]) -> None:
+        """Build the machine, its vCPUs' threads waiting. ``fail`` hears of a device of ours that goes wrong.
+
+        Raises SnapshotDamaged, SnapshotMismatch, HostError, ConfigError.
+        """
+        building, devices = self._building, self._devices
+        if devices is None:
+            await anyio.to_thread.run_sync(building.rebuild, plan, shell)
+            return
+        section = device_section(plan.saved)
+        with self._timeline.phase("device_open"):
+            await devices.open()
+        await anyio.to_thread.run_sync(building.recreate, plan, shell)
+        if building.vm is not None and not building.given_up:
+            with self._timeline.phase("device_state_restore"):
+                devices.fit(building.vm, fail, state=section)
+            await anyio.to_thread.run_sync(building.hold)
+
+    def mark(self, vm: KvmVm, tell: Callable[[], object]) -> None:
+        """It is restored. ``tell`` is called on a vCPU's thread, at the first exit."""
+        self.marks = RestoreMarks(time.monotonic_ns())
+        self.marks.watch(vm.vcpus, tell)
+
+    def first_exit(self) -> None:
+        """It was told."""
+        marks = self.marks
+        assert marks is not None
+        for span in marks.resume_span():
+            self._timeline.record(span)
+        if self.on_first_exit is not None:
+            self.on_first_exit(marks)
+
+    def resuming(self) -> None:
+        """The vCPUs are about to be let go. Raises StateError while they must be held."""
+        if self._saving is not None and self._saving.busy:
+            raise StateError("resume", expected="a machine that is not being saved", state="saving")
+        if self.marks is not None and self.marks.resumed_ns is None:
+            self.marks.resumed_ns = time.monotonic_ns()
+
+    async def resumed(self) -> None:
+        """They are."""
+        if self._saving is not None:
+            await self._saving.settle()
+
+    async def working_set(self) -> tuple[tuple[Run, ...], tuple[Run, ...]]:
+        """The runs of memory that are present, and those that this VM has written to, as in a memory file."""
+        from asyncvmm.machine.kvm.working_set import working_set
+
+        return await self._saver().look(working_set)
+
+    def faults(self) -> Faults:
+        """Page faults of the vCPUs' threads so far."""
+        vm = self._building.vm
+        return sum((vcpu.faults() for vcpu in vm.vcpus), NO_FAULTS) if vm is not None else NO_FAULTS
+
+    # -- saved -------------------------------------------------------------------------------------------------------
+
+    async def precopy(self, writer: MemoryWriter) -> None:
+        """See Machine."""
+        await self._saver().precopy(writer)
+
+    async def save(self, writer: MemoryWriter, difference_of: str | None) -> SavedMachine:
+        """See Machine."""
+        return await self._saver().save(writer, difference_of)
+
+    def saved_as(self, name: str) -> None:
+        """See Machine. Of a machine that was restored and not saved yet, it is the name of what it was restored
+        from."""
+        if self._building.vm is not None:
+            self._saver().saved_as(name)
+
+    async def aclose(self) -> None:
+        """End what is under way."""
+        if self._saving is not None:
+            await self._saving.aclose()
+
+    def _saver(self) -> Saving:
+        if self._saving is None:
+            from asyncvmm.machine.kvm.saving import saving_of
+
+            self._saving = saving_of(self._building, self._devices)
+        return self._saving
+
+
+async def close_shell(shell: Shell | None) -> None:
+    """Free what is left of one that was handed over."""
+    if shell is not None:
+        await in_thread(shell.close)
