@@ -269,12 +269,13 @@ class VM(TimingProperties, SnapshotCalls):
                 await restoring.carry_out(machine)
             self._report.tell_phases()
             self._go("paused")
-            if not restoring.options.paused:
-                restoring.run()
-                with self.timeline.phase("resume_kvm_run"):
-                    await self._let_run()
-                self._poll_balloon()
+            await restoring.let_run(machine, self._first_run)
+            self._poll_balloon()
             self._report.tell_restored(into_shell=restoring.options.shells is not None)
+
+    async def _first_run(self) -> None:
+        with self.timeline.phase("resume_kvm_run"):
+            await self._let_run()
 
     async def _attempt_boot(self, choice: AccelChoice) -> AccelName:
         with self.timeline.phase("setup"):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from asyncvmm.device_config import DriveConfig
     from asyncvmm.machine.saved import RestorePlan, SavedMachine
     from asyncvmm.snapshot.memory_writer import MemoryWriter
+    from asyncvmm.timing.tsc import GuestTime
     from asyncvmm.storage.overlay import Overlay
     from asyncvmm.vsock.host import VsockHost
 
@@ -170,6 +171,9 @@ class Machine(Protocol):
 
         None where the backend cannot tell, or if that was before the guest started or is still to come.
         """
+
+    def guest_time(self) -> GuestTime | None:
+        """The guest's time stamp counter now, beside the host's time; None where the backend cannot tell."""
 
     def progress(self) -> int:
         """A number that grows while the guest shows life (exits taken, serial bytes written)."""

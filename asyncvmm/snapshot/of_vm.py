@@ -117,13 +117,13 @@ class SnapshotCalls(ABC):
 
         Raises StateError unless the VM is ready and PID 1 is ours.
         """
-        from asyncvmm.snapshot.handshake import go_line
+        from asyncvmm.snapshot.handshake import go_lines
 
         machine = self._attempt.machine if self._attempt else None
         if machine is None or self.state != "ready" or not self._watch.contract.ready_on_control:
             raise StateError("go", expected="a ready VM whose PID 1 listens", state=self.state)
         self._holds_workload = False
-        await machine.write("control", go_line())
+        await machine.write("control", go_lines(machine))
 
     @cached_property
     def _snapshots(self) -> SnapshotTaker:

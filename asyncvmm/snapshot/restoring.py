@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,7 @@ from asyncvmm.events.snapshot_types import RestoreFirstGuestEvent, RestoreMapped
 from asyncvmm.machine.base import EffectSink, Machine
 from asyncvmm.snapshot.attempt import RestoreAttempt, choose_machine
 from asyncvmm.snapshot.config_record import from_plain
-from asyncvmm.snapshot.handshake import go_line
+from asyncvmm.snapshot.handshake import Answer, go_lines
 from asyncvmm.snapshot.snapshot import Snapshot
 from asyncvmm.watch import GuestWatch
 
@@ -108,18 +108,30 @@ class Restoring:
         vm.metrics.groups.latencies_us.vmm_load_snapshot = (vm.timeline.clock() - begin) // 1000
         if vm.events.listening:
             vm.events.publish(RestoreMapped(self._now(), self._since_call(), self.snapshot.id))
-        await self._greet(machine)
 
-    async def _greet(self, machine: Machine) -> None:
-        """Tell PID 1 what makes this guest another one than all others: it reads that first."""
-        if self.snapshot.guest.has_pid1:
-            begin = self._vm.timeline.clock()
-            await machine.write("control", go_line())
-            self._step("entropy", begin)
+    async def let_run(self, machine: Machine, resume: Callable[[], Awaitable[None]]) -> None:
+        """Have the guest go on, and PID 1 told what makes it another one than all others: fresh entropy, the time.
 
-    def run(self) -> None:
-        """From now on the guest may be heard of."""
-        self._running = True
+        Before it runs, if the time holds whenever it is read; with ``paused`` somebody else resumes it.
+        """
+        greets, begin_ns = self.snapshot.guest.has_pid1, self._vm.timeline.clock()
+        answer = Answer(self._vm.events) if greets else None
+        early = self.options.paused or machine.guest_time() is not None
+        try:
+            self._running = True
+            if answer and early:
+                await machine.write("control", go_lines(machine))
+            if self.options.paused:
+                return
+            await resume()
+            if answer and not early:
+                await machine.write("control", go_lines(machine))
+            if answer and await answer.wait():
+                self._step("entropy", begin_ns)
+                self._step("clock", begin_ns)
+        finally:
+            if answer:
+                answer.close()
 
     def _tell_first(self, effects: Sequence[Effect]) -> None:
         self._heard = True

@@ -210,7 +210,7 @@ class SnapshotTaker:
             return []
         from asyncvmm.storage.snapshot import save_drives
 
-        return await save_drives(plan.resources, draft)
+        return await save_drives(plan.resources, _Files(draft))
 
     async def _commit(
         self, draft: SnapshotDirectory, order: SnapshotOrder, fired: Fired, held: _Held, disks: list[Any]
@@ -283,6 +283,17 @@ class SnapshotTaker:
                     difference=manifest.base is not None,
                 )
             )
+
+
+@attrs.frozen
+class _Files:
+    """The directory as the drives' copies need it."""
+
+    draft: SnapshotDirectory
+
+    def create(self, name: str) -> int:
+        """A new file in it; the descriptor is the caller's."""
+        return os.dup(self.draft.new_file(name))
 
 
 def _with_mac(plan: BootPlan) -> NetConfig | None:
