@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from asyncvmm.device_config import DriveConfig
     from asyncvmm.machine.saved import RestorePlan, SavedMachine
     from asyncvmm.snapshot.memory_writer import MemoryWriter
-    from asyncvmm.timing.tsc import GuestTime
     from asyncvmm.storage.overlay import Overlay
+    from asyncvmm.timing.tsc import GuestTime
     from asyncvmm.vsock.host import VsockHost
 
 AccelName = Literal["kvm", "qemu"]
