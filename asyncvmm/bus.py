@@ -6,7 +6,7 @@ give all ones, as an undriven bus does, and the access is counted.
 
 The bus takes the device's lock around every access. A vCPU's hot path may instead keep what ``lookup`` returns and do
 the same itself. Devices are attached before the first vCPU runs and never change after that, so looking up needs no
-lock. Writes to the counter may race; it is a statistic.
+lock; who watches a port where none is may come and go. Writes to the counter may race; it is a statistic.
 """
 
 from __future__ import annotations
@@ -99,6 +99,22 @@ class AddressSpace(Generic[D]):
 class PortSpace(AddressSpace[ByteDevice]):
     """I/O ports."""
 
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self._watched: dict[int, Callable[[int], None]] = {}
+
+    def watch(self, port: int, tell: Callable[[int], None]) -> None:
+        """Have ``tell`` called with each byte written there. Raises ConfigError where a device is."""
+        attachment = self.lookup(port)
+        if attachment is not None or not 0 <= port < self._size:
+            found = "none such" if attachment is None else _span(attachment)
+            raise ConfigError(f"watched port {port:#x}", expected="a port without a device", found=found)
+        self._watched[port] = tell
+
+    def unwatch(self, port: int) -> None:
+        """End that."""
+        self._watched.pop(port, None)
+
     def read(self, address: int, size: int) -> int:
         """``size`` bytes from ``address`` on, little-endian. Unmapped ones are 0xff; an access counts once."""
         value = 0
@@ -121,6 +137,8 @@ class PortSpace(AddressSpace[ByteDevice]):
             attachment = self.lookup(address + index)
             if attachment is None:
                 unmapped = True
+                if tell := self._watched.get(address + index):
+                    tell(value >> 8 * index & 0xFF)
             else:
                 with attachment.lock:
                     attachment.device.write(address + index - attachment.first, value >> 8 * index & 0xFF)
@@ -196,6 +214,16 @@ class Bus:
         """Everything attached: ports, then memory, each by address. Names are unique."""
         yield from self._ports
         yield from self._mmio
+
+    def watch(self, port: int, tell: Callable[[int], None]) -> None:
+        """Have ``tell`` called, on the vCPU's thread and without a lock, with each byte written to an I/O port at which
+        no device is; one before it is no longer. May be called while the guest runs. Raises ConfigError.
+        """
+        self._ports.watch(port, tell)
+
+    def unwatch(self, port: int) -> None:
+        """Call nothing for that port any more."""
+        self._ports.unwatch(port)
 
     def lookup(self, port: int) -> Attachment[ByteDevice] | None:
         """The device at an I/O port, for a caller that keeps the answer."""

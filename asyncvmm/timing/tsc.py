@@ -38,6 +38,21 @@ class TscOffset:
         return cls(signed, signed)
 
 
+@attrs.frozen
+class GuestTime:
+    """CLOCK_REALTIME of the host was ``realtime_ns`` when a guest's TSC, which counts ``khz`` kHz, was ``tsc``."""
+
+    realtime_ns: int
+    tsc: int
+    khz: int
+
+
+def guest_time(now: ClockSample, realtime_ahead_ns: int, offset: TscOffset, khz: int) -> GuestTime:
+    """The guest's TSC now. ``realtime_ahead_ns``: CLOCK_REALTIME less CLOCK_MONOTONIC."""
+    tsc = (now.tsc + now.tsc_end) // 2 + (offset.low + offset.high) // 2
+    return GuestTime(now.ns + realtime_ahead_ns, tsc % U64, khz)
+
+
 def host_instant(guest_tsc: int, offset: TscOffset, first: ClockSample, last: ClockSample) -> tuple[int, int] | None:
     """CLOCK_MONOTONIC ns when a guest's TSC was ``guest_tsc``, and the most that may be wrong with it in ns.
 

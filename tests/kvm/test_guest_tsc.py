@@ -56,8 +56,23 @@ async def test_a_value_the_guest_never_had_has_no_place(boot: Boot) -> None:
             assert run.machine.guest_instant(tsc) is None
 
 
+async def test_the_guest_s_time_is_the_host_s_at_the_same_instant(boot: Boot) -> None:
+    async with boot("spin") as run:
+        before = time.monotonic_ns(), time.time_ns()
+        now = run.machine.guest_time()
+        after = time.monotonic_ns(), time.time_ns()
+        assert now is not None
+        instant = run.machine.guest_instant(now.tsc)
+    assert instant is not None
+    at_ns, error_ns = instant
+    assert before[0] - error_ns <= at_ns <= after[0] + error_ns
+    assert before[1] - error_ns <= now.realtime_ns <= after[1] + error_ns
+    assert now.khz > 0
+
+
 async def test_a_machine_that_was_not_started_places_nothing(make: Make) -> None:
     assert make("tsc").machine.guest_instant(1) is None
+    assert make("tsc").machine.guest_time() is None
 
 
 async def test_both_ways_to_learn_the_offset_agree() -> None:

@@ -179,3 +179,27 @@ def test_the_bus_acts_as_one_memory_with_holes(ranges: list[tuple[int, int]], po
     expected = [value >> 8 * index & 0xFF if port + index in mapped else 0xFF for index in range(size)]
     assert bus.read(port, size) == int.from_bytes(bytes(expected), "little")
     assert all((bus.lookup(number) is not None) == (number in mapped) for number in range(80))
+
+
+def test_a_write_to_a_watched_port_is_told_byte_by_byte() -> None:
+    bus, device, told = Bus(), Memory(1), list[tuple[int, int]]()
+    bus.attach("device", 0x7C, 1, device, free())
+    for port in (0x7B, 0x7D):
+        bus.watch(port, lambda value, port=port: told.append((port, value)))  # type: ignore[misc]
+    bus.write(0x7B, 0x44332211, 4)
+    assert told == [(0x7B, 0x11), (0x7D, 0x33)]
+    assert device.cells == b"\x22"
+    assert bus.unmapped == 1
+    assert bus.read(0x7B, 1) == 0xFF
+    bus.unwatch(0x7B)
+    bus.unwatch(0x7B)
+    bus.write(0x7B, 5, 1)
+    assert len(told) == 2
+
+
+@pytest.mark.parametrize("port", [0x3F8, 0x3FF, -1, 0x10000])
+def test_a_port_of_a_device_or_none_at_all_is_not_watched(port: int) -> None:
+    bus = Bus()
+    bus.attach("com1", 0x3F8, 8, Memory(8), free())
+    with pytest.raises(ConfigError, match="without a device"):
+        bus.watch(port, print)

@@ -9,6 +9,7 @@ scales nothing and the offset is all there is.
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Sequence
 
 from asyncvmm.errors import KvmIoctlError
@@ -22,7 +23,7 @@ from asyncvmm.machine.kvm.abi import (
     Request,
 )
 from asyncvmm.machine.kvm.fds import ioctl
-from asyncvmm.timing.tsc import ClockSample, TscOffset, host_instant
+from asyncvmm.timing.tsc import ClockSample, GuestTime, TscOffset, guest_time, host_instant
 
 IA32_TIME_STAMP_COUNTER = 0x10
 
@@ -45,6 +46,12 @@ class GuestTsc:
         """CLOCK_MONOTONIC ns when the guest's TSC was ``tsc``, and the error in ns; None if that was never."""
         now = clock_sample()
         return None if now is None else host_instant(tsc, self._offset, self._first, now)
+
+    def now(self, khz: int) -> GuestTime | None:
+        """The guest's TSC now, beside the host's time; ``khz`` is its frequency."""
+        ahead_ns = time.time_ns() - time.monotonic_ns()
+        sample = clock_sample()
+        return None if sample is None else guest_time(sample, ahead_ns, self._offset, khz)
 
 
 def common_offset(offsets: Sequence[TscOffset | None]) -> TscOffset | None:

@@ -88,6 +88,12 @@ class VcpuCounters:
         hot = sum(port.count for port in list(self.ports.values()))
         return hot + sum(counter.count for counter in list(self.by_reason.values()))
 
+    def at_ports(self, first: int, size: int) -> int:
+        """Of them, byte-wide accesses of the ports from ``first`` on."""
+        hot = sum(counter.count for key, counter in list(self.ports.items()) if first <= key >> 16 < first + size)
+        labels = [port_label(is_out, port) for port in range(first, first + size) for is_out in (False, True)]
+        return hot + sum(self.by_address[label].count for label in labels if label in self.by_address)
+
     def named_ports(self) -> Iterator[tuple[str, Counter]]:
         """The hot path's counters with their labels."""
         for key, counter in list(self.ports.items()):

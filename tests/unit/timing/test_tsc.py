@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from asyncvmm.timing.tsc import U64, ClockSample, TscOffset, host_instant, offset_from_zero
+from asyncvmm.timing.tsc import U64, ClockSample, GuestTime, TscOffset, guest_time, host_instant, offset_from_zero
 
 GHZ_3 = 3
 EXACT = TscOffset.of(-1_000_000)
@@ -97,3 +97,9 @@ def test_an_early_bound_that_is_none_counts_as_the_first_sample() -> None:
 @pytest.mark.parametrize(("value", "signed"), [(0, 0), (U64 - 5, -5), (-5, -5), (1 << 62, 1 << 62)])
 def test_an_offset_is_taken_as_signed(value: int, signed: int) -> None:
     assert TscOffset.of(value) == TscOffset(signed, signed)
+
+
+def test_the_guest_s_time_is_the_host_s_at_one_value_of_both_counters() -> None:
+    now = guest_time(ClockSample(1000, 50, 1002), 7_000, TscOffset.of(-300), 2_000_000)
+    assert now == GuestTime(realtime_ns=7_050, tsc=701, khz=2_000_000)
+    assert guest_time(ClockSample(10, 50, 10), 0, TscOffset.of(-20), 1).tsc == U64 - 10

@@ -76,3 +76,14 @@ def test_the_sum_over_vcpus_is_that_of_one_that_took_all(per_vcpu: list[list[tup
     together = collect(several, 0)
     assert together == collect([alone], 0)
     assert together.total == alone.total() == sum(map(len, per_vcpu))
+
+
+def test_accesses_of_a_range_of_ports_are_told_from_all_others() -> None:
+    counters = VcpuCounters()
+    for label in ("in 0x2fd", "out 0x2f8", "in 0x3fd", "in 0x300"):
+        counters.add("IO", label, 1)
+    for port in (0x2F8, 0x2FF, 0x300, 0x2F7):
+        counters.ports[io_key(True, 1, port)] = PortCounter(print, 0, nullcontext())
+        counters.ports[io_key(True, 1, port)].add(1)
+    assert counters.total() == 8
+    assert counters.at_ports(0x2F8, 8) == 4
