@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,11 +15,11 @@ import click
 
 from asyncvmm.device_options import device_options
 from asyncvmm.errors import AsyncVMMError
+from asyncvmm.interrupts import ENDING, Ended, ending_signals, exit_code_of, signals_held
 from asyncvmm.snapshot.command import flatten, inspect, verify
 from asyncvmm.standard_streams import hold_standard_streams, stdout_lost
 
 EXIT_ERROR = 2
-EXIT_INTERRUPTED = 130
 
 FILE = click.Path(path_type=Path, readable=False)
 """Whether it can be read is for the library to find out, and to say."""
@@ -35,7 +34,7 @@ class Group(click.Group):
     def main(self, *args: Any, **options: Any) -> Any:
         """Parse the command line and run the command."""
         hold_standard_streams()
-        with signals_held(), stdout_lost(EXIT_ERROR):
+        with signals_held(), ending_signals(), stdout_lost(EXIT_ERROR):
             return super().main(*args, **options)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -48,25 +47,11 @@ class Group(click.Group):
         except click.UsageError as error:
             asked = error.ctx or ctx
             _refuse(ctx, f"{error.format_message()} (see {asked.command_path} --help)")
-        except KeyboardInterrupt:
-            ctx.exit(EXIT_INTERRUPTED)
+        except KeyboardInterrupt as interrupt:
+            ctx.exit(exit_code_of(interrupt))
         except BrokenPipeError:
             sys.stderr.close()
             ctx.exit(EXIT_ERROR)
-
-
-@contextmanager
-def signals_held(hold: bool = True) -> Iterator[None]:
-    """Keep Ctrl-C and SIGTERM for later, or let them in for a while.
-
-    An interrupt in the middle of an import can crash an extension module that is just being initialised.
-    """
-    how = signal.SIG_BLOCK if hold else signal.SIG_UNBLOCK
-    before = signal.pthread_sigmask(how, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _refuse(ctx: click.Context, text: str) -> None:
@@ -312,14 +297,20 @@ async def _until_terminated(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
 
     task = asyncio.current_task()
     assert task is not None
+    came: list[int] = []
+
+    def end(number: int) -> None:
+        came.append(number)
+        task.cancel()
+
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in ENDING:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
-            loop.add_signal_handler(number, task.cancel)
+            loop.add_signal_handler(number, end, number)
     try:
         return await work()
     except asyncio.CancelledError:
-        raise KeyboardInterrupt from None
+        raise (Ended(came[0]) if came else KeyboardInterrupt) from None
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ def test_a_signal_ends_command_and_guest_quietly(start: Start, number: signal.Si
     qemu = qemu_of(process)
     process.send_signal(number)
     output, errors = process.communicate(timeout=PATIENCE_S)
-    assert (process.returncode, errors, output) == (130, b"", b"")
+    assert (process.returncode, errors, output) == (128 + number, b"", b"")
     assert not is_running(qemu)
 
 
@@ -145,7 +145,7 @@ def test_a_reader_that_never_reads_does_not_keep_a_command_from_being_ended(star
     time.sleep(1)  # the pipe is full long since
     process.terminate()
     process.wait(timeout=PATIENCE_S)
-    assert process.returncode == 130
+    assert process.returncode == 143
     assert not is_running(qemu)
 
 

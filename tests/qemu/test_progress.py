@@ -105,7 +105,7 @@ def test_an_interrupted_boot_leaves_an_empty_line(terminal: Terminal, number: si
     process = start("boot", stderr=terminal.slave)
     terminal.until("boot_wait")
     process.send_signal(number)
-    assert finish(process, 130) == b""
+    assert finish(process, 128 + number) == b""
     assert terminal.screen().lines == [""]
     assert terminal.settings() == before
 
