@@ -177,3 +177,13 @@ class Machine(Protocol):
 
     def progress(self) -> int:
         """A number that grows while the guest shows life (exits taken, serial bytes written)."""
+
+    def activity(self) -> int:
+        """As ``progress``, but for the console and what PID 1 does on the control line by itself."""
+
+    def watch_port(self, port: int, value: int | None, told: Callable[[int], None]) -> Callable[[], None]:
+        """Have ``told`` called once, on the loop, with the next byte that the guest writes to an I/O port at which no
+        device is: ``value``, or any for None. Returns what ends that.
+
+        Raises ConfigError for a port that cannot be watched, StateError before the start.
+        """

@@ -122,13 +122,13 @@ class SnapshotTaker:
         if order.when is None:
             return NOW
         await vm.events.ready
-        fired = await wait_for_trigger(order.when, vm.events, vm.console, self._progress)
+        machine = self._machine()
+        fired = await wait_for_trigger(
+            order.when, vm.events, vm.console, machine.activity, watch_port=machine.watch_port
+        )
         while vm.state == "booting":  # READY has come, boot() has its turn in one of the loop's next
             await anyio.lowlevel.checkpoint()
         return fired
-
-    def _progress(self) -> int:
-        return self._machine().progress()
 
     def _machine(self) -> Machine:
         machine = self._vm._attempt.machine if self._vm._attempt else None
