@@ -130,9 +130,9 @@ async def test_at_whatever_moment_the_guest_is_saved_it_goes_on_there(lab: Lab) 
         await run.said(GREETING)
         for _ in range(MOMENTS):
             await anyio.sleep(chance.uniform(0, 0.004))
+            await run.machine.pause()
             if run.ends:
                 break
-            await run.machine.pause()
             kept = await lab.keep(run, resources)
             async with lab.restore(kept) as (again, _):
                 await again.machine.resume()

@@ -19,12 +19,16 @@ import attrs
 import pytest
 from anyio.lowlevel import checkpoint
 
-from asyncvmm.device_config import BalloonConfig, ConsoleConfig, DriveConfig, RngConfig, VsockConfig
+from asyncvmm.device_config import BalloonConfig, ConsoleConfig, DriveConfig, NetConfig, RngConfig, VsockConfig
 from asyncvmm.device_list import DeviceConfig
 from asyncvmm.devices.virtio.blk import SECTOR, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT
 from asyncvmm.devices.virtio.console.device import VirtioConsole
+from asyncvmm.devices.virtio.net import RX, TX
 from asyncvmm.devices.virtio.vsock.device import EVENT
 from asyncvmm.errors import SnapshotDamaged, SnapshotFailed, SnapshotMismatch
+from asyncvmm.net.addresses import Addresses, plan_addresses
+from asyncvmm.net.mac import parse_mac
+from asyncvmm.net.probe import arp_request, is_arp_reply
 from tests.support.device_rig import Rig, Saved, SlotDriver, until
 
 pytestmark = pytest.mark.anyio
@@ -218,6 +222,43 @@ async def test_a_buffer_that_was_read_in_part_is_read_on(config: DeviceConfig, t
         while len(heard) < 2 * len(data):
             heard += await port.receive()
         assert heard == 2 * data
+
+
+@pytest.mark.requires("passt")
+async def test_a_restored_card_has_its_address_and_a_network_of_its_own(tmp_path: Path) -> None:
+    config = DeviceConfig(net=NetConfig())
+    addresses = plan_addresses(NetConfig())
+    async with Rig(config) as rig:
+        mac = parse_mac(rig.resources.record.mac or "")
+        question = bytes(12) + arp_request(mac, addresses.guest.ip, addresses.gateway)[4:]
+        assert await answered(rig, question, addresses)
+        saved = await rig.save(tmp_path / "saved")
+        async with rig.restored(saved) as again:
+            assert again.drivers["net-eth0"].config(0, 6) == mac
+            again.devices.unhold()
+            assert await answered(again, question, addresses)
+            assert again.resources.record.net_fd != rig.resources.record.net_fd
+        rig.devices.unhold()
+        assert await answered(rig, question, addresses)
+
+
+async def answered(rig: Rig, question: bytes, addresses: Addresses) -> bool:
+    """Whether the gateway answers an ARP request."""
+    driver = rig.drivers["net-eth0"]
+    for _ in range(4):
+        driver.send(RX, [], [2048])
+    driver.ring(RX)
+    driver.send(TX, [question])
+    driver.ring(TX)
+    frames: list[bytes] = []
+
+    def heard() -> bool:
+        driver.used(TX)
+        frames.extend(used.data[12:] for used in driver.used(RX))
+        return any(is_arp_reply(frame, addresses.gateway) for frame in frames)
+
+    await until(heard)
+    return True
 
 
 # -- held --------------------------------------------------------------------------------------------------------------
