@@ -8,46 +8,19 @@ from pathlib import Path
 import anyio
 import pytest
 
-from asyncvmm import VM, BootError, StateError, VMConfig
+from asyncvmm import VM, BootError, StateError
 from tests.support.cancelling import DELAYS_S, cancel_after, cancel_at_phase
-from tests.support.holdings import Holdings
+from tests.support.never_ready import held_now, never_ready, warm_up
 
 pytestmark = [pytest.mark.anyio, pytest.mark.requires("qemu", "gcc")]
 
 PATIENCE_S = 60
-MEMORY_MIB = 32
 PHASES = ("accel", "setup", "boot", "qemu_cmd_build", "qemu_fork", "qemu_qmp_connect", "boot_wait")
 
 
 @pytest.fixture
-def new_vm(toy_guest: Path, tmp_path: Path) -> Callable[[], VM]:
-    """A VM whose guest greets, and never is ready."""
-    initrd = tmp_path / "initrd"
-    initrd.write_bytes(bytes(4096))
-
-    def make(**options: float) -> VM:
-        config = VMConfig(
-            kernel=toy_guest,
-            initrd=initrd,
-            workload=("true",),
-            memory_mib=MEMORY_MIB,
-            accel="qemu",
-            boot_timeout_s=options.get("boot_timeout_s", 60.0),
-        )
-        vm = VM(config)
-        vm.stream_to(tmp_path / "events.jsonl")
-        return vm
-
-    return make
-
-
-def now() -> Holdings:
-    return Holdings.now(MEMORY_MIB << 20)
-
-
-async def warm_up(new_vm: Callable[[], VM]) -> None:
-    """What a process keeps for good (modules, caches, worker threads) is made by its first VM."""
-    assert await cancel_at_phase(new_vm(), "boot_wait")
+def new_vm(toy_guest: Path, tmp_path: Path) -> Callable[..., VM]:
+    return lambda **options: never_ready(toy_guest, tmp_path, **options)
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -55,11 +28,11 @@ async def test_a_boot_cancelled_as_a_phase_begins_leaves_nothing(
     new_vm: Callable[[], VM], temporary_directory: Path, phase: str
 ) -> None:
     await warm_up(new_vm)
-    before = now()
+    before = held_now()
     vm = new_vm()
     assert await cancel_at_phase(vm, phase), "no such phase"
     assert vm.state == "stopped"
-    assert now() == before
+    assert held_now() == before
 
 
 @pytest.mark.parametrize("delay_s", DELAYS_S)
@@ -67,9 +40,9 @@ async def test_a_boot_cancelled_at_some_moment_leaves_nothing(
     new_vm: Callable[[], VM], temporary_directory: Path, delay_s: float
 ) -> None:
     await warm_up(new_vm)
-    before = now()
+    before = held_now()
     assert not await cancel_after(new_vm(), delay_s)
-    assert now() == before
+    assert held_now() == before
 
 
 @pytest.mark.parametrize("delay_s", [0.0, 0.003, 0.02, 0.1])
@@ -77,7 +50,7 @@ async def test_stopping_a_vm_ends_its_boot_and_leaves_nothing(
     new_vm: Callable[[], VM], temporary_directory: Path, delay_s: float
 ) -> None:
     await warm_up(new_vm)
-    before = now()
+    before = held_now()
     vm = new_vm()
 
     async def boot() -> None:
@@ -88,18 +61,18 @@ async def test_stopping_a_vm_ends_its_boot_and_leaves_nothing(
         tasks.start_soon(boot)
         await anyio.sleep(delay_s)
         await vm.stop()
-    assert now() == before
+    assert held_now() == before
 
 
 async def test_a_boot_that_takes_too_long_says_so_and_leaves_nothing(
     new_vm: Callable[..., VM], temporary_directory: Path
 ) -> None:
     await warm_up(new_vm)
-    before = now()
+    before = held_now()
     with anyio.fail_after(PATIENCE_S), pytest.raises(BootError) as caught:
         await new_vm(boot_timeout_s=1.0).boot()
     assert caught.value.reason == "timeout"
     assert {"setup", "qemu_fork"} <= caught.value.phases.keys()
     assert (caught.value.rip, caught.value.last_exit, caught.value.exits) == (None, None, None)
     assert b"hello" in caught.value.serial_tail
-    assert now() == before
+    assert held_now() == before

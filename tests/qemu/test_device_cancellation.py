@@ -7,53 +7,32 @@ from pathlib import Path
 
 import pytest
 
-from asyncvmm import VM, VMConfig
+from asyncvmm import VM
 from asyncvmm.device_config import ConsoleConfig, DriveConfig, VsockConfig
 from tests.support.cancelling import cancel_after, cancel_at_phase
-from tests.support.holdings import Holdings
+from tests.support.never_ready import held_now, never_ready, warm_up
 
 pytestmark = [pytest.mark.anyio, pytest.mark.requires("qemu", "gcc", "passt")]
 
-MEMORY_MIB = 32
 PHASES = ("overlay", "network_helper", "qemu_cmd_build", "qemu_fork", "qemu_qmp_connect", "boot_wait")
 DELAYS_S = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
 
 
 @pytest.fixture
 def new_vm(toy_guest: Path, tmp_path: Path) -> Callable[[], VM]:
-    """A VM whose guest greets, looks at no device, and never is ready."""
-    initrd, image = tmp_path / "initrd", tmp_path / "image"
-    initrd.write_bytes(bytes(4096))
+    """A VM whose guest looks at none of its devices."""
+    image = tmp_path / "image"
     image.write_bytes(bytes(1 << 20))
-
-    def make() -> VM:
-        config = VMConfig(
-            kernel=toy_guest,
-            initrd=initrd,
-            workload=("true",),
-            memory_mib=MEMORY_MIB,
-            accel="qemu",
-            drives=(DriveConfig(path=image, overlay=True),),
-            net="user",
-            balloon=True,
-            vsock=VsockConfig(uds_path=tmp_path / "vsock"),
-            rng=True,
-            virtio_console=ConsoleConfig(ports=("bulk",)),
-        )
-        vm = VM(config)
-        vm.stream_to(tmp_path / "events.jsonl")
-        return vm
-
-    return make
-
-
-def now() -> Holdings:
-    return Holdings.now(MEMORY_MIB << 20)
-
-
-async def warm_up(new_vm: Callable[[], VM]) -> None:
-    """What a process keeps for good (modules, caches, worker threads) is made by its first VM."""
-    assert await cancel_at_phase(new_vm(), "boot_wait")
+    return lambda: never_ready(
+        toy_guest,
+        tmp_path,
+        drives=(DriveConfig(path=image, overlay=True),),
+        net="user",
+        balloon=True,
+        vsock=VsockConfig(uds_path=tmp_path / "vsock"),
+        rng=True,
+        virtio_console=ConsoleConfig(ports=("bulk",)),
+    )
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -61,9 +40,9 @@ async def test_a_boot_cancelled_as_a_phase_begins_leaves_nothing(
     new_vm: Callable[[], VM], temporary_directory: Path, tmp_path: Path, phase: str
 ) -> None:
     await warm_up(new_vm)
-    before = now()
+    before = held_now()
     assert await cancel_at_phase(new_vm(), phase), "no such phase"
-    assert now() == before
+    assert held_now() == before
     assert not left_of(tmp_path)
 
 
@@ -72,9 +51,9 @@ async def test_a_boot_cancelled_at_some_moment_leaves_nothing(
     new_vm: Callable[[], VM], temporary_directory: Path, tmp_path: Path, delay_s: float
 ) -> None:
     await warm_up(new_vm)
-    before = now()
+    before = held_now()
     assert not await cancel_after(new_vm(), delay_s)
-    assert now() == before
+    assert held_now() == before
     assert not left_of(tmp_path)
 
 
