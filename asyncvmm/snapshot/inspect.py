@@ -96,7 +96,8 @@ def _rows(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "made", f"{facts['created']} by asyncvmm {facts['asyncvmm']} on {facts['machine']}"
     yield "guest", f"{facts['memory_mib']} MiB, {facts['vcpus']} vCPU{'s' * (facts['vcpus'] != 1)}{_window(facts)}"
     if isinstance(trigger := facts.get("trigger"), dict):
-        yield "trigger", _pairs(trigger)
+        rest = {name: value for name, value in trigger.items() if name != "trigger"}
+        yield "trigger", ", ".join(filter(None, (str(trigger.get("trigger", "")), _pairs(rest))))
     yield "devices", ", ".join(map(str, facts["devices"])) or "none"
     yield "on disk", f"{_mib(facts['allocated_bytes'])} of {_mib(facts['logical_bytes'])}"
     chain = facts["chain"]
