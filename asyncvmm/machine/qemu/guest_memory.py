@@ -79,14 +79,20 @@ class GuestMemory:
     def copy_to(self, writer: MemoryWriter, proceed: Callable[[], None]) -> None:
         """Copy shared memory as it is now, without its holes. Blocking; ``proceed`` raises what is to end it.
 
-        Raises SnapshotFailed.
+        Raises SnapshotFailed, MachineError.
         """
-        with mmap.mmap(self.fd, self.size, prot=mmap.PROT_READ) as mapping, memoryview(mapping) as view:
-            for offset, size in self._runs():
-                for at in range(offset, offset + size, _PIECE):
+        try:
+            fd = os.dup(self.fd)  # QEMU may end meanwhile, and ``close`` be called
+        except OSError as error:
+            raise MachineError("guest memory", expected="that of a running QEMU", found=error.strerror) from error
+        try:
+            with mmap.mmap(fd, self.size, prot=mmap.PROT_READ) as mapping, memoryview(mapping) as view:
+                for at, size in _pieces(fd, self.size):
                     proceed()
-                    with view[at : min(at + _PIECE, offset + size)] as piece:
+                    with view[at : at + size] as piece:
                         writer.write(at, piece)
+        finally:
+            os.close(fd)
 
     def close(self) -> None:
         """Let go of it. May be called again."""
@@ -94,15 +100,17 @@ class GuestMemory:
             os.close(self.fd)
             self.fd = -1
 
-    def _runs(self) -> Iterator[Run]:
-        end = 0
-        while end < self.size:
-            try:
-                start = os.lseek(self.fd, end, os.SEEK_DATA)
-            except OSError:  # ENXIO: no more data
-                return
-            end = os.lseek(self.fd, start, os.SEEK_HOLE)
-            yield start, end - start
+
+def _pieces(fd: int, size: int) -> Iterator[Run]:
+    """What is there of a sparse file, a piece at a time."""
+    end = 0
+    while end < size:
+        try:
+            start = os.lseek(fd, end, os.SEEK_DATA)
+        except OSError:  # ENXIO: no more data
+            return
+        end = os.lseek(fd, start, os.SEEK_HOLE)
+        yield from ((at, min(_PIECE, end - at)) for at in range(start, end, _PIECE))
 
 
 def _copy(source: int, target: int, run: Run) -> None:

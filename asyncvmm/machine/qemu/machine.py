@@ -9,19 +9,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from asyncvmm.effects import Port, Stopped, StopReason
-from asyncvmm.errors import MachineError, SnapshotDamaged, SnapshotMismatch, StateError
+from asyncvmm.effects import Port
+from asyncvmm.errors import ConfigError, MachineError, SnapshotMismatch, StateError
 from asyncvmm.machine.base import AccelName, BootPlan, EffectSink, Evidence
 from asyncvmm.machine.pacing import Pacer
 from asyncvmm.machine.qemu.attachments import Attachments
 from asyncvmm.machine.qemu.balloon import QmpBalloon, first_size
 from asyncvmm.machine.qemu.binary import find_qemu
 from asyncvmm.machine.qemu.channel import Channel
-from asyncvmm.machine.qemu.child import Child, start_error
+from asyncvmm.machine.qemu.child import Child
 from asyncvmm.machine.qemu.command import (
     ChildDescriptors,
     MemoryEnd,
@@ -33,13 +32,13 @@ from asyncvmm.machine.qemu.command import (
 )
 from asyncvmm.machine.qemu.control import QmpControl
 from asyncvmm.machine.qemu.counts import QemuCounts
+from asyncvmm.machine.qemu.ending import GuestEnd
 from asyncvmm.machine.qemu.files import check_readable, join_initrd
 from asyncvmm.machine.qemu.guest_memory import GuestMemory
 from asyncvmm.machine.qemu.guest_tsc import GuestTsc
 from asyncvmm.machine.qemu.ports import ChannelStream
 from asyncvmm.machine.qemu.qmp import QmpEvent
-from asyncvmm.machine.qemu.reasons import debug_exit_code, is_contention, reason_of_halt, reason_of_shutdown
-from asyncvmm.machine.qemu.restoring import LOAD_FAILED, StateFile, incoming
+from asyncvmm.machine.qemu.restoring import StateFile, incoming
 from asyncvmm.machine.qemu.saved_facts import STATE, check, check_can_save, facts_of, saved_machine
 from asyncvmm.machine.qemu.saving import StateSaver
 from asyncvmm.machine.qemu.serial_lines import SerialLines
@@ -94,9 +93,7 @@ class QemuMachine:
         self._attachments = Attachments(plan, self._metrics)
         self._counts = QemuCounts(self._metrics, plan)
         self.balloon: QmpBalloon | None = None
-        self._shutdown: StopReason | None = None
-        self._reported = False
-        self._failure: str | None = None
+        self._end = GuestEnd(self._pacer)
         self._pausing = False
         self._child_gone: asyncio.Future[None] | None = None
 
@@ -201,18 +198,17 @@ class QemuMachine:
     async def stop(self) -> None:
         """Kill QEMU, reap it, free everything; a cancellation is heard once that is done. May be called again."""
         try:
-            await self._end()
+            await self._finish()
         finally:
             freed = asyncio.ensure_future(self._attachments.aclose())
             await wait_out(freed)
             freed.result()
 
-    async def _end(self) -> None:
+    async def _finish(self) -> None:
         if self._child is None:
             self._free()
             return
-        # An end that was asked for is no news.
-        self._reported = True
+        self._end.be_silent()
         try:
             await self._counts.finish()
         finally:
@@ -234,6 +230,17 @@ class QemuMachine:
     def guest_instant(self, tsc: int) -> tuple[int, int] | None:
         """By when the vCPUs were let run, with TCG and until they are first stopped; else None."""
         return None if self._guest_tsc is None else self._guest_tsc.instant(tsc)
+
+    def guest_time(self) -> None:
+        """None: QEMU keeps its guest's counter to itself."""
+
+    def activity(self) -> int:
+        """Bytes written to the virtio console's ports."""
+        return sum(port.received for port in self._attachments.channels)
+
+    def watch_port(self, port: int, value: int | None, told: Callable[[int], None]) -> Callable[[], None]:
+        """None can be: QEMU does not tell."""
+        raise ConfigError(f"watched port {port:#x}", expected="a machine on KVM", found="one on QEMU")
 
     def progress(self) -> int:
         """Serial bytes the guest has written so far."""
@@ -340,13 +347,7 @@ class QemuMachine:
         except MachineError:
             if self._child is None or self._child.status is None:
                 raise
-            if self._failure is not None:
-                raise start_error("a device failed", self._failure, retryable=False) from None
-            words = self._child.describe_end()
-            if LOAD_FAILED in words:
-                raise SnapshotDamaged("QEMU's state", expected="one that QEMU can read", found=words) from None
-            retryable = is_contention(self._child.status, self._child.last_words())
-            raise start_error("QEMU refused to start", words, retryable=retryable) from None
+            raise self._end.of_start(self._child) from None
 
     # -- how it ends -----------------------------------------------------------------------------------------------
 
@@ -361,18 +362,9 @@ class QemuMachine:
             self._guest_tsc.resumed(event.realtime_ns)
         elif self._guest_tsc is not None and event.name == "STOP":
             self._guest_tsc.stopped()
-        if event.name == "SHUTDOWN":
-            self._shutdown = self._shutdown or reason_of_shutdown(event.data)
-        elif event.name == "GUEST_PANICKED":
-            self._shutdown = "panic"
-        elif event.name == "STOP" and not self._pausing and self._qmp is not None:
-            self._qmp.ask("query-status", self._on_halt)
-
-    def _on_halt(self, status: Mapping[str, Any]) -> None:
-        """The vCPUs stopped unasked: QEMU lives on, the guest does not."""
-        reason = reason_of_halt(status)
-        if reason is not None and self._shutdown is None:
-            self._report(reason, f"QEMU: {status.get('status')}")
+        if event.name == "STOP" and not self._pausing and self._qmp is not None:
+            self._qmp.ask("query-status", self._end.hear_halt)
+        self._end.hear(event)
 
     def _on_child_end(self) -> None:
         """Read what is left, say why, free everything."""
@@ -386,34 +378,18 @@ class QemuMachine:
         while self._serial.hand_out():
             pass
         if self._qmp.has_started:
-            self._report_end(self._child, self._child.status)
+            self._end.tell_end(self._child)
         self._free()
-
-    def _report_end(self, child: Child, status: int) -> None:
-        code = debug_exit_code(status, child.last_words())
-        if self._shutdown is not None:
-            self._report(self._shutdown, "")
-        elif code is not None:
-            self._report("debug-exit", "", code)
-        else:
-            self._report("machine", child.describe_end())
-
-    def _report(self, reason: StopReason, detail: str, code: int | None = None) -> None:
-        if not self._reported:
-            self._reported = True
-            self._pacer.put([Stopped(reason, detail, code=code, t_ns=time.monotonic_ns())])
 
     def _fail(self, error: MachineError) -> None:
         """QMP broke: nothing more can be said to this QEMU."""
-        self._report("machine", str(error))
+        self._end.tell("machine", str(error))
         if self._child is not None:
             self._child.kill()
 
     def _device_failed(self, error: Exception) -> None:
-        """A device of ours went wrong: the guest cannot be served any more."""
         _log.error("a device of %s failed", self._plan.name, exc_info=error)
-        self._failure = f"device: {type(error).__name__}: {error}"
-        self._report("machine", self._failure)
+        self._end.fail(error)
         if self._child is not None:
             self._child.kill()
 
