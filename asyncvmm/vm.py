@@ -88,6 +88,7 @@ class VM(TimingProperties, SnapshotCalls):
         self._activities = Activities()
         self._holds_workload = False
         self._being_saved = False
+        self._restoring: Restoring | None = None
 
     # -- what can be asked -----------------------------------------------------------------------------------------
 
@@ -260,6 +261,7 @@ class VM(TimingProperties, SnapshotCalls):
     async def _become(self, restoring: Restoring) -> None:
         """Instead of booting: become the VM that was saved."""
         self._go("starting")
+        self._restoring = restoring
         async with self._freed_unless_done("restore"):
             with self.timeline.phase("total"):
                 self._attempt = attempt = await restoring.attempt(self.config, self.name)
@@ -269,13 +271,8 @@ class VM(TimingProperties, SnapshotCalls):
                 await restoring.carry_out(machine)
             self._report.tell_phases()
             self._go("paused")
-            await restoring.let_run(machine, self._first_run)
+            await restoring.let_run(machine, self._let_run)
             self._poll_balloon()
-            self._report.tell_restored(into_shell=restoring.options.shells is not None)
-
-    async def _first_run(self) -> None:
-        with self.timeline.phase("resume_kvm_run"):
-            await self._let_run()
 
     async def _attempt_boot(self, choice: AccelChoice) -> AccelName:
         with self.timeline.phase("setup"):
@@ -395,6 +392,8 @@ class VM(TimingProperties, SnapshotCalls):
         if error is not None and not self.events.stopped.done:
             self._end_events(error)
         self._freed = True
+        if self._restoring is not None:
+            await self._restoring.aclose()
         if self._upkeep is not None:
             await self._upkeep.rest()
         if self._attempt is not None:

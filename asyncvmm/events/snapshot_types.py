@@ -72,8 +72,7 @@ class RestoreFirstExit(Event):
 class RestoreFirstGuestEvent(Event):
     """The restored guest was heard of for the first time: ``kind`` is the event's name, or ``serial`` for output.
 
-    The faults are those of this process in the meantime, None where the machine cannot tell: the restored guest's pages
-    are among them, those of others that ran meanwhile, too.
+    The faults are those of its vCPUs' threads until then, None where the machine cannot tell.
     """
 
     event: ClassVar[str] = "restore.first_guest_event"

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from asyncvmm.snapshot.order import Then
     from asyncvmm.snapshot.predicate import Predicate
     from asyncvmm.snapshot.resources import SnapshotResources
+    from asyncvmm.snapshot.shell_pool import ShellPool
     from asyncvmm.snapshot.snapshot import Snapshot
     from asyncvmm.snapshot.taking import SnapshotTaker
     from asyncvmm.vm import VM
@@ -95,6 +96,7 @@ class SnapshotCalls(ABC):
         prefetch: bool = True,
         track_dirty: bool = False,
         paused: bool = False,
+        shells: ShellPool | None = None,
     ) -> VM:
         """A new VM that goes on where ``snapshot`` was taken, with entropy of its own and the right time.
 
@@ -102,14 +104,14 @@ class SnapshotCalls(ABC):
         misses no event and no byte. configure: is given the saved
         VM's configuration and gives the new one's: other paths, sockets and host ports, but the same devices. prefetch:
         make present ahead what an earlier restore is known to have needed. track_dirty: as in VMConfig. paused: leave
-        it paused; ``resume`` lets it run.
+        it paused; ``resume`` lets it run. shells: do it in a VM that was made ahead.
 
         Raises SnapshotDamaged, SnapshotMismatch, ConfigError, HostError, MachineError. Cancelled or failed, it leaves
         nothing behind.
         """
         from asyncvmm.snapshot.restoring import RestoreOptions, restored
 
-        options = RestoreOptions(prefetch=prefetch, track_dirty=track_dirty, paused=paused)
+        options = RestoreOptions(prefetch=prefetch, track_dirty=track_dirty, paused=paused, shells=shells)
         return await restored(cast("type[VM]", cls), snapshot, options, name=name, prepare=prepare, configure=configure)
 
     async def go(self) -> None:

@@ -6,29 +6,36 @@ vCPUs run; the first exit and the first sign of the guest are told as they come,
 
 from __future__ import annotations
 
-import resource
+import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import attrs
 
 from asyncvmm.config import VMConfig
 from asyncvmm.effects import Effect, SerialOutput
-from asyncvmm.errors import ConfigError, GuestStopped
+from asyncvmm.errors import AsyncVMMError, ConfigError, GuestStopped
 from asyncvmm.events.contract import GuestContract
-from asyncvmm.events.snapshot_types import RestoreFirstGuestEvent, RestoreMapped, RestoreStep
+from asyncvmm.events.snapshot_types import RestoreFirstExit, RestoreFirstGuestEvent, RestoreMapped, RestoreStep
 from asyncvmm.machine.base import EffectSink, Machine
+from asyncvmm.machine.waiting import wait_out
 from asyncvmm.snapshot.attempt import RestoreAttempt, choose_machine
 from asyncvmm.snapshot.config_record import from_plain
 from asyncvmm.snapshot.handshake import Answer, go_lines
 from asyncvmm.snapshot.snapshot import Snapshot
+from asyncvmm.snapshot.working_set import WorkingSet
 from asyncvmm.watch import GuestWatch
 
 if TYPE_CHECKING:
+    from asyncvmm.machine.kvm.machine import KvmMachine
+    from asyncvmm.machine.kvm.marks import RestoreMarks
     from asyncvmm.snapshot.shell_pool import ShellPool
     from asyncvmm.vm import VM
+
+_log = logging.getLogger("asyncvmm.snapshot")
 
 Configure = Callable[[VMConfig], VMConfig]
 
@@ -70,9 +77,11 @@ class Restoring:
         self.options = options
         self._vm = vm
         self._begin_ns = begin_ns
-        self._faults = _faults()
         self._running = False
         self._heard = False
+        self._told = False
+        self._kvm: KvmMachine | None = None
+        self._looking: asyncio.Task[None] | None = None
 
     async def attempt(self, config: VMConfig, name: str) -> RestoreAttempt:
         """What makes the machine. Raises KvmUnavailable, QemuUnavailable, SnapshotDamaged."""
@@ -90,24 +99,34 @@ class Restoring:
         watch.go_on(contract, {"console": guest.console_line, "control": guest.control_line})
 
         def take(effects: Sequence[Effect]) -> None:
-            if not self._heard and self._running:
+            if effects and not self._heard and self._running:
                 self._tell_first(effects)
             watch.take(effects)
 
         return take
 
     async def carry_out(self, machine: Machine) -> None:
-        """Become the saved machine, its vCPUs held, and leave word for PID 1.
+        """Become the saved machine, its vCPUs held.
 
         Raises SnapshotMismatch, SnapshotDamaged, HostError, MachineError.
         """
-        vm, options = self._vm, self.options
-        plan = self.snapshot.restore_plan(prefetch=options.prefetch, track_dirty=options.track_dirty)
-        begin = vm.timeline.clock()
-        await machine.restore(plan)
-        vm.metrics.groups.latencies_us.vmm_load_snapshot = (vm.timeline.clock() - begin) // 1000
+        vm, begin_ns = self._vm, self._vm.timeline.clock()
+        await self._restore(machine)
+        vm.metrics.groups.latencies_us.vmm_load_snapshot = (vm.timeline.clock() - begin_ns) // 1000
+        if self.options.track_dirty:
+            machine.saved_as(self.snapshot.id)
         if vm.events.listening:
             vm.events.publish(RestoreMapped(self._now(), self._since_call(), self.snapshot.id))
+
+    async def _restore(self, machine: Machine) -> None:
+        options = self.options
+        plan = self.snapshot.restore_plan(prefetch=options.prefetch, track_dirty=options.track_dirty)
+        if machine.accel == "qemu":
+            await machine.restore(plan)
+            return
+        kvm = self._kvm = cast("KvmMachine", machine)
+        kvm.on_first_exit(self._tell_first_exit)
+        await kvm.restore(plan, shell=None if options.shells is None else await options.shells.take(plan))
 
     async def let_run(self, machine: Machine, resume: Callable[[], Awaitable[None]]) -> None:
         """Have the guest go on, and PID 1 told what makes it another one than all others: fresh entropy, the time.
@@ -129,17 +148,48 @@ class Restoring:
             if answer and await answer.wait():
                 self._step("entropy", begin_ns)
                 self._step("clock", begin_ns)
+            if self._kvm is None:
+                self._tell_profile()
         finally:
             if answer:
                 answer.close()
 
+    def _tell_first_exit(self, marks: RestoreMarks) -> None:
+        vm = self._vm
+        if marks.first_exit_ns is not None and vm.events.listening:
+            duration_ns = marks.first_exit_ns - self._begin_ns
+            vm.events.publish(RestoreFirstExit(marks.first_exit_ns - vm.timeline.start_ns, duration_ns))
+        self._tell_profile()
+
     def _tell_first(self, effects: Sequence[Effect]) -> None:
         self._heard = True
-        vm = self._vm
+        vm, kvm = self._vm, self._kvm
         if vm.events.listening:
             kind = "serial" if isinstance(effects[0], SerialOutput) else "guest.end"
-            minor, major = (now - then for now, then in zip(_faults(), self._faults, strict=True))
+            faults = None if kvm is None else kvm.page_faults()
+            minor, major = (None, None) if faults is None else (faults.minor, faults.major)
             vm.events.publish(RestoreFirstGuestEvent(self._now(), self._since_call(), kind, minor, major))
+        if kvm is not None and not self.snapshot.working_set and isinstance(effects[0], SerialOutput):
+            self._looking = asyncio.get_running_loop().create_task(self._find_working_set(kvm))
+
+    async def _find_working_set(self, kvm: KvmMachine) -> None:
+        """What it has needed up to here, later ones need as well."""
+        try:
+            touched, written = await kvm.working_set()
+            await self.snapshot.keep_working_set(WorkingSet(touched, written))
+        except AsyncVMMError as error:  # the guest ended meanwhile
+            _log.debug("no working set of %s: %s", self.snapshot.path, error)
+
+    def _tell_profile(self) -> None:
+        if not self._told:
+            self._told = True
+            self._vm._report.tell_restored(into_shell=self.options.shells is not None)
+
+    async def aclose(self) -> None:
+        """The VM ends: tell what was not told yet."""
+        self._tell_profile()
+        if self._looking is not None:
+            await wait_out(self._looking)
 
     def _step(self, step: str, begin_ns: int) -> None:
         if self._vm.events.listening:
@@ -187,8 +237,3 @@ async def _restored(
         await vm.stop()
         raise
     return vm
-
-
-def _faults() -> tuple[int, int]:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_minflt, usage.ru_majflt

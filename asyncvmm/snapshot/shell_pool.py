@@ -6,15 +6,124 @@ async with ShellPool(snapshot, size=4) as shells:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import asyncio
+from collections import deque
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import attrs
+
+from asyncvmm.errors import AsyncVMMError, ConfigError, StateError
+from asyncvmm.machine.waiting import in_thread, wait_out
+from asyncvmm.timing.timeline import Timeline
 
 if TYPE_CHECKING:
+    from asyncvmm.machine.kvm.restoring import Shell, ShellShape
+    from asyncvmm.machine.saved import RestorePlan
     from asyncvmm.snapshot.snapshot import Snapshot
+
+MOST_SHELLS = 64
+"""Shells that a pool keeps: each is a VM to the kernel, and makes every page fault of the process dearer."""
 
 
 class ShellPool:
-    """Keeps ``size`` shells for restores of ``snapshot``, and of others of the same shape."""
+    """Keeps ``size`` shells for restores of ``snapshot``, and of others of the same shape. It belongs to one loop.
 
-    def __init__(self, snapshot: Snapshot, size: int = 1) -> None:
+    A shell that is taken is replaced beside what the loop does. A restore that finds none makes one itself.
+    ``error`` is why no shell could be made, None if they could.
+    """
+
+    def __init__(self, snapshot: Snapshot, size: int = 1, *, track_dirty: bool = False) -> None:
+        """Nothing is made yet. Raises ConfigError for a size that makes no sense, and a snapshot that is not KVM's."""
+        if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= MOST_SHELLS:
+            raise ConfigError("shells", expected=f"1 to {MOST_SHELLS}", found=repr(size))
+        if snapshot.manifest.machine != "kvm":
+            raise ConfigError("shells", expected="a snapshot of the KVM machine", found=snapshot.manifest.machine)
         self.size = size
-        self._snapshot = snapshot
+        self.error: AsyncVMMError | None = None
+        self._shape = _shape(snapshot, track_dirty)
+        self._shells: deque[Shell] = deque()
+        self._filling: asyncio.Task[None] | None = None
+        self._closed = False
+
+    @property
+    def ready(self) -> int:
+        """Shells that wait to be taken."""
+        return len(self._shells)
+
+    async def fill(self) -> None:
+        """Until it is full. Raises HostError or MemorySizeError if no shell can be made, StateError once closed."""
+        self._refill()
+        while self._filling is not None:
+            await wait_out(self._filling)
+        if self.error is not None:
+            raise self.error
+
+    async def take(self, plan: RestorePlan) -> Shell:
+        """One shell, which is the caller's from now on. For VM.restore.
+
+        Raises ConfigError if the plan is of another shape, StateError once the pool is closed, HostError.
+        """
+        if self._closed:
+            raise StateError("shells", expected="an open pool", state="closed")
+        saved = plan.saved
+        found = attrs.evolve(
+            self._shape, memory_bytes=saved.memory.size, vcpus=saved.vcpus, track_dirty=plan.track_dirty
+        )
+        if found != self._shape:
+            raise ConfigError("shells", expected=f"a snapshot of the shape {self._shape}", found=found)
+        shell = self._shells.popleft() if self._shells else await in_thread(self._make)
+        self._refill()
+        return shell
+
+    def _refill(self) -> None:
+        if self._closed:
+            raise StateError("shells", expected="an open pool", state="closed")
+        if self._filling is None and len(self._shells) < self.size:
+            self._filling = asyncio.get_running_loop().create_task(self._fill())
+
+    async def _fill(self) -> None:
+        try:
+            while len(self._shells) < self.size and not self._closed:
+                self._shells.append(await in_thread(self._make))
+            self.error = None
+        except AsyncVMMError as error:
+            self.error = error
+        finally:
+            self._filling = None
+
+    def _make(self) -> Shell:
+        """On a worker thread."""
+        from asyncvmm.machine.kvm.restoring import Shell
+
+        return Shell(self._shape, Timeline())
+
+    async def aclose(self) -> None:
+        """Free what was not taken. May be called again."""
+        self._closed = True
+        if self._filling is not None:
+            await wait_out(self._filling)
+        shells, self._shells = self._shells, deque()
+        for shell in shells:
+            await in_thread(shell.close)
+
+    async def __aenter__(self) -> Self:
+        await self.fill()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+
+def _shape(snapshot: Snapshot, track_dirty: bool) -> ShellShape:
+    from asyncvmm.machine.kvm.restoring import ShellShape
+
+    manifest = snapshot.manifest
+    return ShellShape(
+        memory_bytes=manifest.memory.size,
+        vcpus=manifest.vcpus,
+        devices=len(manifest.devices),
+        track_dirty=track_dirty,
+    )

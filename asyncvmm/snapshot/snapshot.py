@@ -22,7 +22,7 @@ from asyncvmm.machine.waiting import in_thread
 from asyncvmm.snapshot.guest_record import SECTION, GuestRecord
 from asyncvmm.snapshot.loading import Loaded, load
 from asyncvmm.snapshot.manifest import Manifest
-from asyncvmm.snapshot.working_set import WorkingSet, read_working_set
+from asyncvmm.snapshot.working_set import WorkingSet, keep_working_set, read_working_set
 
 if TYPE_CHECKING:
     from asyncvmm.vm import VM
@@ -98,6 +98,12 @@ class Snapshot:
         from asyncvmm.snapshot.clones import make_clones
 
         return make_clones(self, count, prepare=prepare, identity=identity, at_once=at_once, beyond_bend=beyond_bend)
+
+    async def keep_working_set(self, found: WorkingSet) -> None:
+        """What a restored guest was found to need first, for the next ones."""
+        if not self.working_set:
+            self.working_set = found
+            await in_thread(lambda: keep_working_set(self.path, found))
 
     def close(self) -> None:
         """Let go of its files; a temporary one is gone then. Blocks for as long as that takes. May be called again."""

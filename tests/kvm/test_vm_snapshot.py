@@ -13,10 +13,17 @@ import pytest
 
 from asyncvmm import VM, ConfigError, StateError, VMConfig
 from asyncvmm.errors import SnapshotDamaged, SnapshotError, SnapshotFailed, SnapshotMismatch, TriggerImpossible
-from asyncvmm.events.snapshot_types import RestoreFirstGuestEvent, RestoreMapped, SnapshotSaved, SnapshotTrigger
-from asyncvmm.events.types import Event, RestoreProfileEvent
+from asyncvmm.events.snapshot_types import (
+    RestoreFirstExit,
+    RestoreFirstGuestEvent,
+    RestoreMapped,
+    SnapshotSaved,
+    SnapshotTrigger,
+)
+from asyncvmm.events.types import Event, RestoreProfileEvent, RuntimeRestoreProfileEvent
 from asyncvmm.snapshot.predicates import after, console, idle
 from asyncvmm.snapshot.resources import SnapshotResources
+from asyncvmm.snapshot.shell_pool import ShellPool
 from asyncvmm.snapshot.snapshot import Snapshot
 
 pytestmark = pytest.mark.anyio
@@ -163,6 +170,60 @@ async def test_a_difference_restores_over_its_base(vm: Make, tmp_path: Path) -> 
     with full.loaded, difference.loaded:
         async with await VM.restore(tmp_path / "difference") as restored:
             assert await echoed(restored, b"def") == b"def"
+
+
+async def test_a_vm_can_be_restored_in_a_shell_that_was_made_ahead(vm: Make) -> None:
+    told: list[Event] = []
+    async with vm("RE") as original:
+        await original.boot()
+        async with await original.snapshot() as snapshot, ShellPool(snapshot, size=2) as shells:
+            assert shells.ready == 2
+            for text in (b"one", b"two", b"three"):
+                new = await VM.restore(snapshot, shells=shells, prepare=lambda made: watched(made, told))
+                async with new:
+                    assert await echoed(new, text) == text
+                    assert new.runtime_restore_profile is not None
+                    assert new.restore_profile is None
+            await shells.fill()
+            assert shells.ready == 2
+        with pytest.raises(StateError):
+            await shells.fill()
+    assert [type(event) for event in told].count(RuntimeRestoreProfileEvent) == 3
+    assert [type(event) for event in told].count(RestoreFirstExit) == 3
+
+
+async def test_a_shell_of_another_shape_is_refused(vm: Make) -> None:
+    async with vm("RE") as original, vm("RE", vcpus=2) as larger:
+        await original.boot()
+        await larger.boot()
+        async with await original.snapshot() as small, await larger.snapshot() as large, ShellPool(small) as shells:
+            with pytest.raises(ConfigError):
+                await VM.restore(large, shells=shells)
+
+
+async def test_what_the_first_restore_needed_is_known_to_the_next(vm: Make) -> None:
+    async with vm("RE") as original:
+        await original.boot()
+        async with await original.snapshot() as snapshot:
+            async with await VM.restore(snapshot) as first:
+                await echoed(first, b"x")
+            assert snapshot.working_set.touched
+            assert (snapshot.path / "working-set.json").exists()
+            async with await VM.restore(snapshot) as second:
+                assert await echoed(second, b"y") == b"y"
+
+
+async def test_a_restored_vm_that_keeps_account_can_save_a_difference_of_what_it_was_made_of(
+    vm: Make, tmp_path: Path
+) -> None:
+    async with vm("RE") as original:
+        await original.boot()
+        (await original.snapshot(out=tmp_path / "base")).close()
+    async with await Snapshot.load(tmp_path / "base") as base, await VM.restore(base, track_dirty=True) as restored:
+        await echoed(restored, b"abc")
+        (await restored.snapshot(out=tmp_path / "difference", base=base)).close()
+    async with await VM.restore(tmp_path / "difference") as again:
+        assert await echoed(again, b"def") == b"def"
 
 
 # -- triggers ----------------------------------------------------------------------------------------------------------
