@@ -35,7 +35,7 @@ PATIENCE_S = 100.0 if IN_LAB else 20.0
 """A guest that has not done by then what a test waits for never will."""
 NAME = "kvmtest"
 
-_WITH_DEFINES = ("end", "echo", "ring3", "virtio", "virtio_reset", "virtio_hostile")
+_WITH_DEFINES = ("end", "echo", "ring3", "tally", "pulse", "virtio", "virtio_disk", "virtio_reset", "virtio_hostile")
 
 VARIANTS: dict[str, tuple[str, dict[str, int]]] = {
     **{path.stem: (path.stem, {}) for path in SOURCES.glob("*.S") if path.stem not in _WITH_DEFINES},
@@ -48,8 +48,15 @@ VARIANTS: dict[str, tuple[str, dict[str, int]]] = {
     "virtio": ("virtio", {"EVENT_IDX": 0, "REQUESTS": 3}),
     "virtio-more": ("virtio", {"EVENT_IDX": 0, "REQUESTS": 9}),
     "virtio-event-idx": ("virtio", {"EVENT_IDX": 1, "REQUESTS": 3}),
+    "virtio-disk": ("virtio_disk", {"EVENT_IDX": 0, "REQUESTS": 60}),
+    "virtio-disk-event-idx": ("virtio_disk", {"EVENT_IDX": 1, "REQUESTS": 60}),
     "virtio-reset": ("virtio_reset", {"EVENT_IDX": 0, "ROUNDS": 30}),
     **{f"virtio-hostile-{how}": ("virtio_hostile", {"EVENT_IDX": 0, "HOW": how}) for how in range(1, 7)},
+    "tally": ("tally", {"AVX": 0, "ROUNDS": 3000}),
+    "tally-avx": ("tally", {"AVX": 1, "ROUNDS": 3000}),
+    "pulse-one-shot": ("pulse", {"TIMER": 0}),
+    "pulse-periodic": ("pulse", {"TIMER": 1}),
+    "pulse-deadline": ("pulse", {"TIMER": 2}),
     "ring3": ("ring3", {"RING0_ROUNDS": 20_000, "RING3_ROUNDS": 20_000_000}),
 }
 """Guests by name: the source and what is defined for it."""

@@ -100,6 +100,12 @@ def _emulated_ring0() -> Problem:
     return None if verdict == "slow" else f"KVM is {verdict}: its instruction emulator runs no guest kernel here"
 
 
+def _xsave() -> Problem:
+    from asyncvmm.machine.kvm.state.host import host_state
+
+    return None if host_state().has_xcrs else "a processor without it"
+
+
 def _small_kernel() -> Problem:
     path = ROOT / ".cache" / "kernel" / "vmlinux"
     return None if path.exists() else "./scripts/build-kernel makes it"
@@ -185,6 +191,7 @@ CHECKS: dict[str, Callable[[], Problem]] = {
     "lab": _lab,
     "native-ring0": _native_ring0,
     "emulated-ring0": _emulated_ring0,
+    "xsave": _xsave,
     "small-kernel": _small_kernel,
     "busybox": _busybox,
     "no-host-kernel": _no_host_kernel,

@@ -166,12 +166,6 @@ class KvmMpState(Structure):
     _fields_ = [("mp_state", c_uint32)]
 
 
-class KvmFpu(Structure):
-    """struct kvm_fpu: what there is of a vCPU's FPU where the processor has no XSAVE."""
-
-    _fields_ = [("bytes", c_uint8 * 416)]
-
-
 XSAVE_BYTES = 4096
 """struct kvm_xsave. KVM_GET_XSAVE2 gives more where KVM_CAP_XSAVE2 says so; KVM_SET_XSAVE reads as much then."""
 
@@ -284,8 +278,6 @@ class Request(IntEnum):
     KVM_GET_MSRS = _iowr(0x88, 8)
     KVM_SET_MSRS = _iow(0x89, 8)
     KVM_SET_SIGNAL_MASK = _iow(0x8B, 4)
-    KVM_GET_FPU = _ior(0x8C, sizeof(KvmFpu))
-    KVM_SET_FPU = _iow(0x8D, sizeof(KvmFpu))
     KVM_GET_LAPIC = _ior(0x8E, sizeof(KvmLapicState))
     KVM_SET_LAPIC = _iow(0x8F, sizeof(KvmLapicState))
     KVM_SET_CPUID2 = _iow(0x90, 8)

@@ -20,7 +20,7 @@ from functools import lru_cache
 
 import attrs
 
-from asyncvmm.errors import AsyncVMMError, MemorySizeError, SnapshotDamaged, SnapshotMismatch
+from asyncvmm.errors import AsyncVMMError, MemorySizeError, SnapshotDamaged, SnapshotMismatch, VcpuCountError
 from asyncvmm.machine.host_clock import clock_sample
 from asyncvmm.machine.kvm.abi import KVM_PIT_SPEAKER_DUMMY, KvmPitConfig, Request
 from asyncvmm.machine.kvm.creation import (
@@ -50,6 +50,9 @@ from asyncvmm.x86.layout import ram_regions
 
 MOST_KEPT = 16
 """Chains, and decoded states, kept for coming VMs."""
+
+MOST_VCPUS = 1024
+"""What a chain has room for, some times over."""
 
 _WORD = 1 << 64
 
@@ -95,7 +98,7 @@ class Shell:
         """Make it. Raises KvmUnavailable, KvmIoctlError, MemorySizeError, VcpuCountError."""
         self.shape = shape
         self.steps = _shell(shape)
-        self.made: Made | None = _run(self.steps.program, (), timeline, shape.vcpus)
+        self.made: Made | None = _run(self.steps.program, (), timeline, shape.vcpus, ())
 
     def take(self) -> Made:
         """It is somebody else's now."""
@@ -131,7 +134,8 @@ class RestoreBlueprint:
 
         def once(tsc: TscPlan) -> KvmVm:
             steps = _restoration(self.shape, tsc)
-            made = _run(steps.program, (pinned.address, *self._offsets(), *self.fds), timeline, self.shape.shell.vcpus)
+            given = (pinned.address, *self._offsets(), *self.fds)
+            made = _run(steps.program, given, timeline, len(steps.vcpus), self.state.vcpus)
             try:
                 _check_tsc_after(steps, made, self.state, tsc)
                 return KvmVm.adopt(steps, made, "private-file")
@@ -152,7 +156,7 @@ class RestoreBlueprint:
 
         def once(tsc: TscPlan) -> KvmVm:
             given = (pinned.address, *self._offsets(), *self.fds, *held)
-            _run(_filling(self.shape, tsc), given, timeline, len(steps.vcpus))
+            _run(_filling(self.shape, tsc), given, timeline, len(steps.vcpus), self.state.vcpus)
             _check_tsc_after(steps, made, self.state, tsc)
             return KvmVm.adopt(steps, made, "private-file")
 
@@ -177,6 +181,7 @@ def restore_blueprint(plan: RestorePlan, devices: int = 0) -> RestoreBlueprint:
     """
     saved = plan.saved
     check_cpu(saved.cpu, cpu_facts(seen_tsc_khz()))
+    _check_count(saved.vcpus)
     state = saved_state(saved)
     memory_bytes = saved.memory.size
     if tuple((region.start, region.size) for region in ram_regions(memory_bytes)) != tuple(saved.regions):
@@ -191,6 +196,12 @@ def restore_blueprint(plan: RestorePlan, devices: int = 0) -> RestoreBlueprint:
         high=tuple(state.board.high),
     )
     return RestoreBlueprint(shape, state, tuple(layer.fd for layer in plan.layers))
+
+
+def _check_count(vcpus: int) -> None:
+    most = min(host_state().max_vcpus, MOST_VCPUS)
+    if not 1 <= vcpus <= most:
+        raise VcpuCountError("vCPUs", expected=f"1 to {most} (this host's KVM)", found=vcpus)
 
 
 def saved_state(saved: SavedMachine) -> State:
@@ -212,12 +223,12 @@ def _section(saved: SavedMachine, name: str) -> bytes:
 @lru_cache(MOST_KEPT)
 def _state(vm: bytes, board: bytes, *vcpus: bytes) -> State:
     states = tuple(VcpuState.of(vcpu_section(index), section) for index, section in enumerate(vcpus))
-    xsave_bytes, arena = host_state().xsave_bytes, Arena()
+    host, arena = host_state(), Arena()
     for state in states:
-        if bool(xsave_bytes) != (state.xsave is not None):
-            raise SnapshotMismatch("FPU state", expected="XSAVE as on this host", found="the other kind")
+        if state.xcrs is not None and not host.has_xcrs:
+            raise SnapshotMismatch("vCPU", expected="a processor with XSAVE", found="one without")
     vm_state = VmState.of(vm)
-    vcpu_places = tuple(arena.add_vcpu(state, xsave_bytes) for state in states)
+    vcpu_places = tuple(arena.add_vcpu(state, host.xsave_bytes) for state in states)
     vm_places = arena.add_vm(vm_state)
     return State(
         arena=arena.content(),
@@ -332,7 +343,8 @@ def _with_tsc(state: State, once: Callable[[TscPlan], KvmVm]) -> KvmVm:
             continue
 
 
-def _run(program: Program, given: Sequence[int], timeline: Timeline, vcpus: int) -> Made:
+def _run(program: Program, given: Sequence[int], timeline: Timeline, count: int, vcpus: Sequence[VcpuState]) -> Made:
+    """``count``: how many vCPUs it has. ``vcpus``: what they are given."""
     made = program.run(*given)
     timeline.record_later(made.spans)
     if made.failure is None:
@@ -341,7 +353,7 @@ def _run(program: Program, given: Sequence[int], timeline: Timeline, vcpus: int)
     if made.failure.name.startswith(TSC_OFFSET_STEP):
         _Host.takes_offsets = False
         raise _LearnedError
-    raise setting_error(made.failure) or _memory_error(made.failure) or creation_error(made.failure, vcpus)
+    raise setting_error(made.failure, vcpus) or _memory_error(made.failure) or creation_error(made.failure, count)
 
 
 def _memory_error(failure: Failure) -> AsyncVMMError | None:

@@ -33,9 +33,8 @@ class VcpuPlaces:
     mp_state: int
     regs: int
     sregs: int
-    xsave: int | None
+    xsave: int
     xcrs: int | None
-    fpu: int | None
     debugregs: int
     lapic: int
     tsc: MsrBatch
@@ -71,9 +70,8 @@ class Arena:
             mp_state=self._add(bytes(KvmMpState(state.mp_state))),
             regs=self._add(state.regs),
             sregs=self._add(state.sregs),
-            xsave=None if state.xsave is None else self._add(state.xsave.ljust(xsave_bytes, b"\0")),
+            xsave=self._add(state.xsave.ljust(xsave_bytes, b"\0")),
             xcrs=None if state.xcrs is None else self._add(state.xcrs),
-            fpu=None if state.fpu is None else self._add(state.fpu),
             debugregs=self._add(state.debugregs),
             lapic=self._add(state.lapic),
             tsc=self._add_msrs([(IA32_TIME_STAMP_COUNTER, state.tsc)]),

@@ -13,7 +13,7 @@ from typing import Any, Final
 from asyncvmm.errors import SnapshotDamaged, SnapshotMismatch
 from asyncvmm.machine.kvm.state.fields import Fields
 from asyncvmm.machine.kvm.state.host import host_state
-from asyncvmm.machine.kvm.state.vcpu import MOST_TSC_KHZ, MOST_XSAVE_BYTES
+from asyncvmm.machine.kvm.state.vcpu import MOST_TSC_KHZ
 from asyncvmm.x86.cpu_features import WORDS, Word, feature_names, feature_words, model_of, vendor_of
 
 TSC_TOLERANCE_PPM: Final = 250
@@ -35,7 +35,7 @@ def cpu_facts(tsc_khz: int | None = None) -> dict[str, Any]:
         "model": model,
         "stepping": stepping,
         "features": {_key(word): bits for word, bits in feature_words(host.cpuid).items()},
-        "xsave_bytes": host.xsave_bytes,
+        "xsave": host.has_xcrs,
         "tsc_khz": tsc_khz,
         "tsc_scaling": host.tsc_scaling,
     }
@@ -48,9 +48,8 @@ def check_cpu(saved: Mapping[str, Any], host: Mapping[str, Any]) -> None:
     if vendor != here.value("vendor"):
         raise SnapshotMismatch("CPU vendor", expected=f"{vendor}"[:40], found=here.value("vendor"))
     _check_features(_features(there), _features(here))
-    needed = there.integer("xsave_bytes", MOST_XSAVE_BYTES)
-    if bool(needed) != bool(here.integer("xsave_bytes")):
-        raise SnapshotMismatch("CPU", expected="XSAVE as on the saving host", found=_has("XSAVE", not needed))
+    if there.value("xsave") and not here.value("xsave"):
+        raise SnapshotMismatch("CPU", expected="XSAVE", found="a host without it")
     check_tsc(_khz(there), _khz(here), bool(here.value("tsc_scaling")))
 
 
@@ -88,7 +87,3 @@ def _khz(fields: Fields) -> int | None:
 def _key(word: Word) -> str:
     function, index, register = word
     return f"{function:#x}.{index}.{register}"
-
-
-def _has(what: str, it: bool) -> str:
-    return f"a host with {what}" if it else f"a host without {what}"

@@ -6,7 +6,7 @@ from functools import cache
 
 import attrs
 
-from asyncvmm.machine.kvm.abi import XSAVE_BYTES, Capability, KvmMsrList, Request
+from asyncvmm.machine.kvm.abi import MAX_MSR_INDICES, XSAVE_BYTES, Capability, KvmMsrList, Request
 from asyncvmm.machine.kvm.fds import check_extension, ioctl
 from asyncvmm.machine.kvm.system import KvmSystem, host_cpuid
 from asyncvmm.x86.cpuid import CpuidEntry
@@ -14,17 +14,19 @@ from asyncvmm.x86.cpuid import CpuidEntry
 
 @attrs.frozen
 class HostState:
-    """cpuid: KVM_GET_SUPPORTED_CPUID. xsave_bytes: size of a vCPU's XSAVE area, 0 on a processor without XSAVE (which
-    KVM_CAP_XCRS tells, not CPUID: a KVM may support more than it lists). xsave2: it is had by KVM_GET_XSAVE2.
-
-    msrs: KVM_GET_MSR_INDEX_LIST. tsc_scaling: a vCPU's TSC can have a frequency of its own.
+    """cpuid: KVM_GET_SUPPORTED_CPUID. has_xcrs: its processor has XSAVE, and so vCPUs have extended control registers
+    (CPUID does not tell: a KVM may support more than it lists). xsave_bytes: size of a vCPU's XSAVE area, which a
+    processor without XSAVE has as well; xsave2: it is had by KVM_GET_XSAVE2. msrs: KVM_GET_MSR_INDEX_LIST.
+    tsc_scaling: a vCPU's TSC can have a frequency of its own.
     """
 
     cpuid: tuple[CpuidEntry, ...]
+    has_xcrs: bool
     xsave_bytes: int
     xsave2: bool
     msrs: tuple[int, ...]
     tsc_scaling: bool
+    max_vcpus: int
 
 
 @cache
@@ -33,17 +35,17 @@ def host_state() -> HostState:
     cpuid = host_cpuid().entries
     system = KvmSystem.open()
     try:
-        has_xsave = bool(check_extension(system.fd, Capability.KVM_CAP_XCRS))
-        xsave2 = check_extension(system.fd, Capability.KVM_CAP_XSAVE2)
-        listed = KvmMsrList(nmsrs=len(KvmMsrList().indices))
+        listed = KvmMsrList(nmsrs=MAX_MSR_INDICES)
         ioctl(system.fd, Request.KVM_GET_MSR_INDEX_LIST, listed)
-        scaling = bool(check_extension(system.fd, Capability.KVM_CAP_TSC_CONTROL))
+        xsave2 = check_extension(system.fd, Capability.KVM_CAP_XSAVE2)
+        return HostState(
+            cpuid=cpuid,
+            has_xcrs=bool(check_extension(system.fd, Capability.KVM_CAP_XCRS)),
+            xsave_bytes=max(XSAVE_BYTES, xsave2),
+            xsave2=bool(xsave2),
+            msrs=tuple(listed.indices[: listed.nmsrs]),
+            tsc_scaling=bool(check_extension(system.fd, Capability.KVM_CAP_TSC_CONTROL)),
+            max_vcpus=system.max_vcpus,
+        )
     finally:
         system.close()
-    return HostState(
-        cpuid=cpuid,
-        xsave_bytes=max(XSAVE_BYTES, xsave2) if has_xsave else 0,
-        xsave2=has_xsave and bool(xsave2),
-        msrs=tuple(listed.indices[: listed.nmsrs]),
-        tsc_scaling=scaling,
-    )

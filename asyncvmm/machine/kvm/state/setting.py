@@ -8,6 +8,8 @@ controllers come after the vCPUs that their requests go to.
 from __future__ import annotations
 
 import ctypes
+import errno
+import os
 from collections.abc import Sequence
 
 import attrs
@@ -22,11 +24,15 @@ from asyncvmm.machine.kvm.abi import (
 )
 from asyncvmm.machine.kvm.fastpath.chain import Argument, At, Chain, Failure
 from asyncvmm.machine.kvm.state.arena import MsrBatch, VcpuPlaces, VmPlaces
+from asyncvmm.machine.kvm.state.vcpu import VcpuState
 from asyncvmm.machine.kvm.system import refusal
 
 _MARK = " of vCPU "
 _VM_STEPS = (Request.KVM_IRQ_LINE, Request.KVM_SET_PIT2, Request.KVM_SET_CLOCK, Request.KVM_SET_IRQCHIP)
-_NOT_THE_STATES_FAULT = (4, 9, 11, 12)  # EINTR, EBADF, EAGAIN, ENOMEM
+_CLOCK_MSR = "KVM_SET_MSRS of a clock"
+_SHOWS_THE_HOST = (Request.KVM_SET_CPUID2.name, Request.KVM_SET_TSC_KHZ.name, _CLOCK_MSR)
+"""Steps that fail for what the host is, not for what was saved."""
+_NOT_THE_STATES_FAULT = (errno.EBADF, errno.EAGAIN, errno.ENOMEM)
 TSC_OFFSET_STEP = Request.KVM_SET_DEVICE_ATTR.name
 
 
@@ -56,7 +62,6 @@ def set_vcpu(
         (Request.KVM_SET_REGS, places.regs),
         (Request.KVM_SET_SREGS, places.sregs),
         (Request.KVM_SET_XSAVE, places.xsave),
-        (Request.KVM_SET_FPU, places.fpu),
         (Request.KVM_SET_XCRS, places.xcrs),
         (Request.KVM_SET_DEBUGREGS, places.debugregs),
         (Request.KVM_SET_LAPIC, places.lapic),
@@ -66,10 +71,10 @@ def set_vcpu(
     if tsc.by_offset:
         _set_tsc_offset(chain, index, fd, tsc_offset)
     else:
-        _set_msrs(chain, index, fd, state, places.tsc)
+        _set_msrs(chain, index, fd, state, places.tsc, _CLOCK_MSR)
     _set_msrs(chain, index, fd, state, places.msrs)
     if places.deadline is not None:
-        _set_msrs(chain, index, fd, state, places.deadline)
+        _set_msrs(chain, index, fd, state, places.deadline, _CLOCK_MSR)
     _set(chain, Request.KVM_SET_VCPU_EVENTS, index, fd, state + places.events)
     chain.ioctl(Request.KVM_KVMCLOCK_CTRL, fd, may_fail=True)  # it has nothing to say to a guest without kvmclock
 
@@ -84,29 +89,34 @@ def set_vm(chain: Chain, vm: Argument, state: At, places: VmPlaces, high: Sequen
         chain.ioctl(Request.KVM_SET_IRQCHIP, vm, state + chip)
 
 
-def setting_error(failure: Failure) -> AsyncVMMError | None:
-    """What it means that a step of these failed; None for another step."""
+def setting_error(failure: Failure, vcpus: Sequence[VcpuState]) -> AsyncVMMError | None:
+    """What it means that a step of these failed, ``vcpus`` being what was to be set; None for another step."""
     name, _, vcpu = failure.name.partition(_MARK)
     if not vcpu and name not in {request.name for request in _VM_STEPS}:
         return None
+    what = failure.name
     if failure.errno in _NOT_THE_STATES_FAULT:
         return refusal(Failure(name, failure.result))
-    what = f"{name}{_MARK}{vcpu}" if vcpu else name
     if name == Request.KVM_SET_MSRS.name and not failure.errno:
-        found = f"it refused number {failure.result} of them"
-        return SnapshotMismatch(what, expected="a KVM that takes the saved registers", found=found)
-    if name in (Request.KVM_SET_CPUID2.name, Request.KVM_SET_TSC_KHZ.name):
-        return SnapshotMismatch(what, expected="a KVM that takes it", found=f"errno {failure.errno}")
-    return SnapshotDamaged(what, expected="a state that KVM takes", found=f"errno {failure.errno}")
+        index, value = vcpus[int(vcpu)].msr_values()[failure.result]
+        return SnapshotMismatch(
+            f"MSR {index:#x}{_MARK}{vcpu}", expected=f"a KVM that takes {value:#x}", found="refusal"
+        )
+    if name.startswith(_SHOWS_THE_HOST):
+        return SnapshotMismatch(what, expected="a KVM that takes it", found=os.strerror(failure.errno))
+    return SnapshotDamaged(what, expected="a state that KVM takes", found=os.strerror(failure.errno))
 
 
-def _set(chain: Chain, request: Request, index: int, fd: Argument, argument: Argument, least: int = 0) -> None:
-    chain.ioctl(request, fd, argument, least=least, name=f"{request.name}{_MARK}{index}")
+def _set(chain: Chain, request: Request, index: int, fd: Argument, argument: Argument) -> None:
+    chain.ioctl(request, fd, argument, name=f"{request.name}{_MARK}{index}")
 
 
-def _set_msrs(chain: Chain, index: int, fd: Argument, state: At, batch: MsrBatch) -> None:
+def _set_msrs(
+    chain: Chain, index: int, fd: Argument, state: At, batch: MsrBatch, name: str = Request.KVM_SET_MSRS.name
+) -> None:
     if batch.count:
-        _set(chain, Request.KVM_SET_MSRS, index, fd, state + batch.at, least=batch.count)
+        request, at = Request.KVM_SET_MSRS, state + batch.at
+        chain.ioctl(request, fd, at, least=batch.count, name=f"{name}{_MARK}{index}")
 
 
 def _set_tsc_offset(chain: Chain, index: int, fd: Argument, offset: At) -> None:

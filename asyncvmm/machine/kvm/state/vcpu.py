@@ -19,7 +19,6 @@ from asyncvmm.machine.kvm.abi import (
     KvmCpuid2,
     KvmCpuidEntry2,
     KvmDebugregs,
-    KvmFpu,
     KvmLapicState,
     KvmMpState,
     KvmMsrEntry,
@@ -58,7 +57,8 @@ _MOST_MP_STATE = 0xFF
 class VcpuState:
     """A saved vCPU: KVM's structures as bytes. ``cpuid`` and ``msrs`` are their entries alone.
 
-    xsave and xcrs, or fpu, are None, as the processor has XSAVE or not. tsc: the vCPU's time stamp counter when it was
+    xsave: on a processor without XSAVE it has what FXSAVE gives (KVM_GET_FPU would leave MXCSR out); xcrs is None then.
+    tsc: the vCPU's time stamp counter when it was
     saved; tsc_offset: what KVM added to the host's, modulo 2^64, None where it did not say. tsc_deadline: None where
     there is no such register.
     """
@@ -66,9 +66,8 @@ class VcpuState:
     mp_state: int
     regs: bytes
     sregs: bytes
-    xsave: bytes | None
+    xsave: bytes
     xcrs: bytes | None
-    fpu: bytes | None
     debugregs: bytes
     lapic: bytes
     tsc_khz: int
@@ -87,9 +86,8 @@ class VcpuState:
             mp_state=fields.integer("mp_state", _MOST_MP_STATE),
             regs=fields.exactly("regs", ctypes.sizeof(KvmRegs)),
             sregs=fields.exactly("sregs", ctypes.sizeof(KvmSregs)),
-            xsave=_xsave(fields),
+            xsave=fields.content("xsave", XSAVE_BYTES, MOST_XSAVE_BYTES, 4),
             xcrs=fields.exactly_or_none("xcrs", ctypes.sizeof(KvmXcrs)),
-            fpu=fields.exactly_or_none("fpu", ctypes.sizeof(KvmFpu)),
             debugregs=fields.exactly("debugregs", ctypes.sizeof(KvmDebugregs)),
             lapic=fields.exactly("lapic", ctypes.sizeof(KvmLapicState)),
             tsc_khz=fields.integer("tsc_khz", MOST_TSC_KHZ, 1),
@@ -100,8 +98,6 @@ class VcpuState:
             tsc_deadline=fields.integer_or_none("tsc_deadline"),
             events=fields.exactly("events", ctypes.sizeof(KvmVcpuEvents)),
         )
-        if (state.xsave is None) == (state.fpu is None) or (state.xsave is None) != (state.xcrs is None):
-            raise fields.refuse("xsave", "it with xcrs, or fpu", "another selection")
         for index, _ in state.msr_values():
             if index not in ALLOWED:
                 raise fields.refuse("msrs", "registers of a saved vCPU", f"MSR {index:#x}")
@@ -132,10 +128,8 @@ def read_vcpu(fd: int, host: HostState) -> VcpuState:
     mp_state = KvmMpState()
     ioctl(fd, Request.KVM_GET_MP_STATE, mp_state)
     regs, sregs = _get(fd, Request.KVM_GET_REGS, KvmRegs()), _get(fd, Request.KVM_GET_SREGS, KvmSregs())
-    has_xsave = bool(host.xsave_bytes)
-    xsave = _get_xsave(fd, host) if has_xsave else None
-    xcrs = _get(fd, Request.KVM_GET_XCRS, KvmXcrs()) if has_xsave else None
-    fpu = None if has_xsave else _get(fd, Request.KVM_GET_FPU, KvmFpu())
+    xsave = _get_xsave(fd, host)
+    xcrs = _get(fd, Request.KVM_GET_XCRS, KvmXcrs()) if host.has_xcrs else None
     debugregs = _get(fd, Request.KVM_GET_DEBUGREGS, KvmDebugregs())
     clocks = dict(_get_msrs(fd, (IA32_TIME_STAMP_COUNTER, IA32_TSC_DEADLINE)))
     lapic = _get(fd, Request.KVM_GET_LAPIC, KvmLapicState())
@@ -150,7 +144,6 @@ def read_vcpu(fd: int, host: HostState) -> VcpuState:
         sregs=sregs,
         xsave=xsave,
         xcrs=xcrs,
-        fpu=fpu,
         debugregs=debugregs,
         lapic=keep_tick(lapic),
         tsc_khz=tsc_khz,
@@ -195,9 +188,3 @@ def _packed(values: Sequence[tuple[int, int]]) -> bytes:
 
 def _plain(entry: KvmCpuidEntry2) -> CpuidEntry:
     return CpuidEntry(entry.function, entry.index, entry.flags, entry.eax, entry.ebx, entry.ecx, entry.edx)
-
-
-def _xsave(fields: Fields) -> bytes | None:
-    if fields.value("xsave") is None:
-        return None
-    return fields.content("xsave", XSAVE_BYTES, MOST_XSAVE_BYTES, 4)

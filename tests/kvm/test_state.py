@@ -1,0 +1,445 @@
+"""What KVM tells of a vCPU and a VM is saved and set again whole; what is no state of a machine is refused."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from asyncvmm.errors import KvmIoctlError, SnapshotDamaged, SnapshotError, SnapshotMismatch, VcpuCountError
+from asyncvmm.machine.kvm import creation, restoring
+from asyncvmm.machine.kvm.abi import (
+    KvmClockData,
+    KvmDebugregs,
+    KvmIrqLevel,
+    KvmLapicState,
+    KvmMpState,
+    KvmMsrEntry,
+    KvmMsrs,
+    KvmRegs,
+    KvmVcpuEvents,
+    Request,
+)
+from asyncvmm.machine.kvm.creation import expect_tsc_khz
+from asyncvmm.machine.kvm.fds import ioctl
+from asyncvmm.machine.kvm.restoring import Shell, restore_blueprint
+from asyncvmm.machine.kvm.state import setting
+from asyncvmm.machine.kvm.state import vcpu as vcpu_state
+from asyncvmm.machine.kvm.state.host import host_state
+from asyncvmm.machine.kvm.state.vcpu import VcpuState, read_vcpu
+from asyncvmm.machine.kvm.state.vm import VmState, read_vm
+from asyncvmm.machine.kvm.vm import KvmVm
+from asyncvmm.machine.saved import RestorePlan
+from asyncvmm.snapshot.codec import decode, encode
+from asyncvmm.timing.timeline import Timeline
+from tests.support.held_vm import HeldVm, Saved
+
+pytestmark = pytest.mark.requires("kvm")
+
+LSTAR, KERNEL_GS_BASE, PAT, TSC_DEADLINE = 0xC0000082, 0xC0000102, 0x277, 0x6E0
+MTRR_BASE_0, BNDCFGS, SYSENTER_EIP = 0x200, 0xD90, 0x176
+MSRS = {
+    LSTAR: 0xFFFFFFFF81000000,
+    KERNEL_GS_BASE: 0x123456789000,
+    PAT: 0x0007010600070406,
+    MTRR_BASE_0: 0x80000006,
+    SYSENTER_EIP: 0x1234,
+}
+
+Guest = Callable[[str], Path]
+Change = Callable[[str, str, object], RestorePlan]
+
+
+@pytest.fixture
+def held(guest: Guest) -> Iterator[HeldVm]:
+    """Two vCPUs, of which the second waits for its INIT, and neither has run."""
+    vm = HeldVm.boot(guest("tally"), vcpus=2)
+    yield vm
+    vm.close()
+
+
+@pytest.fixture
+def saved(held: HeldVm) -> Iterator[Saved]:
+    """What was saved of it."""
+    saved = held.save()
+    yield saved
+    saved.close()
+
+
+@pytest.fixture
+def change(saved: Saved) -> Change:
+    """Gives a plan with one field of a section changed."""
+
+    def change(section: str, name: str, value: object) -> RestorePlan:
+        record = decode(saved.plan.saved.sections[section])
+        assert name in record
+        return with_section(saved.plan, section, encode({**record, name: value}))
+
+    return change
+
+
+def with_section(plan: RestorePlan, name: str, section: bytes) -> RestorePlan:
+    sections = {**plan.saved.sections, name: section}
+    return attrs.evolve(plan, saved=attrs.evolve(plan.saved, sections=sections))
+
+
+def restored(plan: RestorePlan) -> KvmVm:
+    return restore_blueprint(plan).run(Timeline())
+
+
+def descriptors() -> list[str]:
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):
+            found.append(os.readlink(f"/proc/self/fd/{name}"))
+    return sorted(found)
+
+
+# -- there and back ----------------------------------------------------------------------------------------------------
+
+
+def fill_vcpu(fd: int) -> None:
+    """Give a vCPU a state that no new one has."""
+    ioctl(fd, Request.KVM_SET_MP_STATE, KvmMpState(0))
+    names = [name for name, *_ in KvmRegs._fields_ if name != "rflags"]
+    ioctl(fd, Request.KVM_SET_REGS, KvmRegs(**{name: 0x1000 + at for at, name in enumerate(names)}, rflags=0x246))
+    batch = KvmMsrs(nmsrs=len(MSRS))
+    for slot, (index, value) in enumerate(MSRS.items()):
+        batch.entries[slot] = KvmMsrEntry(index, 0, value)
+    assert ioctl(fd, Request.KVM_SET_MSRS, batch) == len(MSRS)
+    debug = KvmDebugregs()
+    struct.pack_into("<6Q", debug, 0, 0x1000, 0x2000, 0x3000, 0x4000, 0xFFFF0FF0, 0x402)
+    ioctl(fd, Request.KVM_SET_DEBUGREGS, debug)
+    lapic = KvmLapicState()
+    ioctl(fd, Request.KVM_GET_LAPIC, lapic)
+    struct.pack_into("<I", lapic, 0xF0, 0x1FF)
+    struct.pack_into("<I", lapic, 0x80, 0x20)
+    struct.pack_into("<I", lapic, 0x220, 1 << 9)
+    ioctl(fd, Request.KVM_SET_LAPIC, lapic)
+    events = KvmVcpuEvents()
+    ioctl(fd, Request.KVM_GET_VCPU_EVENTS, events)
+    struct.pack_into("<4B", events, 16, 1, 0, 0, 0)  # nmi.injected
+    ioctl(fd, Request.KVM_SET_VCPU_EVENTS, events)
+
+
+PIT_CHANNEL_BYTES = 24
+CLOCKS = ("tsc", "tsc_deadline")
+"""Fields that go on while one looks."""
+
+
+def lasting(state: VcpuState) -> dict[str, Any]:
+    return {name: value for name, value in attrs.asdict(state).items() if name not in CLOCKS}
+
+
+def test_every_part_of_a_vcpu_comes_back(held: HeldVm) -> None:
+    for vcpu in held.vm.vcpus:
+        fill_vcpu(vcpu.fd)
+    before = [read_vcpu(vcpu.fd, host_state()) for vcpu in held.vm.vcpus]
+    saved = held.save()
+    vm = restored(saved.plan)
+    try:
+        for vcpu, was in zip(vm.vcpus, before, strict=True):
+            state = read_vcpu(vcpu.fd, host_state())
+            assert lasting(state) == lasting(was)
+            assert MSRS.items() <= dict(state.msr_values()).items()
+            assert state.tsc >= was.tsc
+    finally:
+        vm.close()
+        saved.close()
+
+
+def test_every_part_of_a_vm_comes_back_and_its_clock_goes_on(held: HeldVm) -> None:
+    ioctl(held.vm.fd, Request.KVM_SET_CLOCK, KvmClockData(clock=10**15))
+    ioctl(held.vm.fd, Request.KVM_IRQ_LINE, KvmIrqLevel(6, 1))
+    before = read_vm(held.vm.fd)
+    saved = held.save()
+    vm = restored(saved.plan)
+    try:
+        state = read_vm(vm.fd)
+        assert (state.pic_master, state.pic_slave, state.ioapic) == (before.pic_master, before.pic_slave, before.ioapic)
+        assert before.clock <= state.clock < before.clock + 60 * 10**9
+        for channel in range(0, 72, PIT_CHANNEL_BYTES):  # when they were loaded is this host's affair
+            assert state.pit[channel : channel + 16] == before.pit[channel : channel + 16]
+    finally:
+        vm.close()
+        saved.close()
+
+
+def test_what_was_restored_is_saved_again_the_same(held: HeldVm, saved: Saved) -> None:
+    first = HeldVm.restore(saved)
+    again = first.save()
+    second = HeldVm.restore(again, from_shell=True)
+    try:
+        states = [[read_vcpu(vcpu.fd, host_state()) for vcpu in each.vm.vcpus] for each in (held, first, second)]
+        assert [lasting(state) for state in states[0]] == [lasting(state) for state in states[1]]
+        assert [lasting(state) for state in states[1]] == [lasting(state) for state in states[2]]
+        assert decode(again.plan.saved.sections["board"]) == decode(saved.plan.saved.sections["board"])
+    finally:
+        for vm in (first, second):
+            vm.close()
+        again.close()
+
+
+def test_the_tscs_of_all_vcpus_agree_and_never_go_back(saved: Saved) -> None:
+    was = VcpuState.of("vcpu0", saved.plan.saved.sections["vcpu0"])
+    vm = restored(saved.plan)
+    try:
+        one, other = (read_vcpu(vcpu.fd, host_state()) for vcpu in vm.vcpus)
+        assert was.tsc <= one.tsc <= other.tsc
+        assert one.tsc_offset == other.tsc_offset
+    finally:
+        vm.close()
+
+
+def test_the_xsave_area_is_saved_whole_with_the_control_registers_where_there_are_any(saved: Saved) -> None:
+    for index in range(2):
+        state = VcpuState.of("vcpu", saved.plan.saved.sections[f"vcpu{index}"])
+        assert len(state.xsave) == host_state().xsave_bytes
+        assert (state.xcrs is not None) == host_state().has_xcrs
+
+
+@pytest.mark.parametrize("without", ["KVM_GET_XSAVE2", "XSAVE"])
+def test_hosts_that_have_less_of_it_save_a_guests_fpu_as_well(
+    without: str, guest: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has_xcrs = host_state().has_xcrs and without != "XSAVE"
+    host = attrs.evolve(host_state(), xsave2=False, has_xcrs=has_xcrs)
+    for module in (restoring, vcpu_state):
+        monkeypatch.setattr(module, "host_state", lambda: host)
+    vm = HeldVm.boot(guest("tally"))
+    vm.run()
+    vm.until(lambda: len(vm.output) > 5)
+    vm.hold()
+    saved = vm.save()
+    vm.close()
+    vm = HeldVm.restore(saved)
+    try:
+        vm.run()
+        goal = len(vm.take()) + 5
+        vm.until(lambda: len(vm.output) > goal)
+        assert not vm.ends
+    finally:
+        vm.close()
+        saved.close()
+
+
+@pytest.mark.requires("xsave")
+def test_a_processor_without_xsave_does_not_run_what_has_it(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    without = attrs.evolve(host_state(), has_xcrs=False)
+    monkeypatch.setattr(restoring, "host_state", lambda: without)
+    restoring._state.cache_clear()
+    with pytest.raises(SnapshotMismatch, match="XSAVE"):
+        restore_blueprint(saved.plan)
+
+
+# -- hosts that are not alike ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh_chains(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Chains are written down anew, and what was learned of this host is forgotten again."""
+
+    def forget() -> None:
+        restoring._restoration.cache_clear()
+        restoring._filling.cache_clear()
+        restoring._Host.takes_offsets = True
+
+    forget()
+    yield
+    monkeypatch.undo()
+    forget()
+
+
+@pytest.mark.parametrize("from_shell", [False, True])
+def test_a_host_without_tsc_offsets_is_learned_of_and_has_the_register_set(
+    saved: Saved, from_shell: bool, fresh_chains: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(setting, "KVM_VCPU_TSC_OFFSET", 99)
+    HeldVm.restore(saved, from_shell=from_shell).close()
+    assert not restoring._Host.takes_offsets
+    HeldVm.restore(saved, from_shell=from_shell).close()
+
+
+def test_another_tsc_frequency_is_refused_before_and_after_this_hosts_is_known(
+    change: Change, fresh_chains: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = change("vcpu0", "tsc_khz", 1_000_000)
+    plan = attrs.evolve(plan, saved=attrs.evolve(plan.saved, cpu={**plan.saved.cpu, "tsc_khz": None}))
+    before = descriptors()
+    monkeypatch.setattr(creation, "_seen_tsc_khz", None)
+    for _ in range(2):
+        with pytest.raises(SnapshotMismatch, match="TSC frequency"):
+            restored(plan)
+    assert descriptors() == before
+
+
+def test_a_host_that_scales_tscs_is_asked_to(
+    change: Change, fresh_chains: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This host's KVM cannot, and refuses: by the error one sees that it was asked."""
+    plan = change("vcpu0", "tsc_khz", 1_000_000)
+    scaling = attrs.evolve(host_state(), tsc_scaling=True)
+    monkeypatch.setattr(restoring, "host_state", lambda: scaling)
+    if host_state().tsc_scaling:
+        restored(plan).close()
+    else:
+        with suppress(SnapshotMismatch):
+            restored(plan).close()
+    assert restoring._tsc_plan(restoring.saved_state(plan.saved)).khz == 1_000_000
+
+
+def test_missing_cpu_features_are_named_before_a_vm_is_made(saved: Saved) -> None:
+    cpu = dict(saved.plan.saved.cpu)
+    cpu["features"] = {**cpu["features"], "0x7.0.edx": 1 << 24}
+    plan = attrs.evolve(saved.plan, saved=attrs.evolve(saved.plan.saved, cpu=cpu))
+    with pytest.raises(SnapshotMismatch, match="amx_tile"):
+        restore_blueprint(plan)
+
+
+def test_a_register_that_this_kvm_does_not_take_is_named(change: Change) -> None:
+    plan = change("vcpu1", "msrs", struct.pack("<IIQ", LSTAR, 0, 0) + struct.pack("<IIQ", BNDCFGS, 0, 0xDEAD))
+    with pytest.raises(SnapshotMismatch, match="MSR 0xd90 of vCPU 1: expected a KVM that takes 0xdead"):
+        restored(plan)
+
+
+# -- what is no state --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value"),
+    [
+        ("vcpu0", "regs", bytes(143)),
+        ("vcpu0", "sregs", b""),
+        ("vcpu0", "xsave", bytes(4095)),
+        ("vcpu0", "xsave", bytes(2 << 20)),
+        ("vcpu0", "cpuid", bytes(41)),
+        ("vcpu0", "cpuid", bytes(40 * 257)),
+        ("vcpu0", "msrs", bytes(16 * 257)),
+        ("vcpu0", "msrs", struct.pack("<IIQ", 0x1B, 0, 0xFEE00000)),
+        ("vcpu0", "msrs", bytes(15)),
+        ("vcpu0", "lapic", bytes(1023)),
+        ("vcpu0", "events", None),
+        ("vcpu0", "mp_state", -1),
+        ("vcpu0", "mp_state", True),
+        ("vcpu0", "tsc_khz", 0),
+        ("vcpu0", "tsc", 1.5),
+        ("vcpu0", "xcrs", bytes(416)),
+        ("vm", "pic_master", bytes(511)),
+        ("vm", "ioapic", "text"),
+        ("vm", "pit", bytes(113)),
+        ("vm", "clock", -5),
+        ("vm", "host_tsc", "now"),
+    ],
+)
+def test_fields_of_the_wrong_size_or_kind_are_refused(change: Change, section: str, name: str, value: object) -> None:
+    with pytest.raises(SnapshotDamaged):
+        restore_blueprint(change(section, name, value))
+
+
+@pytest.mark.parametrize("name", ["vm", "board", "vcpu0", "vcpu1"])
+@pytest.mark.parametrize("content", [None, b"", b"[]", b"{}", b"\xff\xff", b"null"])
+def test_missing_and_empty_sections_are_refused(saved: Saved, name: str, content: bytes | None) -> None:
+    if content is None:
+        sections = {key: value for key, value in saved.plan.saved.sections.items() if key != name}
+        plan = attrs.evolve(saved.plan, saved=attrs.evolve(saved.plan.saved, sections=sections))
+    else:
+        plan = with_section(saved.plan, name, content)
+    with pytest.raises(SnapshotDamaged):
+        restore_blueprint(plan)
+
+
+def test_what_kvm_itself_refuses_is_told_with_the_calls_name_and_nothing_stays(change: Change) -> None:
+    plan = change("vcpu1", "mp_state", 99)
+    before = descriptors()
+    with pytest.raises(SnapshotDamaged, match="KVM_SET_MP_STATE of vCPU 1"):
+        restored(plan)
+    blueprint = restore_blueprint(plan)
+    with pytest.raises(SnapshotDamaged, match="KVM_SET_MP_STATE of vCPU 1"):
+        blueprint.fill(Shell(blueprint.shape.shell, Timeline()), Timeline())
+    assert descriptors() == before
+
+
+def test_ram_that_lies_elsewhere_is_refused(saved: Saved) -> None:
+    plan = attrs.evolve(
+        saved.plan, saved=attrs.evolve(saved.plan.saved, regions=((4096, saved.plan.saved.memory.size),))
+    )
+    with pytest.raises(SnapshotMismatch, match="memory layout"):
+        restore_blueprint(plan)
+
+
+def test_a_memory_file_that_is_none_is_damage(saved: Saved) -> None:
+    read, write = os.pipe()
+    plan = attrs.evolve(saved.plan, layers=(attrs.evolve(saved.plan.layers[0], fd=read),))
+    try:
+        with pytest.raises(SnapshotDamaged, match="memory"):
+            restored(plan)
+    finally:
+        os.close(read)
+        os.close(write)
+
+
+def test_too_many_vcpus_are_refused(saved: Saved) -> None:
+    sections = {**saved.plan.saved.sections}
+    for index in range(2, 5000):
+        sections[f"vcpu{index}"] = sections["vcpu1"]
+    plan = attrs.evolve(saved.plan, saved=attrs.evolve(saved.plan.saved, vcpus=5000, sections=sections))
+    with pytest.raises(VcpuCountError):
+        restored(plan)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_a_mangled_state_makes_a_guest_or_is_refused(saved: Saved, data: st.DataObject) -> None:
+    """Whatever guest comes of it: it runs for a moment, and the process that runs it lives."""
+    name = data.draw(st.sampled_from(["vcpu0", "vcpu1", "vm"]))
+    record = decode(saved.plan.saved.sections[name])
+    field = data.draw(st.sampled_from(sorted(record)))
+    record[field] = mangled(record[field], data)
+    plan = with_section(saved.plan, name, encode(record))
+    try:
+        vm = HeldVm.restore(attrs.evolve(saved, plan=plan), from_shell=True)
+    except (SnapshotError, KvmIoctlError):
+        return
+    vm.run()
+    time.sleep(0.001)
+    vm.hold()
+    vm.close()
+
+
+def mangled(value: object, data: st.DataObject) -> object:
+    """Another value of the kind, or of any."""
+    if isinstance(value, bytes) and value and data.draw(st.integers(0, 9)):
+        changed = bytearray(value)
+        for _ in range(data.draw(st.integers(1, 8))):
+            changed[data.draw(st.integers(0, len(changed) - 1))] = data.draw(st.integers(0, 255))
+        return bytes(changed)
+    if isinstance(value, int) and data.draw(st.integers(0, 9)):
+        return data.draw(st.integers(0, (1 << 64) - 1))
+    return data.draw(st.none() | st.integers(-5, 5) | st.binary(max_size=9) | st.text(max_size=5))
+
+
+def test_the_vms_section_is_kvms_structures(held: HeldVm) -> None:
+    state = read_vm(held.vm.fd)
+    assert VmState.of(state.encode()) == state
+    chips = [struct.unpack_from("<I", chip)[0] for chip in state.irqchips()]
+    assert chips == [0, 1, 2]
+    assert all(len(chip) == ctypes.sizeof(ctypes.c_uint32) * 2 + 512 for chip in state.irqchips())
+
+
+def test_the_frequency_of_the_first_vm_is_remembered(saved: Saved) -> None:
+    vm = restored(saved.plan)
+    try:
+        assert creation.seen_tsc_khz() == vm.tsc_khz
+    finally:
+        vm.close()
+        expect_tsc_khz(vm.tsc_khz)
