@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import errno
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,7 +17,6 @@ import pytest
 from asyncvmm.device_config import DriveConfig
 from asyncvmm.errors import DriveError, ImageError, SnapshotDamaged, SnapshotError, SnapshotFailed, SnapshotMismatch
 from asyncvmm.machine.base import DriveResource, Resources
-from asyncvmm.storage import copying
 from asyncvmm.storage.image import Image
 from asyncvmm.storage.opening import open_image
 from asyncvmm.storage.overlay import make_overlay
@@ -300,20 +299,27 @@ def test_nonsense_is_refused(
 # -- no room, and nobody who wants it any more -------------------------------------------------------------------------
 
 
-async def test_a_full_disk_is_told_of(
-    base: Path, folder: Folder, undo: ExitStack, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object) -> int:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    place = tmp_path / "small"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "none", place], check=True)
+    yield place
+    subprocess.run(["umount", place], check=True)
 
+
+@pytest.mark.requires("root", "mount-namespaces")
+async def test_a_full_disk_is_told_of(base: Path, small_disk: Path, undo: ExitStack) -> None:
     drive = drive_on(base, undo)
     image = opened(drive, undo)
-    write(image, 0, b"some")
-    monkeypatch.setattr("os.copy_file_range", full)
-    monkeypatch.setattr("os.pwrite", full)
-    monkeypatch.setattr(copying, "clone_file", full)
+    write(image, 0, CONTENT)
+    full = Folder(small_disk / "full")
     with pytest.raises(SnapshotFailed, match="No space left"):
-        await save_drives(Resources(drives=(drive,)), folder)
+        await saved_of(drive, image, full)
+    (full.path / "disks" / "disk").unlink()
+    image.discard(0, SIZE - 4 * PAGE)
+    saved = await saved_of(drive, image, full)
+    assert bytes(opened(restored(saved, base, full, undo), undo).read(SIZE - PAGE, PAGE)) == CONTENT[:PAGE]
 
 
 def fill(image: Image) -> None:
