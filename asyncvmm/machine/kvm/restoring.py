@@ -45,6 +45,7 @@ from asyncvmm.machine.kvm.state.vm import VmState
 from asyncvmm.machine.kvm.system import open_system
 from asyncvmm.machine.kvm.vm import KvmVm, creation_error
 from asyncvmm.machine.saved import RestorePlan, SavedMachine
+from asyncvmm.snapshot.memory_map import MemoryMap
 from asyncvmm.timing.timeline import Timeline
 from asyncvmm.x86.layout import ram_regions
 
@@ -189,7 +190,7 @@ def restore_blueprint(plan: RestorePlan, devices: int = 0) -> RestoreBlueprint:
     shell = ShellShape(memory_bytes=memory_bytes, vcpus=saved.vcpus, devices=devices, track_dirty=plan.track_dirty)
     shape = Shape(
         shell=shell,
-        pieces=arrange(memory_bytes, [layer.map for layer in plan.layers]),
+        pieces=_pieces(memory_bytes, tuple(layer.map for layer in plan.layers)),
         layers=len(plan.layers),
         vcpus=state.vcpu_places,
         vm=state.vm_places,
@@ -218,6 +219,11 @@ def _section(saved: SavedMachine, name: str) -> bytes:
     if name not in saved.sections:
         raise SnapshotDamaged("sections", expected=name, found=", ".join(sorted(saved.sections))[:200])
     return saved.sections[name]
+
+
+@lru_cache(MOST_KEPT)
+def _pieces(memory_bytes: int, maps: tuple[MemoryMap, ...]) -> tuple[Piece, ...]:
+    return arrange(memory_bytes, maps)
 
 
 @lru_cache(MOST_KEPT)

@@ -8,6 +8,7 @@ stepping with all of that will do.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, Final
 
 from asyncvmm.errors import SnapshotDamaged, SnapshotMismatch
@@ -34,7 +35,7 @@ def cpu_facts(tsc_khz: int | None = None) -> dict[str, Any]:
         "family": family,
         "model": model,
         "stepping": stepping,
-        "features": {_key(word): bits for word, bits in feature_words(host.cpuid).items()},
+        "features": dict(_host_features()),
         "xsave": host.has_xcrs,
         "tsc_khz": tsc_khz,
         "tsc_scaling": host.tsc_scaling,
@@ -64,6 +65,11 @@ def same_tsc(one_khz: int, other_khz: int) -> bool:
     return abs(one_khz - other_khz) * 1_000_000 <= TSC_TOLERANCE_PPM * one_khz
 
 
+@cache
+def _host_features() -> Mapping[str, int]:
+    return {_key(word): bits for word, bits in feature_words(host_state().cpuid).items()}
+
+
 def _check_features(saved: Mapping[Word, int], host: Mapping[Word, int]) -> None:
     missing = [name for word, bits in saved.items() for name in feature_names(word, bits & ~host.get(word, 0))]
     if missing:
@@ -74,10 +80,9 @@ def _check_features(saved: Mapping[Word, int], host: Mapping[Word, int]) -> None
 
 def _features(fields: Fields) -> dict[Word, int]:
     inner, value = fields.fields("features"), fields.value("features")
-    known = {_key(word): word for word in WORDS}
-    if not isinstance(value, dict) or not all(key in known for key in value):
+    if not isinstance(value, dict) or not all(key in _BY_KEY for key in value):
         raise SnapshotDamaged("cpu", expected="feature words", found=f"{value}"[:80])
-    return {known[key]: inner.integer(key, 0xFFFFFFFF) for key in value}
+    return {_BY_KEY[key]: inner.integer(key, 0xFFFFFFFF) for key in value}
 
 
 def _khz(fields: Fields) -> int | None:
@@ -87,3 +92,6 @@ def _khz(fields: Fields) -> int | None:
 def _key(word: Word) -> str:
     function, index, register = word
     return f"{function:#x}.{index}.{register}"
+
+
+_BY_KEY = {_key(word): word for word in WORDS}

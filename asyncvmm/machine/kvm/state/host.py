@@ -12,7 +12,7 @@ from asyncvmm.machine.kvm.system import KvmSystem, host_cpuid
 from asyncvmm.x86.cpuid import CpuidEntry
 
 
-@attrs.frozen
+@attrs.frozen(eq=False)
 class HostState:
     """cpuid: KVM_GET_SUPPORTED_CPUID. has_xcrs: its processor has XSAVE, and so vCPUs have extended control registers
     (CPUID does not tell: a KVM may support more than it lists). xsave_bytes: size of a vCPU's XSAVE area, which a

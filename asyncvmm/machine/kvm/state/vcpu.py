@@ -8,21 +8,20 @@ other calls may still change, come last.
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Sequence
+from functools import lru_cache
 
 import attrs
 
 from asyncvmm.machine.kvm.abi import (
     MAX_CPUID_ENTRIES,
-    MAX_MSR_ENTRIES,
     XSAVE_BYTES,
     KvmCpuid2,
     KvmCpuidEntry2,
     KvmDebugregs,
     KvmLapicState,
     KvmMpState,
-    KvmMsrEntry,
-    KvmMsrs,
     KvmRegs,
     KvmSregs,
     KvmVcpuEvents,
@@ -48,8 +47,11 @@ MOST_XSAVE_BYTES = 1 << 20
 MOST_MSRS = 256
 """What one KVM_SET_MSRS takes (MAX_IO_MSRS)."""
 MOST_TSC_KHZ = 1 << 31
-_MSR_BYTES = ctypes.sizeof(KvmMsrEntry)
+_MSR = struct.Struct("<IIQ")
+"""struct kvm_msr_entry."""
+_MSR_BYTES = _MSR.size
 _CPUID_BYTES = ctypes.sizeof(KvmCpuidEntry2)
+_HEADER_BYTES = 8
 _MOST_MP_STATE = 0xFF
 
 
@@ -109,13 +111,11 @@ class VcpuState:
 
     def msr_values(self) -> list[tuple[int, int]]:
         """Index and value of each register."""
-        entries = (KvmMsrEntry * (len(self.msrs) // _MSR_BYTES)).from_buffer_copy(self.msrs)
-        return [(entry.index, entry.data) for entry in entries]
+        return [(index, value) for index, _, value in _MSR.iter_unpack(self.msrs)]
 
     def cpuid_entries(self) -> tuple[CpuidEntry, ...]:
         """What CPUID says on it."""
-        entries = (KvmCpuidEntry2 * (len(self.cpuid) // _CPUID_BYTES)).from_buffer_copy(self.cpuid)
-        return tuple(_plain(entry) for entry in entries)
+        return _entries(self.cpuid)
 
 
 def save_vcpu(fd: int, host: HostState | None = None) -> bytes:
@@ -137,7 +137,7 @@ def read_vcpu(fd: int, host: HostState) -> VcpuState:
     offset, tsc_khz = offset_by_attribute(fd), ioctl(fd, Request.KVM_GET_TSC_KHZ)
     table = KvmCpuid2(nent=MAX_CPUID_ENTRIES)
     ioctl(fd, Request.KVM_GET_CPUID2, table)
-    cpuid = tuple(_plain(entry) for entry in table.entries[: table.nent])
+    cpuid = bytes(table)[8 : 8 + table.nent * _CPUID_BYTES]
     return VcpuState(
         mp_state=mp_state.mp_state,
         regs=regs,
@@ -147,8 +147,8 @@ def read_vcpu(fd: int, host: HostState) -> VcpuState:
         debugregs=debugregs,
         lapic=keep_tick(lapic),
         tsc_khz=tsc_khz,
-        cpuid=bytes(table)[8 : 8 + table.nent * _CPUID_BYTES],
-        msrs=_packed(_get_msrs(fd, msr_indices(host.msrs, cpuid))),
+        cpuid=cpuid,
+        msrs=_packed(_get_msrs(fd, _indices(host, cpuid))),
         tsc=tsc,
         tsc_offset=None if offset is None else offset.low & U64_MOST,
         tsc_deadline=None if deadline is None else keep_deadline(lapic, deadline, tsc),
@@ -172,19 +172,25 @@ def _get_msrs(fd: int, indices: Sequence[int]) -> list[tuple[int, int]]:
     """Those that the vCPU has: KVM_GET_MSRS stops at the first that it has not, and is asked on behind it."""
     found: list[tuple[int, int]] = []
     while indices:
-        asked, batch = indices[:MAX_MSR_ENTRIES], KvmMsrs()
-        batch.nmsrs = len(asked)
-        for slot, index in enumerate(asked):
-            batch.entries[slot].index = index
-        done = ioctl(fd, Request.KVM_GET_MSRS, batch)
-        found += [(entry.index, entry.data) for entry in batch.entries[:done]]
+        asked = indices[:MOST_MSRS]
+        entries = b"".join([_MSR.pack(index, 0, 0) for index in asked])
+        batch = ctypes.create_string_buffer(len(asked).to_bytes(_HEADER_BYTES, "little") + entries)
+        done = ioctl(fd, Request.KVM_GET_MSRS, ctypes.addressof(batch))
+        got = memoryview(batch)[_HEADER_BYTES : _HEADER_BYTES + done * _MSR_BYTES]
+        found += [(index, value) for index, _, value in _MSR.iter_unpack(got)]
         indices = indices[done + (done < len(asked)) :]
     return found
 
 
 def _packed(values: Sequence[tuple[int, int]]) -> bytes:
-    return b"".join(bytes(KvmMsrEntry(index, 0, value)) for index, value in values if not is_at_reset(index, value))
+    return b"".join([_MSR.pack(index, 0, value) for index, value in values if not is_at_reset(index, value)])
 
 
-def _plain(entry: KvmCpuidEntry2) -> CpuidEntry:
-    return CpuidEntry(entry.function, entry.index, entry.flags, entry.eax, entry.ebx, entry.ecx, entry.edx)
+@lru_cache(16)
+def _indices(host: HostState, cpuid: bytes) -> tuple[int, ...]:
+    return msr_indices(host.msrs, _entries(cpuid))
+
+
+def _entries(cpuid: bytes) -> tuple[CpuidEntry, ...]:
+    entries = (KvmCpuidEntry2 * (len(cpuid) // _CPUID_BYTES)).from_buffer_copy(cpuid)
+    return tuple(CpuidEntry(e.function, e.index, e.flags, e.eax, e.ebx, e.ecx, e.edx) for e in entries)
