@@ -158,7 +158,7 @@ def plan_of(directory: Path, machine_type: str, net_fd: int) -> BootPlan:
 def nothing_left_mapped() -> Iterator[None]:
     """The guest's memory, in which the socket device worked, is let go of."""
     yield
-    assert "memory-backend" not in Path("/proc/self/maps").read_text()
+    assert "guest-memory" not in Path("/proc/self/maps").read_text()
 
 
 @pytest.fixture(scope="module", params=["microvm", "q35"])

@@ -51,6 +51,7 @@ class RamFilter:
         self._take_page = take_page
         self._unread = bytearray()
         self._block = b""
+        self._taken: set[int] = set()
         self._parser: Reader[None] | None = self._parse()
         self._wanted = next(self._parser)
 
@@ -146,7 +147,8 @@ class RamFilter:
         data = yield (PAGE if flags & _PAGE else 1)
         if self._block != self._ram:
             self._add(word + block + data)
-        elif flags & _PAGE or data != b"\0":
+        elif flags & _PAGE or data != b"\0" or address in self._taken:
+            self._taken.add(address)
             self._take_page(address, data if flags & _PAGE else data * PAGE)
 
     # -- what is kept ----------------------------------------------------------------------------------------------
