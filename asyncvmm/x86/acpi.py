@@ -1,6 +1,7 @@
 """The ACPI tables of a machine without legacy hardware: RSDP, XSDT, FADT, MADT, DSDT.
 
-Facts: ACPI 6.5 (chapter 5: tables; 4.1: hardware-reduced ACPI; 5.6.9: generic event device). What Linux insists on:
+Facts: ACPI 6.5 (chapter 5: tables; 4.1: hardware-reduced ACPI; 5.6.9: generic event device), Microsoft's "Virtual
+Machine Generation ID" (a device whose ADDR gives the ID's address, and notification 0x80). What Linux insists on:
 S5 needs ``_S5_`` and both sleep registers; a reset needs RESET_REG_SUP; without the 8042 flag and with NO_CMOS_RTC the
 kernel probes for neither; COM1's interrupt must be spelled out, for there are no legacy interrupts to default to.
 There is no interrupt source override for line 0: KVM routes GSIs to IOAPIC pins one to one.
@@ -15,9 +16,11 @@ from itertools import accumulate
 from asyncvmm.x86 import aml
 from asyncvmm.x86.checksum import with_checksum
 from asyncvmm.x86.layout import (
+    ACPI_EVENT_GENERATION,
     ACPI_EVENT_GSI,
     ACPI_EVENT_PORT,
     ACPI_EVENT_POWER_BUTTON,
+    ACPI_HEED_GENERATION,
     ACPI_RESET_PORT,
     ACPI_RESET_VALUE,
     ACPI_SLEEP_CONTROL_PORT,
@@ -29,6 +32,7 @@ from asyncvmm.x86.layout import (
     LAPIC_ADDRESS,
     RSDP_ADDRESS,
     SERIAL_PORT_SIZE,
+    VM_GENERATION_ADDRESS,
     MmioDevice,
 )
 
@@ -59,6 +63,7 @@ _VGA_NOT_PRESENT = 1 << 2
 _NO_CMOS_RTC = 1 << 5
 
 _POWER_BUTTON_PRESSED = 0x80
+_GENERATION_CHANGED = 0x80
 
 
 def acpi_tables(vcpus: int, devices: Sequence[MmioDevice] = ()) -> bytes:
@@ -109,13 +114,14 @@ def madt(vcpus: int) -> bytes:
 
 
 def dsdt(devices: Sequence[MmioDevice] = ()) -> bytes:
-    """Differentiated System Description Table: S5, COM1, the power button and its event device, virtio-mmio.
+    """Differentiated System Description Table: S5, COM1, the event device with power button and VM generation ID,
+    virtio-mmio.
 
     COM2 is not in it: the control line is not the kernel's.
     """
     s5 = aml.package(aml.integer(ACPI_SLEEP_TYPE_S5), *[aml.integer(0)] * 3)
     virtio = [_virtio_mmio(index, device) for index, device in enumerate(devices)]
-    system_bus = aml.scope("\\_SB_", _com1(), _power_button(), _event_device(), *virtio)
+    system_bus = aml.scope("\\_SB_", _com1(), _power_button(), _event_device(), _generation(), *virtio)
     return _table(b"DSDT", 2, aml.name("\\_S5_", s5) + system_bus)
 
 
@@ -136,6 +142,7 @@ def _power_button() -> bytes:
 def _event_device() -> bytes:
     events = aml.name_path("EVTS")
     pressed = aml.bit_and(aml.LOCAL0, aml.integer(ACPI_EVENT_POWER_BUTTON))
+    changed = aml.bit_and(aml.LOCAL0, aml.integer(ACPI_EVENT_GENERATION))
     return aml.device(
         "GED_",
         aml.name("_HID", aml.string("ACPI0013")),
@@ -147,8 +154,22 @@ def _event_device() -> bytes:
             1,
             aml.store(events, aml.LOCAL0),
             aml.if_(pressed, aml.notify("\\_SB_.PWRB", _POWER_BUTTON_PRESSED)),
+            aml.if_(changed, aml.notify("\\_SB_.VGEN", _GENERATION_CHANGED)),
             serialized=True,
         ),
+    )
+
+
+def _generation() -> bytes:
+    """Who asks for the address will look there: the host hears of it, and writes nothing into guests that do not."""
+    heed = aml.store(aml.integer(ACPI_HEED_GENERATION), aml.name_path("\\_SB_.GED_.EVTS"))
+    address = aml.package(aml.integer(VM_GENERATION_ADDRESS), aml.integer(0))
+    return aml.device(
+        "VGEN",
+        aml.name("_HID", aml.string("AVMM0001")),
+        aml.name("_CID", aml.package(aml.string("VM_Gen_Counter"), aml.string("VMGENCTR"))),
+        aml.name("_DDN", aml.string("VM_Gen_Counter")),
+        aml.method("ADDR", 0, heed, aml.return_(address), serialized=True),
     )
 
 

@@ -95,6 +95,11 @@ def bit_and(left: bytes, right: bytes) -> bytes:
     return b"\x7b" + left + right + b"\0"
 
 
+def return_(value: bytes) -> bytes:
+    """Return (value)."""
+    return b"\xa4" + value
+
+
 def if_(predicate: bytes, *terms: bytes) -> bytes:
     """If (predicate) {terms}."""
     return b"\xa0" + _sized(predicate + b"".join(terms))

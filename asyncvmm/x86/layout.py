@@ -31,7 +31,10 @@ CMDLINE_MAX = 2048
 """Room for the kernel command line with its NUL."""
 LOW_RAM_END = 0x9FC00
 RSDP_ADDRESS = 0xE0000
-ACPI_AREA_END = 0xF0000
+ACPI_AREA_END = 0xEF000
+VM_GENERATION_ADDRESS = 0xEF000
+"""The VM generation ID, in a page of its own."""
+VM_GENERATION_BYTES = 16
 MP_TABLE_ADDRESS = 0xF0000
 RESET_VECTOR = 0xFFFF0
 """F000:FFF0, where a restart that does not know better jumps to in real mode."""
@@ -76,7 +79,9 @@ ACPI_SLEEP_STATUS_PORT = 0x601
 ACPI_RESET_PORT = 0x602
 """RESET_REG: writing ACPI_RESET_VALUE resets the machine."""
 ACPI_EVENT_PORT = 0x603
-"""Pending events, for the GED's _EVT: a byte read returns them and clears them. Bit 0 is the power button."""
+"""Pending events, for the GED's _EVT: a byte read returns them and clears them. Bit 0 is the power button, bit 1 a new
+VM generation ID. ACPI_HEED_GENERATION written here says that a driver looks at that one.
+"""
 ACPI_EVENT_GSI = 1
 """The GED's edge-triggered line: pulse it after setting an event bit. Free, because there is no keyboard."""
 
@@ -86,6 +91,8 @@ ACPI_SLEEP_TYPE_MASK = 0x1C
 ACPI_SLEEP_TYPE_S5 = 5
 ACPI_RESET_VALUE = 0x01
 ACPI_EVENT_POWER_BUTTON = 0x01
+ACPI_EVENT_GENERATION = 0x02
+ACPI_HEED_GENERATION = 0x01
 
 E820_RAM = 1
 E820_RESERVED = 2

@@ -132,7 +132,7 @@ class Building:
         with self._lock:
             if not self.given_up and self.vm is not None and self._blueprint is not None:
                 with self._timeline.phase("device_state_restore"):
-                    self._join_board(self.vm, self._blueprint.board)
+                    self._join_board(self.vm, self._blueprint.board).change_generation(self.vm.memory.write)
                 for vcpu in self.vm.vcpus:
                     vcpu.order("pause")
                 self._start_vcpus(self.vm)
@@ -154,7 +154,7 @@ class Building:
         if prepared is not None:
             prepared.close()
 
-    def _join_board(self, vm: KvmVm, state: BoardState | None = None) -> None:
+    def _join_board(self, vm: KvmVm, state: BoardState | None = None) -> Board:
         library = load_library()
         if library is not None:
             self.fastpath = Fastpath(library, self._joints.output.posted_fd)
@@ -164,6 +164,7 @@ class Building:
             with self._timeline.phase("device_attach"):
                 self._joints.devices.attach(vm, board.bus)
         self.guest_tsc = GuestTsc.of([vcpu.fd for vcpu in vm.vcpus])
+        return board
 
     def _start_vcpus(self, vm: KvmVm) -> None:
         assert self.board is not None

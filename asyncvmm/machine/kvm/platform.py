@@ -5,6 +5,7 @@ Addresses and GSIs are those of ``x86.layout``; what a device causes leaves thro
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -148,6 +149,16 @@ class Board:
                 ged=self.ged.state(),
                 high=[port.gsi for port in (self.console, self.control) if port.is_high],
             )
+
+    def change_generation(self, write: Callable[[int, bytes], None]) -> None:
+        """This VM is another one than that which was saved: have a guest that heeds it see a new VM generation ID.
+
+        ``write`` puts bytes at an address of guest memory.
+        """
+        with self.ged_lock:
+            if self.ged.heeds_generation:
+                write(layout.VM_GENERATION_ADDRESS, os.urandom(layout.VM_GENERATION_BYTES))
+                self.ged.announce_generation()
 
     def press_power_button(self) -> None:
         """Set the GED's event and pulse its line."""

@@ -115,6 +115,13 @@ def test_acpica_reads_the_event_device_that_presses_the_power_button(disassembly
     assert "If ((Local0 & One)) { Notify (\\_SB.PWRB, 0x80)" in disassembly
 
 
+def test_acpica_reads_the_generation_id_whose_address_is_told_to_who_says_that_it_looks(disassembly: str) -> None:
+    assert '"VM_Gen_Counter", "VMGENCTR"' in disassembly
+    method = "Method (ADDR, 0, Serialized) { \\_SB.GED.EVTS = One Return (Package (0x02) { 0x000EF000, Zero }) }"
+    assert method in disassembly
+    assert "If ((Local0 & 0x02)) { Notify (\\_SB.VGEN, 0x80)" in disassembly
+
+
 @pytest.mark.parametrize(("name", "table"), [("facp", fadt(0xE0100)), ("apic", madt(4))])
 def test_acpica_decodes_the_table_without_complaint(iasl: str, tmp_path: Path, name: str, table: bytes) -> None:
     (tmp_path / f"{name}.aml").write_bytes(table)
