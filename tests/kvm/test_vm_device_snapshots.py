@@ -1,0 +1,200 @@
+"""Snapshots of VMs that have devices, every kind at once, and a disk at work: taken, cloned, refused, nothing left."""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import anyio
+import attrs
+import pytest
+
+from asyncvmm import VM, VMConfig
+from asyncvmm.console import ConsoleReader
+from asyncvmm.device_config import ConsoleConfig, DriveConfig, NetConfig, VsockConfig
+from asyncvmm.errors import SnapshotDamaged, SnapshotFailed, SnapshotMismatch, StateError
+from tests.support.holdings import Holdings
+
+pytestmark = pytest.mark.anyio
+
+MEMORY_MIB = 67
+"""A size that no other mapping has."""
+
+REQUESTS = 60
+END = struct.pack("<H", 2 * REQUESTS)
+"""The last that guest virtio-disk says: its used index."""
+
+PATIENCE_S = 60
+
+NewVm = Callable[..., VM]
+
+
+@pytest.fixture
+def image(tmp_path: Path, temporary_directory: Path) -> Path:
+    path = tmp_path / "image"
+    path.write_bytes(bytes(64 * 512))
+    return path
+
+
+@pytest.fixture
+def every(image: Path) -> dict[str, Any]:
+    """Every device that needs no helper."""
+    return {
+        "drives": [
+            DriveConfig(path=image, id="own", overlay=True),
+            DriveConfig(path=image, id="shared", read_only=True),
+        ],
+        "balloon": True,
+        "vsock": True,
+        "rng": True,
+        "virtio_console": ConsoleConfig(ports=("data",)),
+    }
+
+
+@pytest.fixture
+def new_vm(guest: Callable[[str], Path]) -> NewVm:
+    """A VM whose guest echoes, or another."""
+
+    def make(kernel: str = "foreign", program: str = "RE", **devices: Any) -> VM:
+        return VM(VMConfig(kernel=guest(kernel), cmdline=program, memory_mib=MEMORY_MIB, accel="kvm", **devices))
+
+    return make
+
+
+async def echoed(vm: VM, text: bytes) -> bytes:
+    reader = vm.console.subscribe()
+    await vm.console.write(text)
+    answer = b""
+    with anyio.fail_after(PATIENCE_S):
+        while len(answer) < len(text):
+            answer += await anext(reader)
+    await reader.aclose()
+    return answer
+
+
+# -- taken and restored ------------------------------------------------------------------------------------------------
+
+
+async def test_a_vm_with_every_device_is_restored_and_leaves_nothing(
+    new_vm: NewVm, every: dict[str, Any], holdings: Callable[..., Holdings]
+) -> None:
+    async with new_vm(**every) as vm:  # what a process keeps for good is made by its first VM
+        await vm.boot()
+        async with await vm.snapshot() as snapshot, await VM.restore(snapshot):
+            pass
+    before = holdings(MEMORY_MIB << 20)
+    async with new_vm(**every) as vm:
+        await vm.boot()
+        async with await vm.snapshot() as snapshot:
+            assert sorted(os.listdir(snapshot.path / "disks")) == ["own"]
+            async with await VM.restore(snapshot) as first, await VM.restore(snapshot) as second:
+                assert await echoed(first, b"first") == b"first"
+                assert await echoed(second, b"second") == b"second"
+                assert await echoed(vm, b"origin") == b"origin"
+                assert list(second.ports) == ["console", "data"]
+                with pytest.raises(StateError, match="no driver"):
+                    await second.balloon.set(1)
+    assert holdings(MEMORY_MIB << 20) == before
+
+
+async def test_clones_go_on_writing_each_to_a_disk_of_its_own(new_vm: NewVm, image: Path) -> None:
+    """The guest counts to REQUESTS, and goes on only if it reads back what it wrote."""
+    drive = DriveConfig(path=image, id="disk", overlay=True, cache="unsafe")
+    readers: list[ConsoleReader] = []
+    async with new_vm("virtio-disk", "", drives=[drive]) as vm, AsyncExitStack() as clones:
+        await vm.boot()
+        async with await vm.snapshot(then="stop") as snapshot:
+            for _ in range(5):
+                restoring = VM.restore(snapshot, prepare=lambda clone: readers.append(clone.console.subscribe()))
+                await clones.enter_async_context(await restoring)
+            said = [await everything(reader) for reader in readers]
+    assert len(set(said)) == 1
+    assert said[0] == bytes(range(said[0][0], REQUESTS + 1)) + END
+
+
+async def everything(reader: ConsoleReader) -> bytes:
+    found = b""
+    with anyio.fail_after(PATIENCE_S):
+        while not found.endswith(END):
+            found += await anext(reader)
+    return found
+
+
+async def test_a_snapshot_of_a_clone_needs_neither_the_first_one_nor_its_vm(
+    new_vm: NewVm, image: Path, tmp_path: Path
+) -> None:
+    drive = DriveConfig(path=image, id="disk", overlay=True)
+    async with new_vm(drives=[drive]) as vm:
+        await vm.boot()
+        (await vm.snapshot(out=tmp_path / "first")).close()
+    async with await VM.restore(tmp_path / "first") as vm:
+        (await vm.snapshot(out=tmp_path / "second")).close()
+    os.rename(tmp_path / "first", tmp_path / "elsewhere")
+    async with await VM.restore(tmp_path / "second") as vm:
+        assert await echoed(vm, b"again") == b"again"
+
+
+@pytest.mark.requires("passt")
+async def test_a_clone_has_a_network_helper_of_its_own(new_vm: NewVm, holdings: Callable[..., Holdings]) -> None:
+    async with new_vm(net=NetConfig(address="none")) as vm:
+        await vm.boot()
+        async with await vm.snapshot() as snapshot:
+            before = holdings(MEMORY_MIB << 20)
+            async with await VM.restore(snapshot) as clone:
+                assert len(holdings().children - before.children) == 1
+                assert clone.state == "ready"
+            assert holdings(MEMORY_MIB << 20) == before
+
+
+# -- refused -----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_disk_that_would_change_under_its_snapshot_is_refused_and_the_vm_runs_on(
+    new_vm: NewVm, image: Path, tmp_path: Path
+) -> None:
+    async with new_vm(drives=[DriveConfig(path=image, id="plain")]) as vm:
+        await vm.boot()
+        with pytest.raises(SnapshotFailed, match="overlay=True or read_only=True"):
+            await vm.snapshot(out=tmp_path / "s")
+        assert vm.state == "ready"
+        assert await echoed(vm, b"well") == b"well"
+    assert not (tmp_path / "s").exists()
+
+
+async def test_an_image_that_was_changed_is_refused(new_vm: NewVm, image: Path, tmp_path: Path) -> None:
+    async with new_vm(drives=[DriveConfig(path=image, id="disk", overlay=True)]) as vm:
+        await vm.boot()
+        (await vm.snapshot(out=tmp_path / "s")).close()
+    os.truncate(image, 1024)
+    with pytest.raises(SnapshotMismatch, match="image"):
+        await VM.restore(tmp_path / "s")
+
+
+async def test_a_socket_that_the_original_has_is_refused_and_another_is_taken(
+    new_vm: NewVm, tmp_path: Path, holdings: Callable[..., Holdings]
+) -> None:
+    async with new_vm(vsock=VsockConfig(uds_path=tmp_path / "v")) as vm:
+        await vm.boot()
+        async with await vm.snapshot() as snapshot:
+            before = holdings(MEMORY_MIB << 20)
+            with pytest.raises(Exception, match="uds_path"):
+                await VM.restore(snapshot)
+            assert holdings(MEMORY_MIB << 20) == before
+            other = VsockConfig(uds_path=tmp_path / "w")
+            async with await VM.restore(snapshot, configure=lambda c: attrs.evolve(c, vsock=other)) as clone:
+                assert (tmp_path / "w").is_socket()
+                assert clone.state == "ready"
+    assert not (tmp_path / "w").exists()
+
+
+async def test_a_disk_that_is_missing_from_a_snapshot_is_damage(new_vm: NewVm, image: Path, tmp_path: Path) -> None:
+    async with new_vm(drives=[DriveConfig(path=image, id="disk", overlay=True)]) as vm:
+        await vm.boot()
+        (await vm.snapshot(out=tmp_path / "s")).close()
+    (tmp_path / "s" / "disks" / "disk").unlink()
+    with pytest.raises(SnapshotDamaged, match="disks/disk"):
+        await VM.restore(tmp_path / "s")
