@@ -104,8 +104,13 @@ def runs_from_plain(numbers: object, limit: int) -> tuple[Run, ...]:
 
 def runs_of(pages: bytes | bytearray, kind: int) -> tuple[Run, ...]:
     """The runs of pages that are ``kind`` (a byte), where ``pages`` says of each what it is."""
-    found = re.finditer(re.escape(bytes([kind])) + b"+", pages)
-    return tuple((one.start() * PAGE_BYTES, (one.end() - one.start()) * PAGE_BYTES) for one in found)
+    found, one, run = [], bytes([kind]), re.compile(re.escape(bytes([kind])) + b"+")
+    start = pages.find(one)  # much faster over what is between runs than the expression
+    while start >= 0 and (match := run.match(pages, start)):
+        end = match.end()
+        found.append((start * PAGE_BYTES, (end - start) * PAGE_BYTES))
+        start = pages.find(one, end)
+    return tuple(found)
 
 
 def overlap(runs: Sequence[Run], others: Sequence[Run]) -> bool:

@@ -6,9 +6,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-from asyncvmm.snapshot.memory_map import PAGE_BYTES, Run
+from asyncvmm.snapshot.memory_map import PAGE_BYTES, Run, runs_of
 
-_MARKED: Final = re.compile(rb"\x01+")
 _BITS: Final = re.compile(rb"\xff+|[^\x00]")
 _EXPANDED: Final = [bytes(number >> bit & 1 for bit in range(8)) for number in range(256)]
 
@@ -48,9 +47,7 @@ class PageSet:
 
     def add_marks(self, marks: bytes, offset: int) -> None:
         """Take in the pages from ``offset`` on whose byte is 1; other bytes are 0."""
-        for match in _MARKED.finditer(marks):
-            first = offset // PAGE_BYTES + match.start()
-            self._marks[first : first + len(match[0])] = match[0]
+        self.add_runs((offset + start, size) for start, size in runs_of(marks, 1))
 
     def update(self, other: PageSet) -> None:
         """Take in another set of the same memory."""
@@ -58,10 +55,7 @@ class PageSet:
 
     def runs(self) -> list[Run]:
         """All of it, ascending, apart from each other."""
-        return [
-            (match.start() * PAGE_BYTES, (match.end() - match.start()) * PAGE_BYTES)
-            for match in _MARKED.finditer(self._marks)
-        ]
+        return list(runs_of(self._marks, 1))
 
     def __len__(self) -> int:
         return self._marks.count(1)
