@@ -96,6 +96,14 @@ class EventHub:
             if event is not None:
                 yield event
 
+    def recall(self, event: Event) -> None:
+        """The guest had come to that when it was saved: it is remembered as if it had been told, and told to nobody.
+
+        Only what ``past`` gives has a meaning.
+        """
+        if event.event in _REMEMBERED:
+            self._remember(event)
+
     def attach(self, sink: Sink) -> Callable[[], None]:
         """Have ``sink`` called with every event, on the loop; a sink that raises is logged and detached.
 

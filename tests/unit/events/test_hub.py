@@ -57,6 +57,18 @@ async def test_what_the_guest_has_come_to_is_remembered_each_thing_once() -> Non
     assert await hub.idle == GuestIdle(7)
 
 
+async def test_what_a_saved_guest_had_come_to_is_recalled_and_told_to_nobody() -> None:
+    saved, restored, told = EventHub(), EventHub(), list[Event]()
+    for event in (GuestPreExec(2), GuestListener(3, "tcp", 80), GuestHeartbeat(4, 9), GuestIdle(7)):
+        saved.publish(event)
+    restored.attach(told.append)
+    for come_to in saved.past():
+        restored.recall(come_to)
+    assert list(restored.past()) == list(saved.past())
+    assert await restored.listener == GuestListener(3, "tcp", 80)
+    assert told == []
+
+
 async def test_a_guest_with_endless_listeners_is_remembered_in_part() -> None:
     hub = EventHub()
     for port in range(1, 2 * MOST_LISTENERS):
