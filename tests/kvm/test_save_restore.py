@@ -216,6 +216,7 @@ async def test_a_machine_is_not_resumed_while_it_is_saved(new: New, files: Files
     async with booted(new()) as guest:
         await guest.fill(5000, 8000, 1)
         await guest.machine.pause()
+        await guest.machine.expect_save()
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(files.save, guest)
             await anyio.lowlevel.checkpoint()

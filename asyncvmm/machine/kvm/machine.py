@@ -19,23 +19,20 @@ from asyncvmm.effects import ExitStatistics, Port, Stopped
 from asyncvmm.errors import KvmIoctlError, MachineError, StateError
 from asyncvmm.machine.base import AccelName, BootPlan, EffectSink, Evidence
 from asyncvmm.machine.kvm.building import Building, Joints
+from asyncvmm.machine.kvm.counting import Counting
 from asyncvmm.machine.kvm.devices import DeviceSet
 from asyncvmm.machine.kvm.input import Input
 from asyncvmm.machine.kvm.output import Output
 from asyncvmm.machine.kvm.platform import Board, Outlets, SerialPort
 from asyncvmm.machine.kvm.port_watches import PortWatches, PortWritten
 from asyncvmm.machine.kvm.snapshots import Snapshots, close_shell
-from asyncvmm.machine.kvm.statistics import VcpuCounters, collect, posted_counters
 from asyncvmm.machine.kvm.tracing import TracedExit, TraceSink, Tracing
 from asyncvmm.machine.kvm.vm import KvmVm
 from asyncvmm.machine.waiting import wait_out
 from asyncvmm.mailbox import Mailbox
-from asyncvmm.metrics.groups import I8042Metrics, UartMetrics
-from asyncvmm.metrics.sources import copy_i8042, sum_uart, sum_vcpus
 from asyncvmm.metrics.vm_metrics import VmMetrics
 from asyncvmm.timing.timeline import Timeline
 from asyncvmm.timing.tsc import GuestTime
-from asyncvmm.x86 import layout
 
 if TYPE_CHECKING:
     from anyio.abc import ByteStream
@@ -44,6 +41,7 @@ if TYPE_CHECKING:
     from asyncvmm.machine.kvm.faults import Faults
     from asyncvmm.machine.kvm.marks import RestoreMarks
     from asyncvmm.machine.kvm.restoring import Shell
+    from asyncvmm.machine.kvm.saving import Saving
     from asyncvmm.machine.saved import RestorePlan, SavedMachine
     from asyncvmm.snapshot.memory_map import Run
     from asyncvmm.snapshot.memory_writer import MemoryWriter
@@ -89,12 +87,12 @@ class KvmMachine:
         self._timeline = timeline
         self._output = Output(on_effects)
         self._state: _State = "new"
-        self._final_exits: ExitStatistics | None = None
         self._input = Input(lambda: self._state if self._state in ("ended", "closed") else None)
         self._tracing = Tracing(lambda traced: self._mailbox.post(traced, droppable=True))
         self._port_watches = PortWatches(lambda written: self._mailbox.post(written))
         joints = Joints(outlets=self._outlets, halt=self._halt, output=self._output, devices=self._devices)
         self._building = Building(plan, timeline, joints)
+        self._counting = Counting(self._building)
         self._snapshots = Snapshots(self._building, self._devices, timeline)
         self._freeing: asyncio.Task[None] | None = None
         self.meter(metrics)
@@ -219,16 +217,19 @@ class KvmMachine:
         for vcpu in vm.vcpus:
             vcpu.order("run")
 
+    async def expect_save(self) -> None:
+        """Get ready for one, so that nothing is left to do then but to save. Raises StateError, HostError."""
+        await self._saver("running", "paused")
+
     async def precopy(self, memory: MemoryWriter) -> None:
         """By passes over what KVM's dirty log and our own marks say was written."""
-        self._require("precopy", "running", "paused")
-        await self._snapshots.precopy(memory)
+        await (await self._saver("running", "paused")).precopy(memory)
 
     async def save(self, memory: MemoryWriter, *, difference_of: str | None = None) -> SavedMachine:
         """See Machine."""
-        self._require("save", "paused")
+        saver = await self._saver("paused")
         self._output.put(self._output.take())  # what the guest has written is this VM's to tell, not its copies'
-        return await self._snapshots.save(memory, difference_of)
+        return await saver.save(memory, difference_of)
 
     def saved_as(self, name: str) -> None:
         """See Machine. Of a machine that was restored and not saved yet: the name of what it was restored from."""
@@ -245,8 +246,9 @@ class KvmMachine:
 
     async def working_set(self) -> tuple[tuple[Run, ...], tuple[Run, ...]]:
         """The runs of memory that are present, and those that this VM has written to; offsets as in a memory file."""
-        self._require("working set", "running", "paused", "ended")
-        return await self._snapshots.working_set()
+        from asyncvmm.machine.kvm.working_set import working_set
+
+        return await (await self._saver("running", "paused", "ended")).look(working_set)
 
     def page_faults(self) -> Faults:
         """Page faults of the vCPUs' threads so far."""
@@ -277,7 +279,7 @@ class KvmMachine:
         if vm is not None:
             self._drain()
             await self._output.finish()
-            self._final_exits = self.exits()
+            self._counting.keep()
             self._building.vm = None
         freed = self._devices is None or await self._devices.aclose()
         if vm is not None and freed:
@@ -285,9 +287,7 @@ class KvmMachine:
 
     def exits(self) -> ExitStatistics | None:
         """The sum of all vCPUs' counters; after the end, as they stood then."""
-        if self._vm is None or self._board is None:
-            return self._final_exits
-        return collect(self._counters(), self._board.bus.unmapped)
+        return self._counting.exits()
 
     async def evidence(self) -> Evidence:
         """Pause the guest and look at vCPU 0."""
@@ -304,18 +304,15 @@ class KvmMachine:
 
     def meter(self, metrics: VmMetrics) -> None:
         """Have exits, serial ports and keyboard controller counted in their groups at each flush."""
-        metrics.count_by("vcpu", lambda: sum_vcpus(metrics.vcpu, self.exits()))
-        metrics.count_by("uart", lambda: self._sum_uart(metrics.uart))
-        metrics.count_by("i8042", lambda: self._copy_i8042(metrics.i8042))
+        self._counting.meter(metrics)
 
     def progress(self) -> int:
         """Exits so far."""
-        return sum(counters.total() for counters in self._counters())
+        return self._counting.progress()
 
     def activity(self) -> int:
         """Exits so far, but for those at the control line."""
-        control = (layout.COM2_PORT, layout.SERIAL_PORT_SIZE)
-        return sum(counters.total() - counters.at_ports(*control) for counters in self._counters())
+        return self._counting.activity()
 
     def guest_time(self) -> GuestTime | None:
         """By KVM's TSC offset."""
@@ -342,24 +339,6 @@ class KvmMachine:
     def untrace(self, trace: TraceSink) -> None:
         """End what ``trace`` began, unless another took over."""
         self._tracing.leave(trace, self._vm.vcpus if self._vm else ())
-
-    def _counters(self) -> list[VcpuCounters]:
-        if self._vm is None:
-            return []
-        counters = [vcpu.counters for vcpu in self._vm.vcpus]
-        fastpath = self._building.fastpath
-        return [*counters, posted_counters(fastpath, self._vm.tsc_khz)] if fastpath else counters
-
-    def _sum_uart(self, group: UartMetrics) -> None:
-        if self._board is not None:
-            ports = (self._board.console, self._board.control)
-            for port in ports:
-                port.transmitted()  # collects what the native run loop keeps aside
-            sum_uart(group, [port.device for port in ports])
-
-    def _copy_i8042(self, group: I8042Metrics) -> None:
-        if self._board is not None:
-            copy_i8042(group, self._board.i8042)
 
     # -- on the loop -----------------------------------------------------------------------------------------------
 
@@ -415,10 +394,17 @@ class KvmMachine:
         assert self._board is not None
         return self._board.console if port == "console" else self._board.control
 
-    def _require(self, what: str, *states: _State) -> None:
+    async def _saver(self, *states: _State) -> Saving:
+        """For a machine in one of these, also when that is there."""
+        self._require_one_of(states)
+        saver = await self._snapshots.saver()
+        self._require_one_of(states)
+        return saver
+
+    def _require_one_of(self, states: Sequence[_State]) -> None:
         self._running_vm()
         if self._state not in states:
-            raise StateError(what, expected=f"a machine that is {' or '.join(states)}", state=self._state)
+            raise StateError("save", expected=f"a machine that is {' or '.join(states)}", state=self._state)
 
     def _require_new(self, what: str) -> None:
         if self._state != "new":

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio.to_thread
@@ -18,6 +19,7 @@ from asyncvmm.machine.kvm.memory import GuestMemory
 from asyncvmm.machine.kvm.memory_saver import MemorySaver
 from asyncvmm.machine.kvm.platform import Board
 from asyncvmm.machine.kvm.state.cpu_check import cpu_facts
+from asyncvmm.machine.kvm.state.host import host_state
 from asyncvmm.machine.kvm.state.vcpu import save_vcpu
 from asyncvmm.machine.kvm.state.vm import save_vm
 from asyncvmm.machine.kvm.vm import KvmVm
@@ -34,10 +36,13 @@ T = TypeVar("T")
 
 
 def saving_of(made: Building, devices: DeviceSet | None) -> Saving:
-    """For a machine that was made."""
-    assert made.vm is not None
-    assert made.board is not None
-    assert made.log is not None
+    """For a machine that was made. Blocks: what saves must know of the host is asked here, once a process.
+
+    Raises StateError if it is gone meanwhile, HostError.
+    """
+    if made.vm is None or made.board is None or made.log is None:
+        raise _gone()
+    host_state()
     memory = MemorySaver(made.vm.memory, made.log, tracked=made.tracked, held=made.held)
     return Saving(made.vm, made.board, devices, memory)
 
@@ -51,32 +56,27 @@ class Saving:
         self._devices = devices
         self._memory = memory
         self._stop = threading.Event()
-        self._call: asyncio.Future[Any] | None = None
+        self._calls: set[asyncio.Future[Any]] = set()
         self._closed = False
-
-    @property
-    def busy(self) -> bool:
-        """Whether one is under way."""
-        return self._call is not None
+        self.busy = False
+        """Whether a save is under way, or what is done ahead of one."""
 
     async def precopy(self, writer: MemoryWriter) -> None:
         """See Machine."""
-        try:
-            await self._in_thread(lambda: self._memory.precopy(writer, self._proceed))
-        except BaseException:
-            await self.settle()
-            raise
+        with self._alone():
+            try:
+                await self._in_thread(lambda: self._memory.precopy(writer, self._proceed))
+            except BaseException:
+                await self.settle()
+                raise
 
     async def save(self, writer: MemoryWriter, difference_of: str | None) -> SavedMachine:
-        """See Machine. No vCPU may run."""
-        sections = {}
-        if self._devices is not None:
-            sections["devices"] = encode(await self._devices.state())
-        return await self._in_thread(lambda: self._save(writer, difference_of, sections))
-
-    async def look(self, function: Callable[[GuestMemory], T]) -> T:
-        """Have a thread look at memory, which stays where it is for as long as that takes."""
-        return await self._in_thread(lambda: function(self._vm.memory))
+        """See Machine. No vCPU may run until it has returned."""
+        with self._alone():
+            sections = {}
+            if self._devices is not None:
+                sections["devices"] = encode(await self._devices.state())
+            return await self._in_thread(lambda: self._save(writer, difference_of, sections))
 
     def saved_as(self, name: str) -> None:
         """See Machine."""
@@ -87,12 +87,16 @@ class Saving:
         if not (self._closed or self._memory.is_settled):
             await self._in_thread(self._memory.settle)
 
+    async def look(self, function: Callable[[GuestMemory], T]) -> T:
+        """Have a thread look at memory, which stays where it is for as long as that takes."""
+        return await self._in_thread(lambda: function(self._vm.memory))
+
     async def aclose(self) -> None:
         """Nothing is saved any more; what is under way ends."""
         self._closed = True
         self._stop.set()
-        if self._call is not None:
-            await wait_out(self._call)
+        while self._calls:
+            await wait_out(next(iter(self._calls)))
 
     # -- on a worker thread --------------------------------------------------------------------------------------------
 
@@ -112,14 +116,26 @@ class Saving:
 
     def _proceed(self) -> None:
         if self._stop.is_set():
-            raise StateError("save", expected="a machine that nobody stops meanwhile", state="closed")
+            raise _gone()
+
+    # -- calling it ----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        if self.busy:
+            raise StateError("save", expected="one at a time", found="one under way")
+        self.busy, self._stop = True, threading.Event()
+        try:
+            yield
+        finally:
+            self.busy = False
 
     async def _in_thread(self, function: Callable[[], T]) -> T:
-        if self._call is not None or self._closed:
-            found = "one under way" if self._call is not None else None
-            raise StateError("save", expected="one at a time, of a running machine", found=found)
-        self._stop.clear()
-        call = self._call = asyncio.ensure_future(anyio.to_thread.run_sync(function))
+        """Cancelled, it is told so, and waited for."""
+        if self._closed:
+            raise _gone()
+        call = asyncio.ensure_future(anyio.to_thread.run_sync(function))
+        self._calls.add(call)
         try:
             return await asyncio.shield(call)
         except asyncio.CancelledError:
@@ -127,6 +143,10 @@ class Saving:
             await wait_out(call)
             raise
         finally:
-            self._call = None
-            if not call.cancelled() and call.done():
+            self._calls.discard(call)
+            if call.done() and not call.cancelled():
                 call.exception()  # counts as seen
+
+
+def _gone() -> StateError:
+    return StateError("save", expected="a machine that nobody stops meanwhile", state="closed")

@@ -23,9 +23,7 @@ from asyncvmm.timing.timeline import Timeline
 if TYPE_CHECKING:
     from asyncvmm.machine.kvm.restoring import Shell
     from asyncvmm.machine.kvm.saving import Saving
-    from asyncvmm.machine.saved import RestorePlan, SavedMachine
-    from asyncvmm.snapshot.memory_map import Run
-    from asyncvmm.snapshot.memory_writer import MemoryWriter
+    from asyncvmm.machine.saved import RestorePlan
 
 
 class Snapshots:
@@ -38,6 +36,8 @@ class Snapshots:
         self._devices = devices
         self._timeline = timeline
         self._saving: Saving | None = None
+        self._origin: str | None = None
+        self._closed = False
 
     # -- restored ----------------------------------------------------------------------------------------------------
 
@@ -85,12 +85,6 @@ class Snapshots:
         if self._saving is not None:
             await self._saving.settle()
 
-    async def working_set(self) -> tuple[tuple[Run, ...], tuple[Run, ...]]:
-        """The runs of memory that are present, and those that this VM has written to, as in a memory file."""
-        from asyncvmm.machine.kvm.working_set import working_set
-
-        return await self._saver().look(working_set)
-
     def faults(self) -> Faults:
         """Page faults of the vCPUs' threads so far."""
         vm = self._building.vm
@@ -98,31 +92,37 @@ class Snapshots:
 
     # -- saved -------------------------------------------------------------------------------------------------------
 
-    async def precopy(self, writer: MemoryWriter) -> None:
-        """See Machine."""
-        await self._saver().precopy(writer)
-
-    async def save(self, writer: MemoryWriter, difference_of: str | None) -> SavedMachine:
-        """See Machine."""
-        return await self._saver().save(writer, difference_of)
-
     def saved_as(self, name: str) -> None:
         """See Machine. Of a machine that was restored and not saved yet, it is the name of what it was restored
         from."""
-        if self._building.vm is not None:
-            self._saver().saved_as(name)
+        if self._saving is None:
+            self._origin = name
+        else:
+            self._saving.saved_as(name)
+
+    async def saver(self) -> Saving:
+        """What saves; to make the first one of a process takes longer than to save a small VM. Raises StateError."""
+        if self._saving is None:
+            saving = await in_thread(self._make_saving)
+            if self._closed:
+                raise StateError("save", expected="a machine that nobody stops meanwhile", state="closed")
+            if self._saving is None:
+                self._saving = saving
+        return self._saving
+
+    def _make_saving(self) -> Saving:
+        from asyncvmm.machine.kvm.saving import saving_of
+
+        saving = saving_of(self._building, self._devices)
+        if self._origin is not None:
+            saving.saved_as(self._origin)
+        return saving
 
     async def aclose(self) -> None:
-        """End what is under way."""
+        """End what is under way, let nothing begin."""
+        self._closed = True
         if self._saving is not None:
             await self._saving.aclose()
-
-    def _saver(self) -> Saving:
-        if self._saving is None:
-            from asyncvmm.machine.kvm.saving import saving_of
-
-            self._saving = saving_of(self._building, self._devices)
-        return self._saving
 
 
 async def close_shell(shell: Shell | None) -> None:
