@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from asyncvmm.errors import KvmIoctlError, SnapshotDamaged, SnapshotError, SnapshotMismatch, VcpuCountError
+from asyncvmm.machine.host_clock import clock_sample
 from asyncvmm.machine.kvm import creation, restoring
 from asyncvmm.machine.kvm.abi import (
     KvmClockData,
@@ -133,8 +134,8 @@ def fill_vcpu(fd: int) -> None:
 
 
 PIT_CHANNEL_BYTES = 24
-CLOCKS = ("tsc", "tsc_deadline")
-"""Fields that go on while one looks."""
+CLOCKS = ("tsc", "tsc_offset", "tsc_deadline")
+"""Fields that go on while one looks, and what makes the TSC go on from where it stood."""
 
 
 def lasting(state: VcpuState) -> dict[str, Any]:
@@ -197,6 +198,31 @@ def test_the_tscs_of_all_vcpus_agree_and_never_go_back(saved: Saved) -> None:
         one, other = (read_vcpu(vcpu.fd, host_state()) for vcpu in vm.vcpus)
         assert was.tsc <= one.tsc <= other.tsc
         assert one.tsc_offset == other.tsc_offset
+    finally:
+        vm.close()
+
+
+def _signed(value: int) -> int:
+    """Of a difference modulo 2^64."""
+    return (value + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+def test_the_time_between_save_and_restore_has_not_passed_for_the_tsc(saved: Saved) -> None:
+    was = VcpuState.of("vcpu0", saved.plan.saved.sections["vcpu0"])
+    time.sleep(0.1)
+    before = clock_sample()
+    vm = restored(saved.plan)
+    try:
+        now = read_vcpu(vm.vcpus[0].fd, host_state())
+        after = clock_sample()
+        assert before is not None
+        assert after is not None
+        if now.tsc_offset != was.tsc_offset:  # a KVM without hardware's help adds nothing to the host's TSC
+            saving = VmState.of(saved.plan.saved.sections["vm"]).host_tsc
+            assert saving is not None
+            assert now.tsc - was.tsc <= after.tsc_end - before.tsc + abs(
+                _signed(saving + (was.tsc_offset or 0) - was.tsc)
+            )
     finally:
         vm.close()
 

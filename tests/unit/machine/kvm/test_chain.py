@@ -244,6 +244,16 @@ def test_a_step_that_refers_to_what_is_not_known_yet_is_not_made(execute: Execut
     os.close(fd)
 
 
+@both
+def test_a_step_that_may_fail_does_not_end_the_chain(execute: Executor) -> None:
+    chain = Chain()
+    failed = chain.call("close", SystemCall.CLOSE, -1, may_fail=True)
+    after = chain.call("getpid", GETPID)
+    made = chain.program().run(execute=execute)
+    assert made.failure is None
+    assert (made[failed], made[after]) == (-errno.EBADF, os.getpid())
+
+
 def test_a_chain_cannot_be_written_down_wrongly() -> None:
     chain, other = Chain(given=1), Chain(given=3)
     with pytest.raises(ValueError, match="step 0"):

@@ -1,0 +1,103 @@
+"""The same as test_restoring.py, by machines on an event loop: whatever the moment, nothing is lost or comes twice."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import anyio
+import pytest
+
+from asyncvmm.machine.base import BootPlan
+from asyncvmm.machine.kvm.machine import KvmMachine
+from asyncvmm.machine.saved import MemoryLayer, RestorePlan
+from asyncvmm.snapshot.memory_writer import MemoryWriter
+from asyncvmm.timing.timeline import Timeline
+from tests.kvm.conftest import Run
+
+pytestmark = pytest.mark.anyio
+
+MOMENTS = int(os.environ.get("ASYNCVMM_MOMENTS", "25"))
+LETTERS = bytes(range(0x30, 0x70))
+MEMORY_BYTES = 4 << 20
+MOST_RUN_S = 0.004
+AHEAD = 3
+
+Guest = Callable[[str], Path]
+
+
+class Counting:
+    """A guest of test_restoring.py, and what it must have said by now."""
+
+    def __init__(self, kernel: Path, name: str) -> None:
+        self.is_pulse = name.startswith("pulse")
+        self.vcpus = 2 if self.is_pulse else 1
+        self.fed = 0
+        self._kernel = kernel
+
+    def run(self, earlier: Run | None = None) -> Run:
+        """One more machine for it, whose output goes on from the earlier one's."""
+        run = Run()
+        if earlier is not None:
+            run.effects = list(earlier.effects)
+        plan = BootPlan(name="kvmtest", memory_mib=4, vcpus=self.vcpus, kernel=self._kernel, initrd=None)
+        run.machine = KvmMachine(plan, Timeline(), run.take)
+        return run
+
+    async def feed(self, run: Run) -> None:
+        """Keep some bytes ahead of the one that echoes them."""
+        while self.is_pulse and self.fed < len(run.output) - 1 + AHEAD:
+            await run.machine.write("console", bytes([self.fed % 256]))
+            self.fed += 1
+
+    def check(self, run: Run) -> None:
+        """Everything once, in order."""
+        output = run.output
+        if self.is_pulse:
+            assert output[1:] == bytes(number % 256 for number in range(len(output) - 1))
+        else:
+            assert output == (LETTERS * (len(output) // len(LETTERS) + 1))[: len(output)]
+
+    async def goes_on(self, run: Run) -> None:
+        """It says what comes next."""
+        goal = len(run.output) + 2
+        await self.feed(run)
+        await run.until(lambda: run.ends or len(run.output) >= goal)
+        assert not run.ends, run.ends
+        self.check(run)
+
+
+async def save(run: Run) -> RestorePlan:
+    """Whole, into memory."""
+    fd = os.memfd_create("saved")
+    saved = await run.machine.save(MemoryWriter(fd, MEMORY_BYTES))
+    return RestorePlan(saved=saved, layers=(MemoryLayer(fd=fd, map=saved.memory),))
+
+
+@pytest.mark.parametrize("name", ["tally", "pulse-deadline", "pulse-one-shot"])
+async def test_whatever_the_moment_nothing_is_lost_and_nothing_comes_twice(name: str, guest: Guest) -> None:
+    chance, counting = random.Random(7), Counting(guest(name), name)
+    run = counting.run()
+    try:
+        await run.machine.start()
+        await run.until(lambda: run.output)
+        for _ in range(MOMENTS):
+            await counting.feed(run)
+            await anyio.sleep(chance.uniform(0, MOST_RUN_S))
+            await run.machine.pause()
+            plan = await save(run)
+            restored = counting.run(run)
+            await run.machine.stop()
+            restored.effects[:] = run.effects
+            run = restored
+            await run.machine.restore(plan)
+            os.close(plan.layers[0].fd)
+            if chance.random() < 0.5:
+                await counting.feed(run)  # while it is still held
+            await run.machine.resume()
+            counting.check(run)
+        await counting.goes_on(run)
+    finally:
+        await run.machine.stop()
