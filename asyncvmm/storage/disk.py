@@ -32,8 +32,8 @@ MOST_READ_NOW: Final = 1 << 20
 """Bytes of a read that the loop makes by itself if it need not wait; a larger one takes its time. A thread is handed a
 copy of its own for each, and new memory for that costs more than the copy."""
 
-HOLD_NS: Final = 500_000
-"""How long a request that is done waits for the others of its batch, at the most.
+HOLD_NS: Final = 2_000_000
+"""How long the others of its batch may take before a request that is done is given back without them.
 
 A loop that is woken meanwhile fights with this thread for the interpreter at every system call: with 32 small writes
 under way, one wake-up for all of them makes the disk twice as fast, and none of them later.
@@ -159,7 +159,11 @@ class Disk:
         done: list[BlockRequest] = []
         until_ns = time.monotonic_ns() + HOLD_NS
         for group in merged(batch):
-            done += self._carry_out(epoch, group)
+            if epoch == self._epoch:
+                work_on(self._image, group, unsafe=self._unsafe)
+            else:
+                _failed(group, "abandoned")
+            done += group
             if time.monotonic_ns() > until_ns:
                 self._done.post(done)
                 done, until_ns = [], time.monotonic_ns() + HOLD_NS
@@ -173,12 +177,6 @@ class Disk:
         except OSError as error:
             self.problem = error.strerror
             _log.error("the image of %s could not be written whole at its end: %s", self.name, error.strerror)
-
-    def _carry_out(self, epoch: int, group: Sequence[BlockRequest]) -> Sequence[BlockRequest]:
-        if epoch != self._epoch:
-            return _failed(group, "abandoned")
-        work_on(self._image, group, unsafe=self._unsafe)
-        return group
 
 
 def _failed(requests: Sequence[BlockRequest], why: str) -> Sequence[BlockRequest]:

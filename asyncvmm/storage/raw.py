@@ -64,13 +64,15 @@ class RawImage:
         self._write_to(self.fd, offset, views, os.RWF_DSYNC if sync else 0)
 
     def _write_to(self, fd: int, offset: int, views: Sequence[Buffer], flags: int) -> None:
-        left = views
+        left, size = views, sum(map(len, views))
         place = self._start + offset
         while left:
-            done = os.pwritev(fd, left[:MOST_VIEWS], place, flags)
+            done = os.pwritev(fd, left if len(left) <= MOST_VIEWS else left[:MOST_VIEWS], place, flags)
+            if done == size:  # as a rule: no need to look at the buffers again
+                break
             if not done:
                 raise OSError(errno.EIO, "nothing was written")
-            place += done
+            place, size = place + done, size - done
             left = behind(left, done)
 
     def discard(self, offset: int, size: int) -> None:

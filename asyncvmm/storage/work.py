@@ -29,9 +29,9 @@ def merged(batch: Sequence[BlockRequest]) -> Iterator[Sequence[BlockRequest]]:
 
 def _follows(before: BlockRequest, request: BlockRequest) -> bool:
     return (
-        request.operation is before.operation
+        request.offset == before.offset + before.size
+        and request.operation is before.operation
         and request.operation in (Operation.READ, Operation.WRITE)
-        and request.offset == before.offset + before.size
         and request.sync == before.sync
     )
 
@@ -59,7 +59,7 @@ def _do(image: Image, group: Sequence[BlockRequest], unsafe: bool) -> None:
     if first.operation is Operation.READ:
         _read(image, group)
     elif first.operation is Operation.WRITE:
-        views = [view for request in group for view in request.views]
+        views = first.views if len(group) == 1 else [view for request in group for view in request.views]
         image.write(first.offset, views, sync=first.sync and not unsafe)
     elif first.operation is not Operation.FLUSH:
         _change_ranges(image, first)

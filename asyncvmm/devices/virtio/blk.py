@@ -117,7 +117,8 @@ class VirtioBlk(VirtioDevice):
         self._waiting: deque[BlockRequest] = deque()
         self._requests_out = self._bytes_out = 0
         self._unfinished = False
-        self._buffers_seen = self._bytes_read = 0
+        self._buffers_seen = self._bytes_read = self._taken_ns = 0
+        self._sync = False
         self._takers: dict[int, Callable[[Chain, int], int | None]] = {
             VIRTIO_BLK_T_IN: self._take_read,
             VIRTIO_BLK_T_OUT: self._take_write,
@@ -135,6 +136,7 @@ class VirtioBlk(VirtioDevice):
         metrics.queue_event_count += not self._unfinished
         found = self._unfinished
         self._buffers_seen, self._bytes_read, self._unfinished = 0, 0, False
+        self._taken_ns, self._sync = self._clock(), self.writes_through
         try:
             for _ in range(_BATCH_CHAINS):
                 chain = queue.pop()
@@ -171,7 +173,7 @@ class VirtioBlk(VirtioDevice):
             return VIRTIO_BLK_S_IOERR
         began_ns, offset = self._clock(), sector * SECTOR
         if self._read_now(chain, offset, size):
-            self._count_read(size, began_ns)
+            self._count_read(size, self._clock() - began_ns)
             return VIRTIO_BLK_S_OK
         return self._wait(BlockRequest(chain, Operation.READ, offset=offset, size=size, began_ns=began_ns))
 
@@ -196,8 +198,8 @@ class VirtioBlk(VirtioDevice):
                 offset=sector * SECTOR,
                 size=size,
                 views=_behind_header(chain.readable),
-                sync=self.writes_through,
-                began_ns=self._clock(),
+                sync=self._sync,
+                began_ns=self._taken_ns,
             )
         )
 
@@ -237,7 +239,7 @@ class VirtioBlk(VirtioDevice):
             if count > most_sectors or (sector + count) * SECTOR > self.size:
                 return VIRTIO_BLK_S_IOERR
             ranges.append((sector * SECTOR, count * SECTOR, bool(flags)))
-        return self._wait(BlockRequest(chain, operation, ranges=ranges, sync=self.writes_through))
+        return self._wait(BlockRequest(chain, operation, ranges=ranges, sync=self._sync))
 
     # -- to the backend and back -----------------------------------------------------------------------------------
 
@@ -249,10 +251,10 @@ class VirtioBlk(VirtioDevice):
 
     def _submit(self) -> None:
         """Hand over what there is room for; one request always has it."""
-        waiting, batch = self._waiting, []
+        waiting, batch, generation = self._waiting, [], self.queues[0].generation
         while waiting:
             request = waiting[0]
-            if not self.queues[0].is_current(request.chain):
+            if request.chain.generation != generation:
                 waiting.popleft()
                 continue
             if not self._has_room(request.size):
@@ -271,17 +273,17 @@ class VirtioBlk(VirtioDevice):
 
     def complete(self, requests: Sequence[BlockRequest], *, alive: bool) -> None:
         """These came back from the backend. alive: what ``session`` gave; without a driver they are only let go."""
-        queue = self.queues[0]
+        generation, now_ns = self.queues[0].generation, self._clock()
         for request in requests:
             self._requests_out -= 1
             self._bytes_out -= request.size
-            if alive and queue.is_current(request.chain):
-                self._finish(request)
+            if alive and request.chain.generation == generation:
+                self._finish(request, now_ns)
         if not alive:
             self._waiting.clear()
         self._submit()
 
-    def _finish(self, request: BlockRequest) -> None:
+    def _finish(self, request: BlockRequest, now_ns: int) -> None:
         chain = request.chain
         if request.failed is not None:
             self.metrics.execute_fails += 1
@@ -289,19 +291,20 @@ class VirtioBlk(VirtioDevice):
             return
         if request.operation is Operation.READ:
             chain.write(memoryview(request.result))  # slices of which are no copies
-            self._count_read(request.size, request.began_ns)
+            self._count_read(request.size, now_ns - request.began_ns)
         elif request.operation is Operation.WRITE:
-            self.metrics.write_count += 1
-            self.metrics.write_bytes += request.size
-            self.metrics.write_agg.record((self._clock() - request.began_ns) // 1000)
+            metrics = self.metrics
+            metrics.write_count += 1
+            metrics.write_bytes += request.size
+            metrics.write_agg.record((now_ns - request.began_ns) // 1000)
         elif request.operation is Operation.FLUSH:
             self.metrics.flush_count += 1
         self._answer(chain, VIRTIO_BLK_S_OK)
 
-    def _count_read(self, size: int, began_ns: int) -> None:
+    def _count_read(self, size: int, took_ns: int) -> None:
         self.metrics.read_count += 1
         self.metrics.read_bytes += size
-        self.metrics.read_agg.record((self._clock() - began_ns) // 1000)
+        self.metrics.read_agg.record(took_ns // 1000)
 
     def _answer(self, chain: Chain, status: int) -> None:
         """The status is the last byte there is. The length covers it, and whatever lies before it."""
@@ -376,6 +379,8 @@ def _config_space(size: int, *, discard: bool) -> bytes:
 def _behind_header(readable: list[memoryview]) -> list[memoryview]:
     """The data of a request: the header may lie across several buffers, or be the beginning of one."""
     skip = _HEADER.size
+    if len(readable[0]) == skip:  # as Linux makes them
+        return readable[1:]
     for index, view in enumerate(readable):
         if skip < len(view):
             return [view[skip:], *readable[index + 1 :]] if skip else readable[index:]
