@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from asyncvmm.errors import SnapshotDamaged, SnapshotMismatch
 from asyncvmm.snapshot.manifest import Manifest
-from asyncvmm.snapshot.memory_map import PAGE_BYTES, MemoryMap
+from asyncvmm.snapshot.memory_map import MemoryMap
 
 MOST_LAYERS = 64
 """Snapshots in a chain."""
@@ -16,8 +15,6 @@ Piece = tuple[int, int, int]
 """Offset and size in bytes, and the number of the layer that holds them."""
 
 _SAME = ("machine", "memory_mib", "vcpus", "regions")
-
-_RUN_OF_ONE_KIND = re.compile(rb"([^\0])\1*", re.DOTALL)
 
 
 def check_base(chain: Sequence[Manifest], base: Manifest) -> None:
@@ -39,21 +36,33 @@ def check_base(chain: Sequence[Manifest], base: Manifest) -> None:
 
 
 def merge(maps: Sequence[MemoryMap]) -> tuple[Piece, ...]:
-    """Where each page that is not zeros is to be found, ascending. ``maps``: the full one's first, then differences."""
-    if not maps:
-        return ()
-    newest = bytearray(maps[0].size // PAGE_BYTES)
+    """Where each page that is not zeros is to be found, ascending. ``maps``: the full one's first, then differences.
+
+    Goes over the edges of all runs; of the layers that say anything about what follows an edge, the newest counts.
+    """
+    pieces: list[Piece] = []
+    said = data = begin = 0
+    owner: int | None = None
+    for offset, bit, is_data in sorted(_edges(maps)):
+        if owner is not None and begin < offset:
+            _append(pieces, begin, offset, owner)
+        said ^= bit
+        data ^= bit if is_data else 0
+        newest = said.bit_length() - 1
+        owner, begin = (newest if data >> newest & 1 else None) if said else None, offset
+    return tuple(pieces)
+
+
+def _edges(maps: Sequence[MemoryMap]) -> Iterator[tuple[int, int, bool]]:
+    """Offsets at which a layer, as a bit, begins or ends to say something: to have data, or zeros."""
     for layer, one in enumerate(maps):
-        _paint(newest, one, layer + 1)
-    found = _RUN_OF_ONE_KIND.finditer(newest)
-    return tuple(
-        (run.start() * PAGE_BYTES, (run.end() - run.start()) * PAGE_BYTES, newest[run.start()] - 1) for run in found
-    )
+        for runs, is_data in ((one.data, True), (one.zero, False)):
+            for offset, size in runs:
+                yield offset, 1 << layer, is_data
+                yield offset + size, 1 << layer, is_data
 
 
-def _paint(pages: bytearray, layer: MemoryMap, number: int) -> None:
-    """Layer numbers fit a byte: MOST_LAYERS."""
-    for runs, kind in ((layer.data, number), (layer.zero, 0)):
-        for offset, size in runs:
-            count = size // PAGE_BYTES
-            pages[offset // PAGE_BYTES : offset // PAGE_BYTES + count] = bytes([kind]) * count
+def _append(pieces: list[Piece], begin: int, end: int, owner: int) -> None:
+    if pieces and pieces[-1][2] == owner and sum(pieces[-1][:2]) == begin:
+        begin = pieces.pop()[0]
+    pieces.append((begin, end - begin, owner))

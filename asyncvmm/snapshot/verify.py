@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
@@ -61,14 +61,20 @@ def _data_bytes(link: Link) -> int:
 
 def _problems(chain: Sequence[Link]) -> Iterator[SnapshotDamaged]:
     for link in chain:
-        for check in (check_memory_file, read_sections):
-            try:
-                check(link)
-            except SnapshotDamaged as problem:
-                yield problem
-        yield from memory_problems(link)
+        memory, state = _problem(check_memory_file, link), _problem(read_sections, link)
+        yield from filter(None, (memory, state))
+        if memory is None:  # else it may claim to have any amount of data
+            yield from memory_problems(link)
         for name in sorted(link.manifest.files.keys() - {MEMORY, STATE}):
             yield from _file_problems(link, name)
+
+
+def _problem(check: Callable[[Link], object], link: Link) -> SnapshotDamaged | None:
+    try:
+        check(link)
+    except SnapshotDamaged as problem:
+        return problem
+    return None
 
 
 def _file_problems(link: Link, name: str) -> Iterator[SnapshotDamaged]:
