@@ -18,7 +18,7 @@ from asyncvmm.events.types import Event, GuestGoDone
 from asyncvmm.machine.base import Machine
 
 SEED_BYTES = 32
-ANSWER_S = 5.0
+ANSWER_S = 20.0
 """Seconds that PID 1 has to answer; one of an old image never does."""
 
 _log = logging.getLogger("asyncvmm.snapshot")

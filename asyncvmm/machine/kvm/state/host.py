@@ -8,6 +8,7 @@ import attrs
 
 from asyncvmm.machine.kvm.abi import MAX_MSR_INDICES, XSAVE_BYTES, Capability, KvmMsrList, Request
 from asyncvmm.machine.kvm.fds import check_extension, ioctl
+from asyncvmm.machine.kvm.state.task_register import is_tcg
 from asyncvmm.machine.kvm.system import KvmSystem, host_cpuid
 from asyncvmm.x86.cpuid import CpuidEntry
 
@@ -17,7 +18,7 @@ class HostState:
     """cpuid: KVM_GET_SUPPORTED_CPUID. has_xcrs: its processor has XSAVE, and so vCPUs have extended control registers
     (CPUID does not tell: a KVM may support more than it lists). xsave_bytes: size of a vCPU's XSAVE area, which a
     processor without XSAVE has as well; xsave2: it is had by KVM_GET_XSAVE2. msrs: KVM_GET_MSR_INDEX_LIST.
-    tsc_scaling: a vCPU's TSC can have a frequency of its own.
+    tsc_scaling: a vCPU's TSC can have a frequency of its own. is_tcg: its processor is emulated by QEMU.
     """
 
     cpuid: tuple[CpuidEntry, ...]
@@ -27,6 +28,7 @@ class HostState:
     msrs: tuple[int, ...]
     tsc_scaling: bool
     max_vcpus: int
+    is_tcg: bool = False
 
 
 @cache
@@ -46,6 +48,7 @@ def host_state() -> HostState:
             msrs=tuple(listed.indices[: listed.nmsrs]),
             tsc_scaling=bool(check_extension(system.fd, Capability.KVM_CAP_TSC_CONTROL)),
             max_vcpus=system.max_vcpus,
+            is_tcg=is_tcg(),
         )
     finally:
         system.close()

@@ -40,6 +40,7 @@ from asyncvmm.machine.kvm.state.msrs import (
     is_at_reset,
     msr_indices,
 )
+from asyncvmm.machine.kvm.state.task_register import without_busy
 from asyncvmm.snapshot.codec import encode
 from asyncvmm.x86.cpuid import CpuidEntry
 
@@ -128,6 +129,8 @@ def read_vcpu(fd: int, host: HostState) -> VcpuState:
     mp_state = KvmMpState()
     ioctl(fd, Request.KVM_GET_MP_STATE, mp_state)
     regs, sregs = _get(fd, Request.KVM_GET_REGS, KvmRegs()), _get(fd, Request.KVM_GET_SREGS, KvmSregs())
+    if host.is_tcg:
+        sregs = without_busy(sregs)
     xsave = _get_xsave(fd, host)
     xcrs = _get(fd, Request.KVM_GET_XCRS, KvmXcrs()) if host.has_xcrs else None
     debugregs = _get(fd, Request.KVM_GET_DEBUGREGS, KvmDebugregs())
