@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 from anyio.abc import ByteReceiveStream
 
 from asyncvmm.balloon import Balloon
-from asyncvmm.device_config import BalloonConfig, ConsoleConfig, DriveConfig, RngConfig
+from asyncvmm.device_config import BalloonConfig, ConsoleConfig, DriveConfig, NetConfig, RngConfig
 from asyncvmm.device_list import DeviceConfig
 from asyncvmm.guest.archive import workload_archive
 from asyncvmm.machine.base import BootPlan, DriveResource, Resources
@@ -33,6 +34,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.requires("qemu", "image")]
 
 MIB = 1 << 20
 MEMORY_MIB = 256
+MAC = "02:00:00:00:00:2b"
 
 AGENT = r"""
 port() { for p in /sys/class/virtio-ports/*; do [ "$(cat $p/name)" = $1 ] && echo /dev/${p##*/}; done; }
@@ -61,6 +63,7 @@ class Guest:
     machine: QemuMachine
     witness: Witness
     disk: Path
+    wire: socket.socket
 
     async def run(self, command: str) -> str:
         """The output of a shell command in the guest, its exit status last."""
@@ -107,17 +110,19 @@ class Taken:
         disk = directory / f"disk-{os.urandom(4).hex()}"
         await anyio.to_thread.run_sync(shutil.copyfile, self.disk, disk)
         drive = attrs.evolve(self.plan.resources.drives[0], path=disk)
-        plan = attrs.evolve(self.plan, resources=Resources(drives=(drive,)), kernel=Path("/gone"), initrd=None)
+        ours, theirs = socket.socketpair()
+        resources = Resources(drives=(drive,), net_fd=theirs.fileno())
+        plan = attrs.evolve(self.plan, resources=resources, kernel=Path("/gone"), initrd=None)
         witness = Witness()
         machine = QemuMachine(plan, Timeline(), witness.take)
-        with self.memory.open("rb") as file:
+        with ours, theirs, self.memory.open("rb") as file:
             layer = MemoryLayer(fd=file.fileno(), map=self.machine.memory)
             await machine.restore(RestorePlan(saved=self.machine, layers=(layer,)))
-        try:
-            await machine.resume()
-            yield Guest(machine, witness, disk)
-        finally:
-            await machine.stop()
+            try:
+                await machine.resume()
+                yield Guest(machine, witness, disk, ours)
+            finally:
+                await machine.stop()
 
 
 async def take(guest: Guest, plan: BootPlan, directory: Path) -> Taken:
@@ -132,7 +137,7 @@ async def take(guest: Guest, plan: BootPlan, directory: Path) -> Taken:
     return Taken(plan, saved, memory, disk, count)
 
 
-def plan_of(disk: Path) -> BootPlan:
+def plan_of(disk: Path, net_fd: int) -> BootPlan:
     image = default_image()
     drive = DriveConfig(path=disk, id="disk")
     return BootPlan(
@@ -146,11 +151,12 @@ def plan_of(disk: Path) -> BootPlan:
         tsc_khz=tsc_khz(),
         devices=DeviceConfig(
             drives=(drive,),
+            net=NetConfig(),
             balloon=BalloonConfig(free_page_reporting=True),
             rng=RngConfig(),
             console=ConsoleConfig(ports=("agent",)),
         ),
-        resources=Resources(drives=(DriveResource(drive, disk),)),
+        resources=Resources(drives=(DriveResource(drive, disk),), net_fd=net_fd, mac=MAC),
     )
 
 
@@ -161,12 +167,15 @@ async def life(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[tuple[
     directory = tmp_path_factory.mktemp("saved")
     disk = directory / "disk"
     disk.write_bytes(b"untouched\n".ljust(4 * MIB, b"\1"))
-    plan = plan_of(disk)
-    async with running(plan, find_qemu()) as (machine, witness):
-        guest = Guest(machine, witness, disk)
-        await witness.until_said("control", b"\nREADY\n")
-        await guest.run("echo before > /tmp/before; echo saved | dd of=/dev/vda conv=fsync,notrunc")
-        yield guest, await take(guest, plan, directory)
+    ours, theirs = socket.socketpair()
+    plan = plan_of(disk, theirs.fileno())
+    with ours, theirs:
+        async with running(plan, find_qemu()) as (machine, witness):
+            guest = Guest(machine, witness, disk, ours)
+            await witness.until_said("control", b"\nREADY\n")
+            await guest.run("ip addr add 10.9.0.2/24 dev eth0; ip link set eth0 up")
+            await guest.run("echo before > /tmp/before; echo saved | dd of=/dev/vda conv=fsync,notrunc")
+            yield guest, await take(guest, plan, directory)
 
 
 async def test_a_clone_goes_on_counting_where_the_original_was_saved(life: tuple[Guest, Taken], tmp_path: Path) -> None:
@@ -218,6 +227,16 @@ async def test_the_devices_of_a_clone_work(life: tuple[Guest, Taken], tmp_path: 
         await clone.run("echo on hvc0 > /dev/hvc0")
         with anyio.fail_after(PATIENCE_S):
             assert b"on hvc0" in await read_until(clone.machine.ports["console"], b"\n")
+
+
+async def test_frames_of_a_clone_bear_the_saved_cards_address(life: tuple[Guest, Taken], tmp_path: Path) -> None:
+    _, taken = life
+    async with taken.clone(tmp_path) as clone:
+        await clone.run("arping -c 1 -w 1 -I eth0 10.9.0.1")
+        found = await anyio.to_thread.run_sync(clone.wire.recv, 65536)
+        size = int.from_bytes(found[:4])
+        assert len(found) >= 4 + size
+        assert bytes.fromhex(MAC.replace(":", "")) in found[4 : 4 + size]
 
 
 async def test_a_balloon_in_a_clone_leaves_the_snapshot_as_it_is(life: tuple[Guest, Taken], tmp_path: Path) -> None:

@@ -70,10 +70,12 @@ async def take(machine: QemuMachine, file: Path, memory_mib: int = MEMORY_MIB) -
 
 
 @asynccontextmanager
-async def restored(plan: BootPlan, taken: Taken, qemu: QemuBinary) -> AsyncIterator[tuple[QemuMachine, Witness]]:
+async def restored(
+    plan: BootPlan, taken: Taken, qemu: QemuBinary, **options: Any
+) -> AsyncIterator[tuple[QemuMachine, Witness]]:
     """A machine restored, its vCPUs held, and stopped at the end. The memory file is closed once it is there."""
     witness = Witness()
-    machine = QemuMachine(plan, Timeline(), witness.take, qemu=qemu)
+    machine = QemuMachine(plan, Timeline(), witness.take, qemu=qemu, **options)
     with taken.file.open("rb") as file:
         await machine.restore(taken.plan(file.fileno()))
     try:
@@ -130,6 +132,21 @@ async def test_a_restored_guest_goes_on_where_it_was_saved_and_so_does_the_origi
             assert not witness.stops
             await clone.write("console", DEBUG_EXIT)
             assert (await heard.until_stopped()).code == 0x2A
+
+
+@pytest.mark.requires("kvm")
+async def test_a_guest_on_qemus_kvm_goes_on_as_well(plan: BootPlan, qemu: QemuBinary, tmp_path: Path) -> None:
+    async with running(plan, qemu, accel="kvm") as (machine, witness):
+        await witness.until_said("control", b"hello control\n")
+        await machine.pause()
+        taken = await take(machine, tmp_path / "memory")
+    async with restored(plan, taken, qemu, accel="kvm") as (clone, heard):
+        await clone.resume()
+        await clone.write("console", b"x")
+        await heard.until_said("console", b"X")
+    with taken.file.open("rb") as file:
+        said = await refused(plan, taken.plan(file.fileno()), qemu, SnapshotMismatch)
+    assert "restored accelerator: expected kvm, found tcg" in said
 
 
 async def test_a_restored_guest_is_held_until_it_is_resumed(plan: BootPlan, qemu: QemuBinary, taken: Taken) -> None:

@@ -39,7 +39,7 @@ from asyncvmm.machine.qemu.guest_tsc import GuestTsc
 from asyncvmm.machine.qemu.ports import ChannelStream
 from asyncvmm.machine.qemu.qmp import QmpEvent
 from asyncvmm.machine.qemu.restoring import StateFile, incoming
-from asyncvmm.machine.qemu.saved_facts import STATE, check, check_can_save, facts_of, saved_machine
+from asyncvmm.machine.qemu.saved_facts import STATE, check, check_can_save, facts_of, saved_machine, with_saved_mac
 from asyncvmm.machine.qemu.saving import StateSaver
 from asyncvmm.machine.qemu.serial_lines import SerialLines
 from asyncvmm.machine.saved import RestorePlan, SavedMachine
@@ -275,6 +275,7 @@ class QemuMachine:
         if self._qemu is None:
             self._qemu = find_qemu()
         check(saved, self._facts())
+        self._plan = with_saved_mac(self._plan, saved)
         self._attachments.open_drives()
 
     def _take_memory(self, plan: RestorePlan) -> None:

@@ -29,12 +29,15 @@ _MAGIC, _VERSION = b"QEVM", 3
 _EOF, _START, _PART, _END, _FULL, _SUBSECTION, _CONFIGURATION, _FOOTER = 0, 1, 2, 3, 4, 5, 7, 0x7E
 _ZERO, _MEM_SIZE, _PAGE, _EOS, _CONTINUE = 0x02, 0x04, 0x08, 0x10, 0x20
 _FLAGS = PAGE - 1
+_WORD = 8
 _LONGEST_NAME = 255
+_PIECE = 1 << 20
+_SECTION = b"ram"
 _CAPABILITIES = b"configuration/capabilities"
 _U32, _U64 = struct.Struct(">I"), struct.Struct(">Q")
 
-TakePage = Callable[[int, bytes], None]
-"""Takes a page of the guest's memory: its offset, and its bytes."""
+TakePages = Callable[[int, bytes], None]
+"""Takes pages of the guest's memory: their offset, and their bytes."""
 
 Reader = Generator[int, bytes, T]
 """Yields how many bytes it wants next, and is sent them."""
@@ -42,24 +45,31 @@ Reader = Generator[int, bytes, T]
 
 class RamFilter:
     """Takes a stream piece by piece; ``rest`` is what is left of it without the pages of the block ``ram``, which
-    ``take_page`` gets. A restoring QEMU reads that as it would the whole."""
+    ``take_pages`` gets. A restoring QEMU reads that as it would the whole."""
 
-    def __init__(self, ram: str, size: int, take_page: TakePage) -> None:
+    def __init__(self, ram: str, size: int, take_pages: TakePages) -> None:
         self.rest = bytearray()
         self._ram = ram.encode()
         self._size = size
-        self._take_page = take_page
+        self._take_pages = take_pages
         self._unread = bytearray()
         self._block = b""
         self._taken: set[int] = set()
+        self._pages = bytearray()
+        self._first = 0
+        self._at_record = False
         self._parser: Reader[None] | None = self._parse()
         self._wanted = next(self._parser)
 
     def feed(self, data: bytes) -> None:
-        """Take the next piece. Raises SnapshotFailed for what is no such stream, and what ``take_page`` raises."""
+        """Take the next piece. Raises SnapshotFailed for what is no such stream, and what ``take_pages`` raises."""
         self._unread += data
         at, size = 0, len(self._unread)
         while self._parser is not None and size - at >= self._wanted:
+            if self._at_record and self._block == self._ram:
+                at = self._skim(at, size)
+                if size - at < self._wanted:
+                    break
             piece = bytes(memoryview(self._unread)[at : at + self._wanted])
             at += self._wanted
             try:
@@ -76,6 +86,39 @@ class RamFilter:
         if self._parser is not None or not self.rest:
             raise _unexpected("a whole one", "one that was cut off")
         return bytes(self.rest)
+
+    def _skim(self, at: int, size: int) -> int:
+        """Take the memory's pages from ``at`` on, as long as one follows another; where that ends.
+
+        What ``_record`` would do, in a fifth of the time.
+        """
+        unread, taken = self._unread, self._taken
+        with memoryview(unread) as view:
+            while size - at >= _WORD + PAGE:
+                (word,) = _U64.unpack_from(unread, at)
+                flags = word & _FLAGS
+                at += _WORD
+                if flags == _PAGE | _CONTINUE:
+                    taken.add(word - flags)
+                    self._take(word - flags, view[at : at + PAGE])
+                    at += PAGE
+                elif flags == _ZERO | _CONTINUE and not unread[at] and word - flags not in taken:
+                    at += 1
+                else:
+                    return at - _WORD
+        return at
+
+    def _take(self, address: int, data: bytes | memoryview) -> None:
+        """A page to hand on, together with others that it follows."""
+        if address != self._first + len(self._pages) or len(self._pages) >= _PIECE:
+            self._hand_on()
+            self._first = address
+        self._pages += data
+
+    def _hand_on(self) -> None:
+        if self._pages:
+            self._take_pages(self._first, bytes(self._pages))
+            self._pages.clear()
 
     # -- the grammar, down to the first device's section -----------------------------------------------------------
 
@@ -108,18 +151,22 @@ class RamFilter:
         yield from self._keep(4)
         if kind == _START:
             name = yield from self._keep_text(1)
-            if name != self._ram:
+            if name != _SECTION:
                 raise _unexpected("memory first", repr(name))
             yield from self._keep(8)
         while (yield from self._record()):
             pass
+        self._hand_on()
         if (yield from self._keep(5))[0] != _FOOTER:
             raise _unexpected("the end of a section", "none")
 
     def _record(self) -> Reader[bool]:
         """Whether there is another one."""
-        word = yield 8
-        address, flags = _U64.unpack(word)[0] & ~_FLAGS, word[7] | (word[6] & 0xF) << 8
+        self._at_record = True
+        word = yield _WORD
+        self._at_record = False
+        (value,) = _U64.unpack(word)
+        address, flags = value & ~_FLAGS, value & _FLAGS
         if flags & ~_CONTINUE in (_PAGE, _ZERO):
             yield from self._page(word, address, flags)
             return True
@@ -128,7 +175,7 @@ class RamFilter:
             yield from self._blocks(address)
         elif flags != _EOS:
             raise _unexpected("a page", f"flags {flags:#x}")
-        return flags != _EOS
+        return bool(flags != _EOS)
 
     def _blocks(self, total: int) -> Reader[None]:
         while total > 0:
@@ -149,7 +196,7 @@ class RamFilter:
             self._add(word + block + data)
         elif flags & _PAGE or data != b"\0" or address in self._taken:
             self._taken.add(address)
-            self._take_page(address, data if flags & _PAGE else data * PAGE)
+            self._take(address, data if flags & _PAGE else data * PAGE)
 
     # -- what is kept ----------------------------------------------------------------------------------------------
 

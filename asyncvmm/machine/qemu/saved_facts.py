@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
+import attrs
+
 from asyncvmm.errors import SnapshotDamaged, SnapshotFailed, SnapshotMismatch
 from asyncvmm.machine.base import BootPlan
 from asyncvmm.machine.qemu.command import MachineType, QemuAccel, QemuBinary, choose_machine_type, transport_of
@@ -25,6 +27,8 @@ TSC_TOLERANCE_PPM = 250
 """As KVM's: beyond it the guest's clock would drift noticeably."""
 
 _SHOWN = 300
+_MAC = "mac"
+_MAC_ADDRESS = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}")
 _GIB = 1 << 30
 _Q35_MOST = 0xB0000000
 _HOST_SIDE = re.compile(r",(?:mac|drive|chardev|netdev)=[^,]*")
@@ -41,6 +45,7 @@ def facts_of(plan: BootPlan, qemu: QemuBinary, accel: QemuAccel) -> dict[str, An
         "tsc_khz": plan.tsc_khz,
         "host_cpu": qemu.host_cpu if accel == "kvm" else None,
         "devices": _devices(plan, qemu),
+        _MAC: plan.resources.mac or (plan.devices.net and plan.devices.net.mac),
     }
 
 
@@ -64,9 +69,23 @@ def check(saved: SavedMachine, ours: Mapping[str, Any]) -> None:
     if saved.accel != "qemu":
         raise SnapshotMismatch("snapshot", expected="one of the QEMU machine", found=f"one of {saved.accel}")
     for name, value in ours.items():
-        _check(name, saved.cpu.get(name), value)
+        if name != _MAC:
+            _check(name, saved.cpu.get(name), value)
     if not saved.sections.get(STATE):
         raise SnapshotDamaged("QEMU's state", expected=f"a section {STATE}", found="none")
+
+
+def with_saved_mac(plan: BootPlan, saved: SavedMachine) -> BootPlan:
+    """The plan with the address that the guest's network card has. Raises SnapshotDamaged for what is none.
+
+    QEMU takes it from the state, but announces the one on its command line to the network.
+    """
+    mac = saved.cpu.get(_MAC)
+    if mac is None or plan.devices.net is None:
+        return plan
+    if not isinstance(mac, str) or not _MAC_ADDRESS.fullmatch(mac):
+        raise SnapshotDamaged("saved MAC address", expected="six bytes", found=str(mac)[:_SHOWN])
+    return attrs.evolve(plan, resources=attrs.evolve(plan.resources, mac=mac))
 
 
 def _check(name: str, saved: object, ours: object) -> None:

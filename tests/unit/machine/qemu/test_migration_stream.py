@@ -56,9 +56,19 @@ def stream(*parts: bytes) -> bytes:
     return HEADER + CONFIGURATION + CAPABILITIES + start() + b"".join(parts) + DEVICE + b"\0"
 
 
-def filtered(data: bytes, piece: int = 1 << 20) -> tuple[bytes, dict[int, bytes]]:
+def pages_of(block: str, data: bytes) -> dict[int, bytes]:
+    return filtered(data, block=block, size=PAGE)[1]
+
+
+def filtered(
+    data: bytes, piece: int = 1 << 20, *, block: str = "ram", size: int = SIZE
+) -> tuple[bytes, dict[int, bytes]]:
     pages: dict[int, bytes] = {}
-    ram = RamFilter("ram", SIZE, pages.__setitem__)
+
+    def take(offset: int, data: bytes) -> None:
+        pages.update({offset + at: data[at : at + PAGE] for at in range(0, len(data), PAGE)})
+
+    ram = RamFilter(block, size, take)
     for at in range(0, len(data), piece):
         ram.feed(data[at : at + piece])
     return ram.finish(), pages
@@ -93,15 +103,24 @@ def test_a_machine_without_capabilities_is_read_too() -> None:
 
 
 records = st.lists(
-    st.tuples(st.sampled_from(["ram", "pc.bios"]), st.integers(0, 15).map(lambda n: n * PAGE), st.just(b"p" * PAGE)),
-    max_size=5,
+    st.tuples(
+        st.sampled_from(["ram", "ram", "pc.bios"]),
+        st.integers(0, 15).map(lambda n: n * PAGE),
+        st.sampled_from([b"p" * PAGE, b"q" * PAGE, b"\0"]),
+    ),
+    max_size=12,
 )
 
 
 @given(records, st.integers(1, 5000))
 def test_however_the_stream_is_cut_the_outcome_is_the_same(found: list[Record], piece: int) -> None:
     data = stream(part(found))
-    assert filtered(data, piece) == filtered(data)
+    rest, pages = filtered(data, piece)
+    assert (rest, pages) == filtered(data)
+    assert pages_of("pc.bios", rest) == pages_of("pc.bios", data)
+    written = {offset: page for name, offset, page in found if name == "ram" and page != b"\0"}
+    last = {offset: page for name, offset, page in found if name == "ram"}
+    assert pages == {offset: last[offset] if last[offset] != b"\0" else bytes(PAGE) for offset in written}
 
 
 @given(st.data())

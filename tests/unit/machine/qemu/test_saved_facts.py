@@ -13,7 +13,7 @@ from asyncvmm.device_list import DeviceConfig
 from asyncvmm.errors import SnapshotDamaged, SnapshotFailed, SnapshotMismatch
 from asyncvmm.machine.base import BootPlan, DriveResource, Resources
 from asyncvmm.machine.qemu.command import QemuAccel, QemuBinary
-from asyncvmm.machine.qemu.saved_facts import check, check_can_save, facts_of, regions, saved_machine
+from asyncvmm.machine.qemu.saved_facts import check, check_can_save, facts_of, regions, saved_machine, with_saved_mac
 from asyncvmm.snapshot import codec
 from asyncvmm.snapshot.memory_map import MemoryMap
 
@@ -101,6 +101,17 @@ def test_what_kvm_or_nobody_saved_is_refused() -> None:
     for sections in ({}, {"qemu": b""}):
         with pytest.raises(SnapshotDamaged, match="found none"):
             check(attrs.evolve(saved, sections=sections), facts)
+
+
+def test_a_card_keeps_the_address_that_it_was_saved_with() -> None:
+    other = attrs.evolve(PLAN, resources=attrs.evolve(PLAN.resources, mac="02:00:00:00:00:99"))
+    saved = saved_machine(PLAN, facts_of(PLAN, QEMU, "tcg"), b"state", MAP)
+    assert with_saved_mac(other, saved).resources == PLAN.resources
+    without = attrs.evolve(other, devices=DeviceConfig())
+    assert with_saved_mac(without, saved) is without
+    for damaged in (7, "02:00:00:00:00:01,script=/tmp/x", "02:00:00:00:00:01\n"):
+        with pytest.raises(SnapshotDamaged, match="MAC"):
+            with_saved_mac(other, attrs.evolve(saved, cpu={"mac": damaged}))
 
 
 def test_a_difference_and_a_vsock_device_cannot_be_saved() -> None:
