@@ -293,7 +293,12 @@ def test_a_host_without_tsc_offsets_is_learned_of_and_has_the_register_set(
     monkeypatch.setattr(setting, "KVM_VCPU_TSC_OFFSET", 99)
     HeldVm.restore(saved, from_shell=from_shell).close()
     assert not restoring._Host.takes_offsets
-    HeldVm.restore(saved, from_shell=from_shell).close()
+    held = HeldVm.restore(saved, from_shell=from_shell)
+    try:
+        one, other = (read_vcpu(vcpu.fd, host_state()) for vcpu in held.vm.vcpus)
+        assert one.tsc_offset == other.tsc_offset
+    finally:
+        held.close()
 
 
 def test_another_tsc_frequency_is_refused_before_and_after_this_hosts_is_known(

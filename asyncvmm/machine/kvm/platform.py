@@ -49,26 +49,31 @@ class SerialPort:
     def __init__(
         self, name: Port, gsi: int, outlets: Outlets, clock: Callable[[], int], state: SerialState | None = None
     ) -> None:
-        """``state``: what it was when it was saved; its line is as high or low already."""
+        """``state``: what it was when it was saved; its line is as high or low already, and nothing is told of it."""
         self.name: Port = name
         self.gsi = gsi
         self.lock = threading.Lock()
         self.posted: PostedSerial | None = None
         self.is_high = False
-        self._irq: Callable[[int, bool], None] | None = None if state else outlets.irq
+        self._outlets: Outlets | None = None
         self.device = Serial.from_state(
             state or SerialState(),
             interrupt=self._set_line,
-            output_pending=lambda: outlets.output_pending(name),
+            output_pending=self.announce_output,
             room=lambda: outlets.room(name),
             clock=clock,
         )
-        self._irq = outlets.irq
+        self._outlets = outlets
+
+    def announce_output(self) -> None:
+        """Say that there is output to take."""
+        if self._outlets is not None:
+            self._outlets.output_pending(self.name)
 
     def _set_line(self, level: bool) -> None:
         self.is_high = level
-        if self._irq is not None:
-            self._irq(self.gsi, level)
+        if self._outlets is not None:
+            self._outlets.irq(self.gsi, level)
 
     @property
     def on_bus(self) -> ByteDevice:
@@ -118,7 +123,8 @@ class Board:
     """
 
     def __init__(self, outlets: Outlets, fastpath: Fastpath | None, state: BoardState | None = None) -> None:
-        """``state``: of the board that was saved. Its lines stand at their levels already; no edge is made of them."""
+        """``state``: of the board that was saved. Its lines stand at their levels already, no edge is made of them; and
+        its output is not announced before ``announce_output``, for which somebody must be there to hear it."""
         self.bus = Bus()
         self.control_marks: list[int] = []
         console, control = (state.console, state.control) if state else (None, None)
@@ -135,6 +141,12 @@ class Board:
         if fastpath is not None:
             self.console.post_through(fastpath, layout.COM1_PORT)
         self._attach(outlets)
+
+    def announce_output(self) -> None:
+        """Say of each port that has output, as a restored one may, that it is to be taken."""
+        for port in (self.console, self.control):
+            if port.transmitted():
+                port.announce_output()
 
     def state(self) -> BoardState:
         """All that the devices remember, while no vCPU runs; the loop may go on feeding and taking."""

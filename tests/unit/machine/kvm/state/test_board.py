@@ -56,6 +56,8 @@ def test_output_that_was_not_taken_and_bytes_that_wait_are_there_again() -> None
     first.write(COM1_PORT + THR, b"half a li")
     first.board.console.feed(b"typed")
     again = first.again()
+    assert again.pending == []
+    again.board.announce_output()
     assert again.pending == ["console"]
     assert again.board.console.take().data == b"half a li"
     assert bytes(again.board.bus.read(COM1_PORT, 1) for _ in range(5)) == b"typed"
