@@ -10,12 +10,12 @@ import errno
 import os
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any, ParamSpec, TypeVar
 
 from asyncvmm.errors import SnapshotFailed
-from asyncvmm.snapshot.memory_map import PAGE_BYTES, MemoryMap, runs_of
+from asyncvmm.snapshot.memory_map import PAGE_BYTES, MemoryMap, Run, runs_of
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -73,6 +73,23 @@ class MemoryWriter:
             return
         with memoryview(view) as given, given.cast("B") as data:
             self._write(offset, data)
+
+    def write_runs(self, memory: memoryview, runs: Iterable[Run]) -> None:
+        """Write these runs of ``memory``, all of it as bytes. Of many single pages each costs less than by ``write``.
+
+        Raises ValueError for what are no whole pages, and for a ``memory`` of another size.
+        """
+        if len(memory) != self._size:
+            raise ValueError(f"{len(memory)} bytes, where memory has {self._size}")
+        with memory.cast("Q") as words:
+            for offset, size in runs:
+                if size == PAGE_BYTES and not offset % PAGE_BYTES and 0 <= offset < self._size and words[offset // 8]:
+                    with memory[offset : offset + PAGE_BYTES] as page:
+                        self._write_run(offset, page)
+                    self._pages[offset // PAGE_BYTES] = _DATA
+                else:
+                    with memory[offset : offset + size] as run:
+                        self._write(offset, run)
 
     def zero(self, offset: int, size: int) -> None:
         """Those pages are zeros."""

@@ -58,6 +58,16 @@ class Written(RuleBasedStateMachine):
     def write_the_same(self, first: int, count: int, name: str) -> None:
         self.write(first, [name] * count)
 
+    @rule(kinds=st.binary(min_size=PAGES, max_size=PAGES), names=st.lists(NAMES, min_size=1, max_size=8))
+    def write_runs(self, kinds: bytes, names: list[str]) -> None:
+        memory = b"".join(CONTENTS[names[kind % len(names)]] for kind in kinds)
+        runs = runs_of(bytes(kind & 1 for kind in kinds), 1)
+        with memoryview(memory) as view:
+            self.writer.write_runs(view, runs)
+        for offset, size in runs:
+            for at in range(offset, offset + size, PAGE_BYTES):
+                self._becomes(at // PAGE_BYTES, memory[at : at + PAGE_BYTES])
+
     @rule(first=st.integers(0, PAGES - 1), count=st.integers(0, PAGES))
     def zero(self, first: int, count: int) -> None:
         count = min(count, PAGES - first)
@@ -140,6 +150,15 @@ def test_what_is_no_whole_page_of_memory_is_refused(fd: int, offset: int, size: 
         writer.write(offset, bytes(size))
     with pytest.raises(ValueError, match="no whole pages"):
         writer.zero(offset, size)
+
+
+@pytest.mark.parametrize("run", [(1, PAGE_BYTES), (0, 1), (-PAGE_BYTES, PAGE_BYTES), (PAGE_BYTES // 2, PAGE_BYTES)])
+def test_a_run_that_is_no_whole_page_of_memory_is_refused(fd: int, run: tuple[int, int]) -> None:
+    writer = MemoryWriter(fd, SIZE)
+    with pytest.raises(ValueError, match="no whole pages"):
+        writer.write_runs(memoryview(bytes(SIZE)), [run])
+    with pytest.raises(ValueError, match=f"where memory has {SIZE}"):
+        writer.write_runs(memoryview(bytes(PAGE_BYTES)), [])
 
 
 @pytest.mark.parametrize("size", [0, -PAGE_BYTES, PAGE_BYTES + 1])
