@@ -7,6 +7,8 @@ slower, the same in every other respect.
 from __future__ import annotations
 
 import ctypes
+import mmap
+import threading
 from collections.abc import Callable
 from ctypes import POINTER, Structure, byref, c_char_p, c_int, c_long, c_uint8, c_uint32, c_uint64, c_void_p, sizeof
 from functools import cache
@@ -81,17 +83,30 @@ def load() -> Library | None:
         return None
 
 
+class _Taken:
+    """What is taken out of a ring, on its way into Python's own objects: one for all VMs of the process."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.bytes = (c_uint8 * RING_BYTES)()
+        self.newlines = (c_uint64 * MOST_NEWLINES)()
+        self.count = c_uint32()
+
+
+_taken = _Taken()
+
+
 class Fastpath:
     """One VM's posted port accesses. ``address`` is what the run loop takes."""
 
     def __init__(self, library: Library, event_fd: int) -> None:
         self._library = library
         self.run = library.run
-        self.data = FastpathData(event_fd=event_fd)
+        # Not from the heap: a VM that posts little has only a page or two of it.
+        pages = mmap.mmap(-1, sizeof(FastpathData), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.data = FastpathData.from_buffer(pages)
+        self.data.event_fd = event_fd
         self.address = ctypes.addressof(self.data)
-        self._bytes = (c_uint8 * RING_BYTES)()
-        self._newlines = (c_uint64 * MOST_NEWLINES)()
-        self._count = c_uint32()
 
     def set(self, slot: int, key: int, kind: int, value: int = 0) -> None:
         """Answer the accesses named ``key`` (exits.io_key) as ``kind`` says, from now on."""
@@ -99,5 +114,6 @@ class Fastpath:
 
     def take(self) -> tuple[bytes, list[int]]:
         """The bytes posted since the last call, and CLOCK_MONOTONIC ns of each newline in them."""
-        size = self._library.take(byref(self.data), self._bytes, self._newlines, byref(self._count))
-        return bytes(memoryview(self._bytes)[:size]), self._newlines[: self._count.value]
+        with _taken.lock:
+            size = self._library.take(byref(self.data), _taken.bytes, _taken.newlines, byref(_taken.count))
+            return bytes(memoryview(_taken.bytes)[:size]), _taken.newlines[: _taken.count.value]
