@@ -127,5 +127,5 @@ class Snapshots:
 
 async def close_shell(shell: Shell | None) -> None:
     """Free what is left of one that was handed over."""
-    if shell is not None:
+    if shell is not None and shell.made is not None:
         await in_thread(shell.close)
