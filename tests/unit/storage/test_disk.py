@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import time
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +17,7 @@ from asyncvmm.device_config import DriveConfig
 from asyncvmm.devices.virtio.block_io import BlockRequest, Operation
 from asyncvmm.devices.virtio.queue import Chain
 from asyncvmm.errors import DriveBusy, DriveError
-from asyncvmm.storage.disk import MOST_READ_NOW, Disk, open_disk
+from asyncvmm.storage.disk import HOLD_NS, MOST_READ_NOW, Disk, open_disk
 from asyncvmm.storage.image import Buffer
 from asyncvmm.storage.overlay import make_overlay
 from asyncvmm.storage.raw import RawImage
@@ -148,6 +149,35 @@ async def test_a_hung_disk_holds_nobody_up(path: Path) -> None:
     assert await disk.aclose()
     assert [entry.failed for entry in delivered.requests] == [None, "abandoned"]
     assert content(path)[:1024] == b"x" * 512 + CONTENT[512:1024]
+
+
+async def test_what_is_done_comes_back_without_what_takes_long(path: Path) -> None:
+    class Slow(Stuck):
+        def write(self, offset: int, views: Sequence[Buffer], *, sync: bool = False) -> None:
+            if offset:
+                return super().write(offset, views, sync=sync)
+            time.sleep(2e-9 * HOLD_NS)
+            return RawImage.write(self, offset, views, sync=sync)
+
+    image = Slow(path)
+    disk = Disk(image)
+    delivered = Delivered(disk)
+    first, second = (request(Operation.WRITE, offset, data=bytes(512)) for offset in (0, 4096))
+    disk.submit([first, second])
+    assert await delivered.wait(1) == [first]
+    image.go.set()
+    assert await delivered.wait(2) == [first, second]
+    assert await disk.aclose()
+
+
+async def test_small_requests_of_a_batch_come_back_together(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("asyncvmm.storage.disk.HOLD_NS", 1 << 60)
+    disk = await open_disk(DriveConfig(path=path))
+    delivered = Delivered(disk)
+    disk.submit([request(Operation.WRITE, 8192 * number, data=bytes(512)) for number in range(4)])
+    await delivered.wait(4)
+    assert len(delivered.batches) == 1
+    assert await disk.aclose()
 
 
 async def test_closing_a_hung_disk_can_be_cancelled(path: Path) -> None:
