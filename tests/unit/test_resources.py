@@ -15,11 +15,13 @@ import pytest
 
 from asyncvmm.device_config import DriveConfig, NetConfig
 from asyncvmm.device_list import DeviceConfig
-from asyncvmm.errors import ConfigError, DriveError, HostError, TapError
+from asyncvmm.errors import ConfigError, DriveError, HostError, SnapshotMismatch, TapError
 from asyncvmm.machine.base import AccelName
 from asyncvmm.net.mac import parse_mac
-from asyncvmm.resources import HostResources
+from asyncvmm.resources import HostResources, SavedResources
+from asyncvmm.storage.snapshot import save_drives
 from asyncvmm.timing.timeline import Timeline
+from tests.support.device_rig import Folder
 from tests.support.holdings import Holdings
 from tests.support.requirements import require
 
@@ -111,6 +113,49 @@ async def test_an_overlay_at_a_place_of_its_own_stays(
     assert resources.record.drives[0].path == kept
     await resources.aclose()
     assert kept.exists()
+
+
+@pytest.mark.parametrize("accel", ["kvm", "qemu"])
+async def test_what_a_snapshot_has_of_a_drive_is_an_overlay_that_goes_with_the_vm(
+    holdings: Callable[..., Holdings], resources: HostResources, image: Path, tmp_path: Path, accel: AccelName
+) -> None:
+    drives = (DriveConfig(path=image, id="disk", overlay=True), DriveConfig(path=image, id="read", read_only=True))
+    await make_ready(resources, accel, drives=drives)
+    folder = Folder(tmp_path / "snapshot")
+    saved = SavedResources(drives=await save_drives(resources.record, folder), open_file=folder.open_file)
+    before = holdings()
+    clone, timeline = HostResources(), Timeline()
+    await clone.make_ready(DeviceConfig(drives=drives), accel, timeline, saved)
+    overlay, plain = clone.record.drives
+    assert overlay.overlay is not None
+    assert (overlay.overlay.how, overlay.overlay.temporary, plain.overlay) == ("saved", True, None)
+    assert phases(timeline) == ["overlay"]
+    await clone.aclose()
+    assert holdings() == before
+
+
+async def test_drives_that_are_no_longer_what_they_were_leave_nothing(
+    holdings: Callable[..., Holdings], resources: HostResources, image: Path, tmp_path: Path
+) -> None:
+    drives = (DriveConfig(path=image, id="disk", overlay=True), DriveConfig(path=image, id="read", read_only=True))
+    await make_ready(resources, drives=drives)
+    folder = Folder(tmp_path / "snapshot")
+    kept = await save_drives(resources.record, folder)
+    kept[1]["size"] += 1
+    before, clone = holdings(), HostResources()
+    saved = SavedResources(drives=kept, open_file=folder.open_file)
+    with pytest.raises(SnapshotMismatch, match="image"):
+        await clone.make_ready(DeviceConfig(drives=drives), "kvm", Timeline(), saved)
+    await clone.aclose()
+    assert holdings() == before
+
+
+@pytest.mark.requires("passt")
+async def test_a_restored_card_has_the_address_that_it_had(resources: HostResources) -> None:
+    mac = "02:00:00:00:00:07"
+    saved = SavedResources(drives=[], open_file=lambda name: -1, mac=mac)
+    await resources.make_ready(DeviceConfig(net=NetConfig()), "kvm", Timeline(), saved)
+    assert resources.record.mac == mac
 
 
 @pytest.mark.parametrize("accel", ["kvm", "qemu"])
