@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ from asyncvmm.machine.kvm.restoring import Shell, ShellShape
 from asyncvmm.machine.waiting import in_thread
 from asyncvmm.snapshot.memory_writer import MemoryWriter
 from asyncvmm.timing.timeline import Timeline
+from tests.support.cancelling import Cancelled, Tripwire
 from tests.support.holdings import Holdings
 from tests.support.memory_guest import PAGE, Files, MemoryGuest, Save, booted, new_guest, restored
 
@@ -315,6 +317,38 @@ async def test_a_restore_that_is_cancelled_leaves_nothing(
         await anyio.sleep_forever()
     await guest.machine.stop()
     assert holdings(RAM) == before
+
+
+PHASES = (
+    *("kvm_open", "kvm_create_vm", "vm_arch_setup", "memory_alloc", "memory_register", "irqchip_create"),
+    *("vcpu_create", "cpuid_config", "memory_state_write", "vcpu_state_restore", "device_state_restore"),
+)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+async def test_a_restore_that_is_cancelled_at_a_phase_leaves_nothing(
+    new: New, files: Files, phase: str, holdings: Callable[..., Holdings]
+) -> None:
+    saved = await saved_guest(new, files)
+    async with restored(new(), saved.plan()):
+        pass
+    before = holdings(RAM)
+    loop = asyncio.get_running_loop()
+    with Cancelled() as scope:
+        wire = Tripwire(phase, lambda: loop.call_soon_threadsafe(scope.cancel))
+        guest = new(timeline=wire)
+        await guest.machine.restore(saved.plan(touched=[(5000 * PAGE, PAGE)]))
+        await anyio.sleep_forever()
+    assert wire.tripped
+    await guest.machine.stop()
+    assert holdings(RAM) == before
+
+
+async def test_the_phases_cancelled_here_are_all_there_are(new: New, files: Files) -> None:
+    saved = await saved_guest(new, files)
+    guest = new()
+    async with restored(guest, saved.plan()):
+        assert {phase.name for phase in guest.machine._timeline.phases} == set(PHASES)
 
 
 async def test_a_restore_that_fails_leaves_nothing(new: New, files: Files, holdings: Callable[..., Holdings]) -> None:

@@ -15,9 +15,12 @@ import pytest
 
 from asyncvmm.errors import SnapshotFailed
 from asyncvmm.machine.kvm.discard import GuestDiscard
+from asyncvmm.machine.kvm.layers import MOST_MAPPINGS
 from asyncvmm.machine.kvm.memory_saver import SMALL_BYTES
+from asyncvmm.machine.kvm.restoring import Shell, ShellShape
 from asyncvmm.machine.waiting import in_thread
 from asyncvmm.snapshot.memory_writer import MemoryWriter
+from asyncvmm.timing.timeline import Timeline
 from tests.support.memory_guest import PAGE, PLACE, Files, MemoryGuest, Save, booted, new_guest, restored
 
 pytestmark = pytest.mark.anyio
@@ -44,6 +47,13 @@ def discard_of(guest: MemoryGuest) -> GuestDiscard:
     assert vm is not None
     memory = vm.memory
     return GuestDiscard(memory.regions, memory.host_address, memory.backing, on_discard=memory.mark)
+
+
+class FullFile(MemoryWriter):
+    """A memory file for which there is no room."""
+
+    def write(self, offset: int, view: Any) -> None:
+        raise SnapshotFailed("memory file", expected="room for it", found="none left")
 
 
 # -- whole -------------------------------------------------------------------------------------------------------------
@@ -180,6 +190,22 @@ async def test_the_dirty_log_is_on_only_from_precopy_to_the_resumption(new: New,
             scope.cancel()
             await guest.machine.precopy(files.writer(16 * MIB))
         assert not log.is_on
+        full = FullFile(files.writer(16 * MIB)._fd, 16 * MIB)
+        with pytest.raises(SnapshotFailed):
+            await guest.machine.precopy(full)
+        assert not log.is_on
+
+
+async def test_the_dirty_log_is_off_after_a_save_that_failed(new: New, files: Files) -> None:
+    async with booted(new()) as guest:
+        log = guest.machine._building.log
+        assert log is not None
+        await guest.machine.precopy(files.writer(16 * MIB))
+        await guest.machine.pause()
+        with pytest.raises(SnapshotFailed):
+            await guest.machine.save(FullFile(files.writer(16 * MIB)._fd, 16 * MIB))
+        await guest.machine.resume()
+        assert not log.is_on
 
 
 async def test_what_the_host_writes_meanwhile_is_saved(new: New, files: Files) -> None:
@@ -207,13 +233,6 @@ async def test_a_save_to_another_file_than_was_copied_ahead_to_is_whole(new: New
 
 
 # -- differences -------------------------------------------------------------------------------------------------------
-
-
-class FullFile(MemoryWriter):
-    """A memory file for which there is no room."""
-
-    def write(self, offset: int, view: Any) -> None:
-        raise SnapshotFailed("memory file", expected="room for it", found="none left")
 
 
 async def test_a_difference_has_what_was_written_since(new: New, files: Files) -> None:
@@ -325,6 +344,34 @@ async def test_memory_copied_ahead_can_be_a_difference(new: New, files: Files) -
         less = files.saved(await guest.machine.save(writer, difference_of="whole"), whole)
         assert await less.is_memory_of(guest)
         assert less.machine.memory.data_bytes <= 220 * PAGE
+
+
+async def test_a_difference_in_more_pieces_than_are_mapped_is_restored(new: New, files: Files) -> None:
+    """Beyond a bound pieces are copied: data from the file, zeros over what was data."""
+    pieces = range(600, 600 + 2 * 3 * MOST_MAPPINGS // 2, 2)
+    async with booted(new(track_dirty=True)) as guest:
+        await guest.fill(600, 3400, 1)
+        await guest.machine.pause()
+        whole = await files.save(guest)
+        guest.machine.saved_as("whole")
+        await in_thread(lambda: scatter(guest, pieces))
+        less = await files.save(guest, whole, "whole")
+        assert len(less.machine.memory.data) + len(less.machine.memory.zero) > MOST_MAPPINGS
+    for shell in (None, await in_thread(lambda: Shell(ShellShape(memory_bytes=16 * MIB, vcpus=1), Timeline()))):
+        async with restored(new(), less.plan(), shell) as guest:
+            assert await less.is_memory_of(guest)
+            again = await files.save(guest)
+            assert await again.is_memory_of(guest)
+            await guest.machine.resume()
+            assert [await guest.load(page) for page in pieces[-4:]] == [0, 2, 0, 2]
+
+
+def scatter(guest: MemoryGuest, pages: range) -> None:
+    """Write pages by turns: zeros, and twos."""
+    vm = guest.machine._vm
+    assert vm is not None
+    for turn, page in enumerate(pages):
+        vm.memory.write(page * PAGE, bytes([2 * (turn % 2)]) * PAGE)
 
 
 @pytest.mark.parametrize("seed", range(3))

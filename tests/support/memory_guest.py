@@ -163,14 +163,20 @@ class Files:
 
 
 def new_guest(
-    kernel: Path, *, memory_mib: int = 16, vcpus: int = 1, track_dirty: bool = False, name: str = "kvmtest"
+    kernel: Path,
+    *,
+    memory_mib: int = 16,
+    vcpus: int = 1,
+    track_dirty: bool = False,
+    name: str = "kvmtest",
+    timeline: Timeline | None = None,
 ) -> MemoryGuest:
     """A machine that is neither started nor restored."""
     from tests.kvm.conftest import Run
 
     run = Run()
     plan = BootPlan(name=name, memory_mib=memory_mib, vcpus=vcpus, kernel=kernel, initrd=None, track_dirty=track_dirty)
-    run.machine = KvmMachine(plan, Timeline(), run.take)
+    run.machine = KvmMachine(plan, timeline or Timeline(), run.take)
     return MemoryGuest(run)
 
 

@@ -86,8 +86,8 @@ class MemorySaver:
             runs = self._rest.runs()
         else:
             runs = self._existing() if difference_of is None else self._changed.runs()
-        self._copy(writer, runs, proceed)
         self._ahead, self._rest = None, PageSet(0)
+        self._copy(writer, runs, proceed)
         self._since = PageSet(self._memory.size if self._tracked else 0)
         self._nameable = True
 
