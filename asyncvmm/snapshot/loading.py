@@ -96,10 +96,32 @@ def load(path: Path, *, check_memory: bool = False) -> Loaded:
     """Check the snapshot at ``path`` and open it. Blocks for about a millisecond, or, with ``check_memory``, for as
     long as reading its memory takes.
 
+    One that is replaced meanwhile is loaded as it was, or as it has become.
+
     Raises SnapshotDamaged, SnapshotMismatch (another format, another base), SnapshotError (no permission).
     """
+    path = Path(path)
+    while True:
+        before = _identity(path)
+        try:
+            return _load(path, check_memory)
+        except SnapshotDamaged:
+            if before is None or before == _identity(path):
+                raise
+
+
+def _identity(path: Path) -> tuple[int, int, int] | None:
+    """Which directory is there; None if that cannot be told."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return status.st_dev, status.st_ino, status.st_ctime_ns
+
+
+def _load(path: Path, check_memory: bool) -> Loaded:
     with ExitStack() as resources:
-        links = open_chain(Path(path), resources)
+        links = open_chain(path, resources)
         for link in links:
             check_memory_file(link)
         for name in links[-1].manifest.files.keys() - {MEMORY, STATE}:

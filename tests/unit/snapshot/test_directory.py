@@ -232,6 +232,20 @@ def test_of_replacing_saves_at_the_same_moment_all_succeed(tmp_path: Path) -> No
     assert os.listdir(tmp_path) == ["s"]
 
 
+def test_what_is_replaced_meanwhile_is_loaded_old_or_new(tmp_path: Path) -> None:
+    save(tmp_path / "s", {})
+
+    def replace() -> None:
+        for number in range(60):
+            save(tmp_path / "s", {1: page(number)}, replace=True)
+
+    with ThreadPoolExecutor(1) as thread:
+        replacing = thread.submit(replace)
+        while not replacing.done():
+            load(tmp_path / "s", check_memory=True).close()
+        replacing.result()
+
+
 def test_a_leftover_that_is_looked_at_is_left_alone(tmp_path: Path) -> None:
     """Whoever holds the lock is alive."""
     leftover = tmp_path / ".s.0123456789abcdef.partial"
