@@ -50,6 +50,12 @@ class QmpControl:
         channel.write_now(opening(first, run=not restores))
         channel.watch(self.read)
 
+    @property
+    def reads_state(self) -> bool:
+        """Whether QEMU is up, and has a state to read."""
+        answered = self.negotiated.done() and not self.negotiated.cancelled() and self.negotiated.exception() is None
+        return self._restores and answered
+
     async def execute(
         self, name: str, arguments: Mapping[str, Any] | None = None, *, descriptor: int | None = None
     ) -> Any:

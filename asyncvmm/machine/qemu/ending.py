@@ -12,7 +12,6 @@ from asyncvmm.machine.pacing import Pacer
 from asyncvmm.machine.qemu.child import Child, start_error
 from asyncvmm.machine.qemu.qmp import QmpEvent
 from asyncvmm.machine.qemu.reasons import debug_exit_code, is_contention, reason_of_halt, reason_of_shutdown
-from asyncvmm.machine.qemu.restoring import LOAD_FAILED
 
 
 class GuestEnd:
@@ -56,14 +55,14 @@ class GuestEnd:
         else:
             self.tell("machine", child.describe_end())
 
-    def of_start(self, child: Child) -> AsyncVMMError:
-        """The child has ended before its guest ran: the error that says why."""
+    def of_start(self, child: Child, *, reads_state: bool) -> AsyncVMMError:
+        """The child has ended before its guest ran, or while it read a saved state: the error that says why."""
         if self.failure is not None:
             return start_error("a device failed", self.failure, retryable=False)
         found = child.describe_end()
-        if LOAD_FAILED in found:
-            return SnapshotDamaged("QEMU's state", expected="one that QEMU can read", found=found)
         retryable = is_contention(child.status or 0, child.last_words())
+        if reads_state and not retryable:
+            return SnapshotDamaged("QEMU's state", expected="one that QEMU can read", found=found)
         return start_error("QEMU refused to start", found, retryable=retryable)
 
     def tell(self, reason: StopReason, detail: str, code: int | None = None) -> None:

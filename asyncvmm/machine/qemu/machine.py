@@ -343,12 +343,13 @@ class QemuMachine:
 
     async def _answered(self, answer: asyncio.Future[Any]) -> None:
         """Until QEMU has answered, or has ended instead."""
+        assert self._qmp is not None
         try:
             await answer
         except MachineError:
             if self._child is None or self._child.status is None:
                 raise
-            raise self._end.of_start(self._child) from None
+            raise self._end.of_start(self._child, reads_state=self._qmp.reads_state) from None
 
     # -- how it ends -----------------------------------------------------------------------------------------------
 

@@ -13,9 +13,6 @@ from typing import Any, Final
 
 from asyncvmm.errors import MachineError
 
-LOAD_FAILED: Final = "load of migration failed"
-"""What QEMU says last about a state that it cannot read."""
-
 _CAPABILITIES: Final = ("x-ignore-shared", "events")
 
 

@@ -6,7 +6,7 @@ import struct
 from contextlib import suppress
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncvmm.errors import SnapshotFailed
@@ -112,6 +112,7 @@ records = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(records, st.integers(1, 5000))
 def test_however_the_stream_is_cut_the_outcome_is_the_same(found: list[Record], piece: int) -> None:
     data = stream(part(found))
@@ -123,6 +124,7 @@ def test_however_the_stream_is_cut_the_outcome_is_the_same(found: list[Record], 
     assert pages == {offset: last[offset] if last[offset] != b"\0" else bytes(PAGE) for offset in written}
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_a_stream_that_is_cut_off_is_none(data: st.DataObject) -> None:
     whole = stream(part([("ram", 0, b"p" * PAGE)]))
@@ -131,6 +133,7 @@ def test_a_stream_that_is_cut_off_is_none(data: st.DataObject) -> None:
         filtered(whole[: data.draw(st.integers(0, memory))])
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=300))
 def test_what_is_no_stream_is_refused_and_nothing_worse(data: bytes) -> None:
     for found in (data, HEADER + data, HEADER + CONFIGURATION + CAPABILITIES + data):
