@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from asyncvmm.machine.kvm.marks import RestoreMarks
     from asyncvmm.machine.kvm.restoring import Shell
     from asyncvmm.machine.kvm.saving import Saving
+    from asyncvmm.machine.kvm.vcpu import Vcpu
     from asyncvmm.machine.saved import RestorePlan, SavedMachine
     from asyncvmm.snapshot.memory_map import Run
     from asyncvmm.snapshot.memory_writer import MemoryWriter
@@ -192,9 +193,9 @@ class KvmMachine:
         try:
             for vcpu in vm.vcpus:
                 vcpu.order("pause")
-            for vcpu in vm.vcpus:
-                if not await anyio.to_thread.run_sync(vcpu.wait_parked, _PARK_TIMEOUT_S):
-                    raise MachineError("pause", expected=f"vCPU {vcpu.index} out of the guest", found="still in it")
+            late = await anyio.to_thread.run_sync(_running_still, vm)
+            if late is not None:
+                raise MachineError("pause", expected=f"vCPU {late.index} out of the guest", found="still in it")
             if self._devices is not None:
                 await self._devices.hold()
         except BaseException:
@@ -207,6 +208,8 @@ class KvmMachine:
         """Let every vCPU enter the guest again, and the devices work."""
         vm = self._running_vm()
         self._snapshots.resuming()
+        for vcpu in vm.vcpus:
+            vcpu.tell_it_was_held()
         self._let_run(vm)
         self._state = "running" if self._state == "paused" else self._state
         await self._snapshots.resumed()
@@ -430,3 +433,8 @@ class KvmMachine:
 
     def _announce_room(self, port: Port) -> None:
         self._mailbox.post(_HasRoom(port))
+
+
+def _running_still(vm: KvmVm) -> Vcpu | None:
+    """A vCPU that did not leave the guest in time. Blocks until they all have."""
+    return next((vcpu for vcpu in vm.vcpus if not vcpu.wait_parked(_PARK_TIMEOUT_S)), None)
