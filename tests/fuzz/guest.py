@@ -257,8 +257,9 @@ class Play:
         self.driver.view.sync()
 
     def _place(self, index: int, data: bytes, size: int) -> int:
-        """A place for a buffer, behind the rings of its queue, where others may lie."""
-        queue = self.driver.queue(index)
+        """A place for a buffer, behind the rings of its queue, where others may lie. ``data`` may be longer than it is
+        said to be."""
+        queue, size = self.driver.queue(index), max(size, len(data))
         first, last = queue._buffers, queue._end
         if first + size > last:
             return first
