@@ -25,7 +25,7 @@ import attrs
 
 from asyncvmm.errors import SnapshotFailed
 from asyncvmm.snapshot.extents import checksums, data_runs
-from asyncvmm.snapshot.manifest import MANIFEST, MEMORY, MOST_FILES, STATE, FileRecord, Manifest, is_name
+from asyncvmm.snapshot.manifest import MANIFEST, MEMORY, MOST_FILES, STATE, Base, FileRecord, Manifest, is_name
 from asyncvmm.snapshot.memory_map import PAGE_BYTES, MemoryMap
 from asyncvmm.snapshot.renaming import exchange, rename_to_nothing
 from asyncvmm.snapshot.state_file import pack
@@ -41,6 +41,11 @@ TRAILER_MAGIC = b"AVMMMEM1"
 def trailer(id: str) -> bytes:
     """What the memory file holds behind the memory, in a page of its own: whose memory it is."""
     return TRAILER_MAGIC + id.encode()
+
+
+def base_of(id: str, base: Path, out: Path) -> Base:
+    """For the manifest of a difference at ``out``: its base at ``base``, by a path that leads there through no link."""
+    return Base(id=id, path=os.path.relpath(os.path.realpath(base), os.path.realpath(out)))
 
 
 class SnapshotDirectory:

@@ -9,10 +9,10 @@ from typing import Any
 
 import attrs
 
-from asyncvmm.snapshot.directory import SnapshotDirectory
+from asyncvmm.snapshot.directory import SnapshotDirectory, base_of
 from asyncvmm.snapshot.lineage import merge
 from asyncvmm.snapshot.loading import Loaded
-from asyncvmm.snapshot.manifest import Base, Manifest
+from asyncvmm.snapshot.manifest import Manifest
 from asyncvmm.snapshot.memory_map import PAGE_BYTES, MemoryMap
 from asyncvmm.snapshot.memory_writer import MemoryWriter
 
@@ -58,7 +58,7 @@ def save(
         if disk:
             _fill(made.new_file("disks/root"), DISK)
         if base is not None:
-            changes["base"] = Base(id=id_of(base), path=os.path.relpath(base, out))
+            changes["base"] = base_of(id_of(base), base, out)
         manifest = manifest_of(made.id, memory_mib)
         return made.commit(attrs.evolve(manifest, **changes), SECTIONS, writer.map())
 

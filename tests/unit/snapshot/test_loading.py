@@ -64,6 +64,16 @@ def test_a_chain_moves_as_a_whole(chain: Path, tmp_path: Path) -> None:
     load(tmp_path / "elsewhere" / "s", check_memory=True).close()
 
 
+def test_a_base_is_found_from_a_directory_that_a_link_led_to(tmp_path: Path) -> None:
+    (tmp_path / "far" / "away").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("far/away")
+    save(tmp_path / "full", {1: page(1)})
+    save(tmp_path / "link" / "s", {2: page(2)}, base=tmp_path / "full")
+    save(tmp_path / "next", {3: page(3)}, base=tmp_path / "link" / "s")
+    with load(tmp_path / "next") as loaded:
+        assert len(loaded.layers) == 3
+
+
 @given(
     st.lists(
         st.dictionaries(st.integers(0, 255), st.sampled_from([bytes(PAGE_BYTES), page("x"), page("y")]), max_size=12),
