@@ -16,11 +16,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cached_property
 from typing import Literal
 
 from asyncvmm.bus import Bus
 from asyncvmm.effects import Stopped, StopReason
+from asyncvmm.errors import KvmIoctlError
 from asyncvmm.machine.kvm.abi import KvmRegs, KvmSignalMask, Request
 from asyncvmm.machine.kvm.dispatch import Dispatcher, needs_stop
 from asyncvmm.machine.kvm.exits import (
@@ -144,6 +146,14 @@ class Vcpu:
         """Page faults of its thread so far, Python's own among them."""
         native_id = None if self._thread is None else self._thread.native_id
         return NO_FAULTS if native_id is None else faults_of(native_id)
+
+    def tell_it_was_held(self) -> None:
+        """KVM_KVMCLOCK_CTRL: time has gone by in which it could do nothing, so that a guest's watchdogs need not bark.
+
+        Of a parked vCPU only.
+        """
+        with suppress(KvmIoctlError):  # EINVAL: a guest without kvmclock, which cannot be told
+            ioctl(self.fd, Request.KVM_KVMCLOCK_CTRL)
 
     @property
     def last_exit(self) -> str:
