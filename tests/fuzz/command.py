@@ -21,7 +21,7 @@ SLOWEST_RUN_S = 10
 """A run that takes longer is a finding."""
 MOST_MEMORY_MIB = 1024
 
-_INSTRUMENTED = ("asyncvmm.devices", "asyncvmm.net.framing", "asyncvmm.guest")
+_INSTRUMENTED = ("asyncvmm.devices", "asyncvmm.net.framing", "asyncvmm.guest", "asyncvmm.snapshot")
 
 
 def parse(arguments: list[str]) -> tuple[list[str], int]:

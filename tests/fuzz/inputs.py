@@ -6,7 +6,7 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
-TARGETS = ("queue", "blk", "rng", "balloon", "console", "net", "vsock", "framing", "cpio", "tar")
+TARGETS = ("queue", "blk", "rng", "balloon", "console", "net", "vsock", "framing", "cpio", "tar", "snapshot")
 SYNONYMS = {"transport": "queue"}
 INPUTS = Path(__file__).parent / "inputs"
 
