@@ -280,6 +280,24 @@ async def test_a_save_that_is_cancelled_leaves_the_machine_as_it_was(
 
 
 @pytest.mark.parametrize("delay_s", [0, 0.002, 0.01])
+@pytest.mark.parametrize("call", ["save", "precopy"])
+async def test_a_task_that_saves_can_be_cancelled(new: New, files: Files, delay_s: float, call: str) -> None:
+    """asyncio's cancellation pierces a shield; the file must not be closed under a thread that writes to it."""
+    async with booted(new()) as guest:
+        await guest.fill(600, 15000, 1)
+        await guest.machine.pause()
+        writer = files.writer(RAM)
+        task = asyncio.ensure_future(getattr(guest.machine, call)(writer))
+        await anyio.sleep(delay_s)
+        task.cancel()
+        await asyncio.wait([task])
+        written = writer.bytes_written
+        saved = await files.save(guest)
+        assert writer.bytes_written == written
+        assert await saved.is_memory_of(guest)
+
+
+@pytest.mark.parametrize("delay_s", [0, 0.002, 0.01])
 async def test_a_machine_that_is_stopped_while_it_is_saved_is_gone(
     new: New, files: Files, delay_s: float, holdings: Callable[..., Holdings]
 ) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import re
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -129,6 +131,48 @@ async def test_clones_see_neither_each_other_s_writes_nor_does_the_file(new: New
 
 def digest(saved: Save) -> str:
     return hashlib.sha256(os.pread(saved.fds[0], saved.machine.memory.size, 0)).hexdigest()
+
+
+async def test_zeros_that_a_clone_reads_take_no_room_in_the_file(new: New) -> None:
+    """A hole of a file in memory would be filled by the first who reads it there."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+        files = Files(Path(directory))
+        async with booted(new()) as guest:
+            await guest.fill(600, 100, 1)
+            await guest.machine.pause()
+            saved = await files.save(guest)
+        before = saved.allocated
+        async with restored(new(), saved.plan()) as guest:
+            await guest.machine.resume()
+            assert await guest.sum(1000, 3000) == 0
+            assert saved.allocated == before
+        files.close()
+
+
+@pytest.mark.parametrize("in_shell", [False, True])
+async def test_a_child_that_is_forked_does_not_have_the_guest_s_memory(new: New, files: Files, in_shell: bool) -> None:
+    async with booted(new()) as guest:
+        await guest.fill(600, 100, 1)
+        await guest.machine.pause()
+        saved = await files.save(guest)
+    shape = ShellShape(memory_bytes=16 * MIB, vcpus=1)
+    shell = await in_thread(lambda: Shell(shape, Timeline())) if in_shell else None
+    async with restored(new(), saved.plan(), shell) as guest:
+        vm = guest.machine._vm
+        assert vm is not None
+        assert all("dc" in flags for flags in flags_of(vm.memory.host_address, 16 * MIB))
+
+
+def flags_of(host_address: int, size: int) -> list[list[str]]:
+    """VmFlags of the mappings that lie there, at least one."""
+    found, inside = [], False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(match[1], 16) < host_address + size and int(match[2], 16) > host_address
+        elif inside and line.startswith("VmFlags:"):
+            found.append(line.split()[1:])
+    assert found
+    return found
 
 
 async def test_a_page_that_a_restored_guest_gives_back_is_zeros_in_its_snapshot(new: New, files: Files) -> None:
