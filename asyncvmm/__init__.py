@@ -30,8 +30,16 @@ if TYPE_CHECKING:
     from asyncvmm.errors import GuestStopped as GuestStopped
     from asyncvmm.errors import HostError as HostError
     from asyncvmm.errors import MachineError as MachineError
+    from asyncvmm.errors import SnapshotDamaged as SnapshotDamaged
+    from asyncvmm.errors import SnapshotError as SnapshotError
+    from asyncvmm.errors import SnapshotFailed as SnapshotFailed
+    from asyncvmm.errors import SnapshotMismatch as SnapshotMismatch
     from asyncvmm.errors import StateError as StateError
+    from asyncvmm.errors import TriggerImpossible as TriggerImpossible
     from asyncvmm.events.hub import EventHub as EventHub
+    from asyncvmm.snapshot.resources import SnapshotResources as SnapshotResources
+    from asyncvmm.snapshot.shell_pool import ShellPool as ShellPool
+    from asyncvmm.snapshot.snapshot import Snapshot as Snapshot
     from asyncvmm.timing.vm_timing import VmTiming as VmTiming
     from asyncvmm.vm import VM as VM
 
@@ -52,6 +60,9 @@ _HOMES = {
         ),
         "asyncvmm.device_config",
     ),
+    "ShellPool": "asyncvmm.snapshot.shell_pool",
+    "Snapshot": "asyncvmm.snapshot.snapshot",
+    "SnapshotResources": "asyncvmm.snapshot.resources",
     "VmTiming": "asyncvmm.timing.vm_timing",
     "Console": "asyncvmm.console",
     "EventHub": "asyncvmm.events.hub",
@@ -66,7 +77,12 @@ _HOMES = {
             "GuestStopped",
             "HostError",
             "MachineError",
+            "SnapshotDamaged",
+            "SnapshotError",
+            "SnapshotFailed",
+            "SnapshotMismatch",
             "StateError",
+            "TriggerImpossible",
         ),
         "asyncvmm.errors",
     ),

@@ -50,7 +50,7 @@ def run(command: str, directory: Path) -> str:
 
 
 def test_the_python_program_runs_and_prints_milliseconds_and_machine(directory: Path) -> None:
-    program = block_with("python", "import asyncio")
+    program = block_with("python", "timing.total_ms")
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=directory, capture_output=True, text=True, timeout=PATIENCE_S, check=True
     )
@@ -60,10 +60,19 @@ def test_the_python_program_runs_and_prints_milliseconds_and_machine(directory: 
     assert done.stderr == ""
 
 
+def test_the_snapshot_program_runs_and_has_three_clones(directory: Path) -> None:
+    program = block_with("python", "SnapshotResources(")
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=directory, capture_output=True, text=True, timeout=PATIENCE_S, check=True
+    )
+    assert (done.stdout, done.stderr) == ("['ready', 'ready', 'ready']\n", "")
+
+
 def test_readme_shows_the_commands_that_are_run_here() -> None:
     assert [command.split()[1] for command in commands()] == [
         *("doctor", "image", "boot", "run"),
         *("-s", "run"),
+        *("snapshot", "restore", "snapshot"),
         *("boot", "boot", "timeline", "metrics"),
     ]
 
@@ -71,13 +80,16 @@ def test_readme_shows_the_commands_that_are_run_here() -> None:
 def test_the_shell_commands_do_what_is_said_of_them(directory: Path) -> None:
     outputs: dict[str, str] = {}
     for command in commands():
-        outputs.setdefault(command.split()[1] + " --drive" * ("--drive" in command), run(command, directory))
+        name = " ".join([command.split()[1], *(word for word in ("--drive", "inspect") if word in command)])
+        outputs.setdefault(name, run(command, directory))
     assert orjson.loads(outputs["doctor"])["kvm"]["verdict"] in ("fast", "slow", "unusable", "absent")
     assert Path(outputs["image"].strip()).is_dir()
     assert [orjson.loads(line)["v"] for line in outputs["boot"].splitlines()]
     assert outputs["run"].startswith("Linux ")
     assert "inet 10." in outputs["run --drive"]
     assert any((directory / "data.img").read_bytes()[:512])
+    assert len({line.partition(": ")[2] for line in outputs["restore"].splitlines() if "UTC" not in line}) == 5
+    assert orjson.loads(outputs["snapshot inspect"].splitlines()[-1])["window"] is True
     assert "against [1]" in outputs["timeline"]
     assert "boot_wait" in outputs["timeline"]
     assert "</html>" in (directory / "t.html").read_text()
