@@ -45,6 +45,12 @@ class Pacer:
         if self._waiting and not was_busy:
             self._turn()
 
+    async def drain(self) -> None:
+        """Hand out all that waits, turn by turn."""
+        while self._waiting:
+            self._hand_out()
+            await asyncio.sleep(0)
+
     async def finish(self) -> None:
         """Hand out what is left, a bounded part of it, turn by turn; the rest is counted as lost."""
         if self._scheduled is not None:

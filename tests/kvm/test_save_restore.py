@@ -121,6 +121,24 @@ async def test_output_from_before_the_save_is_not_told_again(new: New, files: Fi
         assert guest.run.output == b"\2"
 
 
+async def test_a_flood_of_output_is_told_by_whom_it_was_saved_from(guest: Callable[[str], Path], files: Files) -> None:
+    """flood.S writes without end, more than the loop is told in one turn."""
+    flooding = new_guest(guest("flood"), memory_mib=4)
+    try:
+        await flooding.machine.start()
+        await flooding.run.until(lambda: len(flooding.run.output) > 1 << 16)
+        await flooding.machine.pause()
+        saved = await files.save(flooding)
+        heard = len(flooding.run.output) + flooding.run.lost
+        await anyio.sleep(0.05)
+        assert len(flooding.run.output) + flooding.run.lost == heard
+    finally:
+        await flooding.machine.stop()
+    async with restored(new_guest(guest("flood"), memory_mib=4), saved.plan()) as clone:
+        await anyio.sleep(0.02)
+        assert clone.run.output == b""
+
+
 async def test_a_guest_saved_in_the_midst_of_serial_output_loses_and_doubles_nothing(new: New, files: Files) -> None:
     """Each moment falls into another part of ``x``: polling LSR, reading a byte, writing one."""
     async with booted(new()) as guest:

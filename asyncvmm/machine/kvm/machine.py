@@ -231,7 +231,8 @@ class KvmMachine:
     async def save(self, memory: MemoryWriter, *, difference_of: str | None = None) -> SavedMachine:
         """See Machine."""
         saver = await self._saver("paused")
-        self._output.put(self._output.take())  # what the guest has written is this VM's to tell, not its copies'
+        await self._output.told()  # what the guest has written is this VM's to tell, not its copies'
+        self._require_one_of(("paused",))
         return await saver.save(memory, difference_of)
 
     def saved_as(self, name: str) -> None:

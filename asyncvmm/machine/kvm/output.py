@@ -76,6 +76,11 @@ class Output:
         """Hand out effects, behind those that wait for their turn."""
         self._pacer.put(effects)
 
+    async def told(self) -> None:
+        """Hand out all that there is, turn by turn; no vCPU may run."""
+        self.put(self.take())
+        await self._pacer.drain()
+
     async def finish(self) -> None:
         """Hand out what is left, a bounded part of it."""
         self.put(self.take())

@@ -66,3 +66,18 @@ def test_nothing_is_lost_or_reordered(sizes: list[int]) -> None:
 
     expected = b"".join(bytes([index]) * size for index, size in enumerate(sizes))
     assert asyncio.run(run()) == expected
+
+
+async def test_what_waits_is_drained_whole_and_in_order_beside_others() -> None:
+    turns: list[list[Effect]] = []
+    pacer = Pacer(lambda turn: turns.append(list(turn)), lambda: None)
+    data = bytes(number % 251 for number in range(20 * TURN_BYTES))
+    pacer.put([SerialOutput("console", data)])
+    looks: list[int] = []
+    looking = asyncio.get_running_loop().call_soon(lambda: looks.append(len(turns)))
+    await pacer.drain()
+    assert console(turns) == data
+    assert not pacer.busy
+    assert looks
+    assert looks[0] < len(turns)
+    looking.cancel()
