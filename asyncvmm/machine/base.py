@@ -130,6 +130,9 @@ class Machine(Protocol):
     async def resume(self) -> None:
         """Let the vCPUs run on."""
 
+    async def expect_save(self) -> None:
+        """Get ready for ``save``, so that nothing is left to do then but to save. Raises StateError, HostError."""
+
     async def precopy(self, memory: MemoryWriter) -> None:
         """Copy memory to a file while the guest runs, until what it dirties meanwhile is little: ``save`` copies only
         that then. Cancelled, it leaves nothing behind but what is in the file.

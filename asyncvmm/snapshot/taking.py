@@ -123,6 +123,7 @@ class SnapshotTaker:
             return NOW
         await vm.events.ready
         machine = self._machine()
+        await machine.expect_save()
         fired = await wait_for_trigger(
             order.when, vm.events, vm.console, machine.activity, watch_port=machine.watch_port
         )

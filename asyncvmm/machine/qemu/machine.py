@@ -39,7 +39,15 @@ from asyncvmm.machine.qemu.guest_tsc import GuestTsc
 from asyncvmm.machine.qemu.ports import ChannelStream
 from asyncvmm.machine.qemu.qmp import QmpEvent
 from asyncvmm.machine.qemu.restoring import StateFile, incoming
-from asyncvmm.machine.qemu.saved_facts import STATE, check, check_can_save, facts_of, saved_machine, with_saved_mac
+from asyncvmm.machine.qemu.saved_facts import (
+    STATE,
+    check,
+    check_can_save,
+    facts_of,
+    saved_input,
+    saved_machine,
+    with_saved_mac,
+)
 from asyncvmm.machine.qemu.saving import StateSaver
 from asyncvmm.machine.qemu.serial_lines import SerialLines
 from asyncvmm.machine.saved import RestorePlan, SavedMachine
@@ -54,6 +62,10 @@ if TYPE_CHECKING:
 _log = logging.getLogger("asyncvmm.devices")
 
 _State = Literal["new", "starting", "running", "ended"]
+
+
+MOST_LOOKS = 100
+"""At what waits in the serial lines' sockets. A FIFO takes a byte a turn of QEMU's loop, and has 16."""
 
 
 class QemuMachine:
@@ -153,13 +165,16 @@ class QemuMachine:
         await self._command("cont")
         self._pausing = False
 
+    async def expect_save(self) -> None:
+        """Nothing: QEMU is ready."""
+
     async def precopy(self, memory: MemoryWriter) -> None:
         """Nothing: QEMU does not say what its guest writes meanwhile. Raises StateError."""
         self._require("running")
 
     async def save(self, memory: MemoryWriter, *, difference_of: str | None = None) -> SavedMachine:
-        """As the protocol says; always all of memory. What was written to a serial line and the guest has not read yet
-        goes to this machine alone.
+        """As the protocol says; always all of memory. What was sent to a port of the virtio console and the guest has not
+        read yet goes to this machine alone.
 
         Raises StateError, SnapshotFailed, MachineError.
         """
@@ -168,8 +183,9 @@ class QemuMachine:
             raise StateError("save", expected="a paused machine", state="running")
         check_can_save(self._plan, difference_of)
         assert self._saver is not None
+        unread = await self._unread()
         state = await self._saver.save(memory)
-        return saved_machine(self._plan, self._facts(), state, memory.map())
+        return saved_machine(self._plan, self._facts(), state, memory.map(), unread)
 
     def saved_as(self, name: str) -> None:
         """Nothing: there are no differences on QEMU."""
@@ -181,12 +197,14 @@ class QemuMachine:
         """
         self._require_new("restore")
         try:
+            unread = saved_input(plan.saved)
             with self._timeline.phase("qemu_cmd_build"):
                 await in_thread(lambda: self._prepare_restore(plan.saved))
             with self._timeline.phase("memory_state_write"):
                 await in_thread(lambda: self._take_memory(plan))
             self._require_new("restore")
             await self._become(plan.saved.sections[STATE])
+            self._send_unread(unread)
         except BaseException:
             await self.stop()
             raise
