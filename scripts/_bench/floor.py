@@ -17,11 +17,11 @@ class Floor:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
 
-    def sample(self) -> float:
-        """Nanoseconds of one sample. Raises Skipped with what the floor said instead."""
+    def sample(self, word: str = "go") -> float:
+        """Nanoseconds of one sample of the kind ``word``. Raises Skipped with what the floor said instead."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write("go\n")
+        self._process.stdin.write(f"{word}\n")
         self._process.stdin.flush()
         line = self._process.stdout.readline().strip()
         if not line.isdigit():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,6 +67,60 @@ def test_kicks_and_interrupts_are_timed_beside_a_thread_in_c() -> None:
     assert {record["name"] for record in records} == {"kick_to_loop", "loop_to_interrupt", "virtqueue_request"}
     assert all(record.keys() == KEYS and record["peer"] > 0 for record in records)
     assert all(record["ours_spread"]["p99"] >= record["ours"] > 0 for record in records)
+
+
+def _records(*names: str) -> list[dict[str, Any]]:
+    done = _bench("--quick", *names)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    assert all(record.keys() == KEYS and record["ours"] is not None for record in records), done.stderr
+    return records
+
+
+@pytest.mark.requires("kvm", "gcc")
+def test_a_restore_is_timed_on_each_level_beside_c() -> None:
+    records = _records("restore_to_first_exit")
+    restored = [record for record in records if record["name"] == "restore_to_first_exit"]
+    filled = [record for record in records if record["name"] == "shell_to_first_exit"]
+    assert {record["conditions"]["ours"] for record in restored} == {"VM.restore", "KvmMachine.restore", "chain"}
+    assert len(filled) == 3
+    assert all(record["peer"] > 0 and record["ours_spread"]["p99"] > 0 for record in records)
+    assert {record["target"] for record in records} == {"ratio<=1.15", "ours<=1", None}
+
+
+@pytest.mark.requires("kvm", "gcc")
+def test_prefetching_spares_faults_before_the_guests_first_word() -> None:
+    timed, counted = _records("restore_first_guest_event")
+    assert timed["detail"]["not"]["minor_faults"] == counted["peer"]
+    assert counted["ours"] < counted["peer"]
+
+
+@pytest.mark.requires("kvm", "gcc")
+def test_the_curve_of_clones_has_a_point_for_each_number_of_vms() -> None:
+    records = _records("clones_curve")
+    points = {(record["name"], record["conditions"].get("live")) for record in records}
+    assert points >= {(name, live) for name in ("clones_restore", "clones_fault", "clones_memory") for live in (1, 5)}
+    assert ("clones_per_second", None) in points
+    memory = [record for record in records if record["name"] == "clones_memory"]
+    assert all(record["detail"]["guest_kib"] > 0 for record in memory)
+
+
+@pytest.mark.requires("kvm", "gcc")
+def test_saves_and_their_pauses_are_timed_beside_what_they_cannot_do_without() -> None:
+    records = {record["name"]: record for record in _records("snapshot_save", "snapshot_pause", "trigger_to_paused")}
+    assert records.keys() == {"snapshot_save", "snapshot_extra_bytes", "snapshot_pause", "trigger_to_paused"}
+    assert records["snapshot_save"]["detail"]["written_kib"] >= 32 << 10
+    assert records["snapshot_extra_bytes"]["met"]
+    assert records["trigger_to_paused"]["conditions"]["vcpus"] == 2
+
+
+@pytest.mark.requires("kvm", "gcc", "qemu")
+def test_peers_that_cannot_be_had_are_named_with_the_reason() -> None:
+    records = _records("restore_first_output")
+    assert len(records) == 4
+    for record in records:
+        assert record["peer"] is not None or "not measured: " in record["peer_name"]
+    assert any("QEMU microvm" in record["peer_name"] and record["peer"] > 0 for record in records)
 
 
 def test_the_list_names_every_figure() -> None:

@@ -1,0 +1,206 @@
+# A guest to be saved and restored. It fills TOUCHED_MIB of its memory, says READY, and waits for a byte on COM1, in ring
+# 3, which runs on the processor itself also where ring 0 is emulated. Then, as the byte says:
+#   w   read READS pages and write one byte in each of WRITES others, answer w, and stop for good
+#   d   and four bytes, a number: count up in one page after the other, each so many ticks of the TSC later, for ever
+#   o   write dots, for ever
+# With TWO, vCPU 1 goes round in a loop of its own.
+#include "pvh.inc"
+.set DATA_AT, 0x1000000         # what is filled
+.set PAGE, 4096
+.set AP_PAGE, 0x10
+.set LAPIC_ICR, 0xfee00300
+    pvh_entry
+    mov $stack_top, %esp
+#if TWO
+    movw $0xfeeb, AP_PAGE << 12 # jmp to itself
+    movl $0x1ff, 0xfee000f0
+    movl $0x01000000, LAPIC_ICR + 0x10
+    movl $0x4500, LAPIC_ICR     # INIT
+    mov $2000, %ecx
+1:  dec %ecx
+    jnz 1b
+    movl $0x4600 + AP_PAGE, LAPIC_ICR
+#endif
+    mov $tables, %edi           # 512 entries of 2 MiB, open to ring 3
+    mov $0x87, %eax
+1:  mov %eax, (%edi)
+    add $8, %edi
+    add $0x200000, %eax
+    cmp $0x40000087, %eax
+    jne 1b
+    mov $top, %eax
+    mov %eax, %cr3
+    mov %cr4, %eax
+    or $0x20, %eax              # PAE
+    mov %eax, %cr4
+    mov $0xc0000080, %ecx
+    rdmsr
+    or $0x100, %eax             # LME
+    wrmsr
+    mov %cr0, %eax
+    and $0x1fffffff, %eax       # neither CD nor NW
+    or $0x80000001, %eax
+    mov %eax, %cr0
+    lgdt gdtr
+    ljmp $0x10, $long
+    .code64
+long:
+    mov $0x18, %eax
+    mov %eax, %ds
+    mov %eax, %es
+    mov %eax, %ss
+    mov $tss, %eax
+    mov %ax, gdt + 0x40 + 2
+    shr $16, %eax
+    mov %al, gdt + 0x40 + 4
+    mov $0x40, %ax
+    ltr %ax
+    mov $stop, %eax             # the way back to ring 0: interrupt 0x30
+    mov %ax, idt + 16 * 0x30
+    shr $16, %eax
+    mov %ax, idt + 16 * 0x30 + 6
+    lidt idtr
+    xor %eax, %eax
+    cpuid
+    cmp $0x756e6547, %ebx       # "Genu"ineIntel: an emulator that lacks IRET knows SYSEXIT
+    jne 2f
+    mov $0x174, %ecx
+    mov $0x10, %eax
+    xor %edx, %edx
+    wrmsr
+    pushq $0x3002               # IOPL 3
+    popfq
+    mov $ring3, %edx
+    mov $stack_top, %ecx
+    rex.w sysexit
+2:  pushq $0x3b
+    pushq $stack_top
+    pushq $0x3002
+    pushq $0x33
+    pushq $ring3
+    iretq
+stop:
+    cli
+    hlt
+    jmp stop
+
+ring3:
+    cld
+    mov $DATA_AT, %edi
+    mov $(TOUCHED_MIB << 17), %ecx
+    mov $0x0123456789abcdef, %rax
+    rep stosq
+    mov $text, %esi
+1:  lodsb
+    test %al, %al
+    jz next
+    call put
+    jmp 1b
+next:
+    call get
+    cmp $'w', %al
+    je work
+    cmp $'d', %al
+    je dirty
+    cmp $'o', %al
+    jne next
+dots:
+    mov $'.', %al
+    call put
+    jmp dots
+
+work:
+    mov $DATA_AT, %edi
+    mov $READS, %ecx
+1:  mov (%rdi), %al
+    add $PAGE, %edi
+    dec %ecx
+    jnz 1b
+    mov $WRITES, %ecx
+1:  incb (%rdi)
+    add $PAGE, %edi
+    dec %ecx
+    jnz 1b
+    mov $'w', %al
+    call put
+    mov $'\n', %al
+    call put
+    int $0x30
+
+dirty:
+    mov $4, %ecx
+1:  call get
+    shl $24, %eax
+    shr $8, %ebp
+    or %eax, %ebp
+    dec %ecx
+    jnz 1b
+    mov $'d', %al
+    call put
+2:  mov $DATA_AT, %edi
+3:  rdtsc
+    shl $32, %rdx
+    or %rdx, %rax
+    lea (%rax, %rbp), %rbx
+4:  pause
+    rdtsc
+    shl $32, %rdx
+    or %rdx, %rax
+    cmp %rbx, %rax
+    jb 4b
+    incl 8(%rdi)
+    add $PAGE, %edi
+    cmp $DATA_AT + (TOUCHED_MIB << 20), %edi
+    jb 3b
+    jmp 2b
+
+get:
+    mov $LSR, %edx
+1:  in %dx, %al
+    test $1, %al
+    jz 1b
+    mov $COM1, %edx
+    in %dx, %al
+    ret
+
+put:
+    mov %eax, %ebx
+    mov $LSR, %edx
+1:  in %dx, %al
+    test $THRE, %al
+    jz 1b
+    mov %ebx, %eax
+    mov $COM1, %edx
+    out %al, %dx
+    ret
+
+    .data
+text: .asciz "READY\n"
+    .balign 4096
+top: .quad pointers + 7
+    .fill 511, 8, 0
+pointers: .quad tables + 7
+    .fill 511, 8, 0
+tables: .fill 512, 8, 0
+gdt: .quad 0, 0
+    .quad 0x00af9b000000ffff    # 0x10: ring 0, 64-bit code
+    .quad 0x00cf93000000ffff    # 0x18: ring 0, data
+    .quad 0, 0
+    .quad 0x00affb000000ffff    # 0x30: ring 3, 64-bit code
+    .quad 0x00cff3000000ffff    # 0x38: ring 3, data
+    .quad 0x0000890000000fff, 0 # 0x40: the TSS
+gdtr: .word gdtr - gdt - 1
+    .quad gdt
+idtr: .word 16 * 0x31 - 1
+    .quad idt
+    .balign 4096
+tss: .long 0
+    .quad stack_top             # of ring 0
+    .fill 90, 1, 0
+    .word 104                   # where the I/O permission bitmap begins
+    .fill 4096 - 104, 1, 0
+idt: .fill 2 * 0x30, 8, 0
+    .quad 0x0000ee0000100000, 0 # 0x30: an interrupt gate that ring 3 may use
+    .balign 4096
+    .fill 4096, 1, 0
+stack_top:
