@@ -160,6 +160,7 @@ class Building:
             self.fastpath = Fastpath(library, self._joints.output.posted_fd)
         board = self.board = Board(self._joints.outlets(vm), self.fastpath, state)
         self._joints.output.connect(board, self.fastpath)
+        board.announce_output()
         if self._joints.devices is not None:
             with self._timeline.phase("device_attach"):
                 self._joints.devices.attach(vm, board.bus)
