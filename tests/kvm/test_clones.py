@@ -1,0 +1,87 @@
+"""A hundred VMs of one snapshot at once: each has entropy of its own, and the host's time when it is handed out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import anyio
+import attrs
+import pytest
+
+from asyncvmm import VM, VMConfig
+from asyncvmm.console import ConsoleReader
+from asyncvmm.events.snapshot_types import RestoreStep
+from asyncvmm.events.types import Event, GuestGoDone
+from tests.kvm.conftest import IN_LAB, PATIENCE_S
+
+pytestmark = pytest.mark.anyio
+
+COUNT = 10 if IN_LAB else 100
+LEEWAY_NS = 10_000_000
+
+
+@attrs.define
+class Heard:
+    """What was heard of one clone from its beginning on.
+
+    clock_error: how far off the host's its clock was when it said so, and how sure that is, in ns.
+    """
+
+    steps: list[str] = attrs.field(factory=list)
+    clock_error: tuple[int, int] | None = None
+    console: ConsoleReader | None = None
+
+    def listen(self, vm: VM) -> None:
+        self.console = vm.console.subscribe()
+
+        def take(event: Event) -> None:
+            if isinstance(event, RestoreStep):
+                self.steps.append(event.step)
+            elif isinstance(event, GuestGoDone):
+                self.clock_error = clock_error(vm, event)
+
+        vm.events.attach(take)
+
+    async def random(self) -> bytes:
+        """The line it prints."""
+        assert self.console is not None
+        text = b""
+        while b"\n" not in text:
+            text += await anext(self.console)
+        return text.partition(b"\n")[0]
+
+
+def clock_error(vm: VM, done: GuestGoDone) -> tuple[int, int] | None:
+    assert vm._machine is not None
+    placed = vm._machine.guest_instant(done.tsc)
+    ahead_ns = time.time_ns() - time.monotonic_ns()
+    return None if placed is None else (done.realtime_ns - placed[0] - ahead_ns, placed[1])
+
+
+@pytest.fixture
+def anyio_backend() -> tuple[str, dict[str, Any]]:
+    """Once is enough."""
+    return "asyncio", {"use_uvloop": True}
+
+
+@pytest.mark.stalls
+async def test_a_hundred_clones_at_once_all_differ_and_keep_the_hosts_time(guest: Callable[[str], Path]) -> None:
+    heard = {number: Heard() for number in range(COUNT)}
+    with anyio.fail_after(10 * PATIENCE_S):
+        async with VM(VMConfig(kernel=guest("clone"), memory_mib=4, accel="kvm")) as original:
+            await original.boot()
+            async with await original.snapshot() as snapshot:
+                prepare = lambda vm, number: heard[number].listen(vm)  # noqa: E731
+                async with snapshot.clones(COUNT, prepare=prepare, at_once=COUNT) as clones:
+                    randoms = [await heard[number].random() for number in range(COUNT)]
+                    assert len(clones) == COUNT
+    assert len(set(randoms)) == COUNT
+    assert all(len(random) == 32 for random in randoms)
+    for listener in heard.values():
+        assert listener.steps == ["entropy", "clock"]
+        assert listener.clock_error is not None
+        error, sure = listener.clock_error
+        assert abs(error) + sure <= LEEWAY_NS
