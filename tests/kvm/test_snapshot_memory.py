@@ -229,6 +229,7 @@ async def test_the_dirty_log_is_on_only_from_precopy_to_the_resumption(new: New,
         await guest.machine.pause()
         await guest.machine.save(writer)
         await guest.machine.resume()
+        await settled(guest)
         assert not log.is_on
         with anyio.CancelScope() as scope:
             scope.cancel()
@@ -240,6 +241,24 @@ async def test_the_dirty_log_is_on_only_from_precopy_to_the_resumption(new: New,
         assert not log.is_on
 
 
+async def settled(guest: MemoryGuest) -> None:
+    """What a resumption has begun beside is done."""
+    saving = guest.machine._snapshots._saving
+    assert saving is not None
+    await saving._settled()
+
+
+async def test_a_cancelled_resumption_is_one_all_the_same(new: New, files: Files) -> None:
+    async with booted(new()) as guest:
+        await guest.machine.precopy(files.writer(16 * MIB))
+        await guest.machine.pause()
+        await files.save(guest)
+        with anyio.CancelScope() as scope:
+            scope.cancel()
+            await guest.machine.resume()
+        assert await guest.count() == 1
+
+
 async def test_the_dirty_log_is_off_after_a_save_that_failed(new: New, files: Files) -> None:
     async with booted(new()) as guest:
         log = guest.machine._building.log
@@ -249,6 +268,7 @@ async def test_the_dirty_log_is_off_after_a_save_that_failed(new: New, files: Fi
         with pytest.raises(SnapshotFailed):
             await guest.machine.save(FullFile(files.writer(16 * MIB)._fd, 16 * MIB))
         await guest.machine.resume()
+        await settled(guest)
         assert not log.is_on
 
 

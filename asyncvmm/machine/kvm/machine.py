@@ -212,7 +212,7 @@ class KvmMachine:
             vcpu.tell_it_was_held()
         self._let_run(vm)
         self._state = "running" if self._state == "paused" else self._state
-        await self._snapshots.resumed()
+        self._snapshots.resumed()
 
     def _let_run(self, vm: KvmVm) -> None:
         if self._devices is not None:

@@ -7,21 +7,21 @@ and is waited for, so that neither the file nor the guest's memory goes away und
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio.to_thread
 
-from asyncvmm.errors import StateError
+from asyncvmm.errors import HostError, StateError
 from asyncvmm.machine.kvm.memory import GuestMemory
 from asyncvmm.machine.kvm.memory_saver import MemorySaver
 from asyncvmm.machine.kvm.platform import Board
 from asyncvmm.machine.kvm.state.cpu_check import cpu_facts
 from asyncvmm.machine.kvm.state.host import host_state
-from asyncvmm.machine.kvm.state.vcpu import save_vcpu
-from asyncvmm.machine.kvm.state.vm import save_vm
+from asyncvmm.machine.kvm.state.machine import save_sections
 from asyncvmm.machine.kvm.vm import KvmVm
 from asyncvmm.machine.saved import SavedMachine
 from asyncvmm.machine.waiting import wait_out
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from asyncvmm.machine.kvm.building import Building
     from asyncvmm.machine.kvm.devices import DeviceSet
     from asyncvmm.snapshot.memory_writer import MemoryWriter
+
+_log = logging.getLogger("asyncvmm.machine")
 
 T = TypeVar("T")
 
@@ -57,6 +59,7 @@ class Saving:
         self._memory = memory
         self._stop = threading.Event()
         self._calls: set[asyncio.Future[Any]] = set()
+        self._settling: asyncio.Task[None] | None = None
         self._closed = False
         self.busy = False
         """Whether a save is under way, or what is done ahead of one."""
@@ -64,15 +67,18 @@ class Saving:
     async def precopy(self, writer: MemoryWriter) -> None:
         """See Machine."""
         with self._alone():
+            await self._settled()
             try:
                 await self._in_thread(lambda: self._memory.precopy(writer, self._proceed))
             except BaseException:
-                await self.settle()
+                self.settle_soon()
+                await self._settled()
                 raise
 
     async def save(self, writer: MemoryWriter, difference_of: str | None) -> SavedMachine:
         """See Machine. No vCPU may run until it has returned."""
         with self._alone():
+            await self._settled()
             sections = {}
             if self._devices is not None:
                 sections["devices"] = encode(await self._devices.state())
@@ -82,10 +88,24 @@ class Saving:
         """See Machine."""
         self._memory.saved_as(name)
 
-    async def settle(self) -> None:
-        """Once vCPUs run again: stop what only a save wanted."""
-        if not (self._closed or self._memory.is_settled):
-            await self._in_thread(self._memory.settle)
+    def settle_soon(self) -> None:
+        """The vCPUs run again: stop what only a save wanted, beside what the loop does. Nobody waits for it: who lets
+        a guest run must not be cancelled half-way."""
+        if not (self._closed or self._memory.is_settled or self._settling is not None):
+            self._settling = asyncio.ensure_future(self._settle())
+
+    async def _settle(self) -> None:
+        try:
+            with suppress(StateError):  # it is being stopped
+                await self._in_thread(self._memory.settle)
+        except HostError as error:  # the guest runs on, if slower than it might
+            _log.warning("the dirty log is still on: %s", error)
+        finally:
+            self._settling = None
+
+    async def _settled(self) -> None:
+        if self._settling is not None:
+            await wait_out(self._settling)
 
     async def look(self, function: Callable[[GuestMemory], T]) -> T:
         """Have a thread look at memory, which stays where it is for as long as that takes."""
@@ -97,19 +117,19 @@ class Saving:
         self._stop.set()
         while self._calls:
             await wait_out(next(iter(self._calls)))
+        await self._settled()
 
     # -- on a worker thread --------------------------------------------------------------------------------------------
 
     def _save(self, writer: MemoryWriter, difference_of: str | None, sections: Mapping[str, bytes]) -> SavedMachine:
         vm = self._vm
-        states = {f"vcpu{vcpu.index}": save_vcpu(vcpu.fd) for vcpu in vm.vcpus}
-        all_sections = {**sections, "board": self._board.state().encode(), **states, "vm": save_vm(vm.fd)}
+        states = save_sections(vm.fd, [vcpu.fd for vcpu in vm.vcpus], self._board)
         self._memory.save(writer, difference_of, self._proceed)
         return SavedMachine(
             accel="kvm",
             vcpus=len(vm.vcpus),
             regions=tuple((region.start, region.size) for region in vm.memory.regions),
-            sections=all_sections,
+            sections={**sections, **states},
             cpu=cpu_facts(vm.tsc_khz),
             memory=writer.map(),
         )

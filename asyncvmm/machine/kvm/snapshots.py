@@ -80,10 +80,10 @@ class Snapshots:
         if self.marks is not None and self.marks.resumed_ns is None:
             self.marks.resumed_ns = time.monotonic_ns()
 
-    async def resumed(self) -> None:
+    def resumed(self) -> None:
         """They are."""
         if self._saving is not None:
-            await self._saving.settle()
+            self._saving.settle_soon()
 
     def faults(self) -> Faults:
         """Page faults of the vCPUs' threads so far."""
