@@ -25,6 +25,7 @@ from asyncvmm.machine.qemu.binary import find_qemu
 from asyncvmm.machine.qemu.command import QemuBinary
 from asyncvmm.machine.qemu.machine import QemuMachine
 from asyncvmm.machine.saved import MemoryLayer, RestorePlan, SavedMachine
+from asyncvmm.snapshot import codec
 from asyncvmm.snapshot.memory_writer import MemoryWriter
 from asyncvmm.timing.timeline import Timeline
 from tests.support.qemu_machine import PATIENCE_S, Witness, holdings, running
@@ -162,6 +163,29 @@ async def test_a_restored_guest_is_held_until_it_is_resumed(plan: BootPlan, qemu
         await clone.resume()
         await heard.until_said("console", b"Y")
         assert not heard.stops
+
+
+@pytest.mark.parametrize("size", [1, 2, 17, 10_000])
+async def test_what_was_typed_and_not_read_yet_is_read_by_original_and_clone(
+    plan: BootPlan, qemu: QemuBinary, tmp_path: Path, size: int
+) -> None:
+    typed = (b"0123456789abcdefghijklmnopqrstuvwxyz\n" * 1000)[:size]
+    async with running(plan, qemu) as (machine, witness):
+        await witness.until_said("control", b"hello control\n")
+        before = witness.output("console")
+        await machine.pause()
+        await machine.write("console", typed)
+        taken = await take(machine, tmp_path / "memory")
+        assert ("serial" in taken.machine.sections) == (size > 1), "the toy uses no FIFO"
+        async with restored(plan, taken, qemu) as (clone, heard):
+            await clone.resume()
+            await heard.until_said("console", typed.upper())
+            await clone.write("console", b"!")
+            await heard.until_said("console", b"!")
+            assert heard.output("console") == typed.upper() + b"!"
+        await machine.resume()
+        await witness.until_said("console", typed.upper())
+        assert witness.output("console") == before + typed.upper()
 
 
 async def test_what_a_clone_writes_stays_its_own(plan: BootPlan, qemu: QemuBinary, taken: Taken) -> None:
@@ -426,6 +450,16 @@ async def test_a_state_that_qemu_cannot_read_is_damaged(
     with broken.file.open("rb") as file:
         said = await refused(plan, broken.plan(file.fileno()), qemu, SnapshotDamaged)
     assert re.search("QEMU: exit status 1: .*(load of migration|loadvm) failed", said)
+
+
+@pytest.mark.parametrize(
+    "section", [b"", b"[]", codec.encode({"console": 7}), codec.encode({"console": bytes(1 << 17)})]
+)
+async def test_input_that_is_none_is_damaged(plan: BootPlan, qemu: QemuBinary, taken: Taken, section: bytes) -> None:
+    sections = {**taken.machine.sections, "serial": section}
+    broken = attrs.evolve(taken, machine=attrs.evolve(taken.machine, sections=sections))
+    with broken.file.open("rb") as file:
+        await refused(plan, broken.plan(file.fileno()), qemu, SnapshotDamaged)
 
 
 async def test_no_state_is_damaged(plan: BootPlan, qemu: QemuBinary, taken: Taken) -> None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import os
 import socket
+import struct
+import termios
 from collections.abc import Callable
 
 from asyncvmm.errors import MachineError, StateError
@@ -17,6 +21,10 @@ usual 208 KiB hold 278 of them. The kernel cuts this down to what it allows."""
 
 INPUT_BUFFER = 1 << 14
 """Asked for our end: what is typed ahead of a guest that does not read. More waits in ``write``."""
+
+
+MOST_UNREAD = 1 << 17
+"""Bytes of what was sent last that are remembered: more than the socket can hold."""
 
 
 class Channel:
@@ -37,6 +45,8 @@ class Channel:
         self._turn = asyncio.Lock()
         self._writable: asyncio.Future[None] | None = None
         self._readable: asyncio.Future[None] | None = None
+        self._theirs = -1
+        self._last = bytearray()
         self.received = self.sent = 0
         self.ended = False
         self.closed = False
@@ -77,7 +87,29 @@ class Channel:
     def write_now(self, data: bytes) -> None:
         """Send a few bytes into the empty socket, before anybody reads it."""
         self._socket.sendall(data)
-        self.sent += len(data)
+        self._count(data)
+
+    def remember_sent(self) -> None:
+        """Be able to say, from now on, what is ``unread``. The socket does not tell then that its peer has gone."""
+        self._theirs = os.dup(self.peer.fileno())
+
+    def unread(self) -> bytes:
+        """What was sent and the peer has not taken yet."""
+        if self._theirs < 0:
+            return b""
+        (size,) = struct.unpack("i", fcntl.ioctl(self._theirs, termios.FIONREAD, bytes(4)))
+        return bytes(self._last[-size:]) if size else b""
+
+    def send_unread(self, data: bytes) -> None:
+        """Send what was ``unread`` elsewhere into the empty socket, although nobody may take it for now.
+
+        Raises OSError if that cannot be all.
+        """
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, INPUT_BUFFER + 2 * len(data))
+        try:
+            self.write_now(data)
+        finally:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, INPUT_BUFFER)
 
     async def write(self, data: bytes, descriptor: int | None = None) -> None:
         """Send all of ``data``, in one piece among several writers; a copy of ``descriptor`` goes with the first byte.
@@ -105,8 +137,15 @@ class Channel:
             return 0
         except ConnectionError as error:
             raise StateError("the guest's machine has ended", expected="a running machine") from error
-        self.sent += sent
+        self._count(data[:sent])
         return sent
+
+    def _count(self, data: bytes | memoryview) -> None:
+        self.sent += len(data)
+        if self._theirs >= 0:
+            self._last += data
+            if len(self._last) > 2 * MOST_UNREAD:
+                del self._last[:-MOST_UNREAD]
 
     async def _wait_writable(self) -> None:
         future = self._writable = self._loop.create_future()
@@ -121,6 +160,9 @@ class Channel:
     def close(self) -> None:
         """Close both ends and wake whoever waits at ours. May be called again."""
         self.peer.close()
+        if self._theirs >= 0:
+            os.close(self._theirs)
+            self._theirs = -1
         if self.closed:
             return
         self.closed = True

@@ -64,10 +64,6 @@ _log = logging.getLogger("asyncvmm.devices")
 _State = Literal["new", "starting", "running", "ended"]
 
 
-MOST_LOOKS = 100
-"""At what waits in the serial lines' sockets. A FIFO takes a byte a turn of QEMU's loop, and has 16."""
-
-
 class QemuMachine:
     """A Machine (machine/base.py) on QEMU. ``qemu`` None finds one; ``accel`` is QEMU's own accelerator.
 
@@ -173,8 +169,8 @@ class QemuMachine:
         self._require("running")
 
     async def save(self, memory: MemoryWriter, *, difference_of: str | None = None) -> SavedMachine:
-        """As the protocol says; always all of memory. What was sent to a port of the virtio console and the guest has not
-        read yet goes to this machine alone.
+        """As the protocol says; always all of memory. What was sent to a port of the virtio console, and was not read
+        yet, goes to this machine alone.
 
         Raises StateError, SnapshotFailed, MachineError.
         """
@@ -183,7 +179,8 @@ class QemuMachine:
             raise StateError("save", expected="a paused machine", state="running")
         check_can_save(self._plan, difference_of)
         assert self._saver is not None
-        unread = await self._unread()
+        assert self._serial is not None
+        unread = await self._serial.unread(lambda: self._command("query-status"))
         state = await self._saver.save(memory)
         return saved_machine(self._plan, self._facts(), state, memory.map(), unread)
 
@@ -204,7 +201,9 @@ class QemuMachine:
                 await in_thread(lambda: self._take_memory(plan))
             self._require_new("restore")
             await self._become(plan.saved.sections[STATE])
-            self._send_unread(unread)
+            self._require("running")
+            assert self._serial is not None
+            self._serial.send_unread(unread)
         except BaseException:
             await self.stop()
             raise

@@ -18,10 +18,17 @@ from asyncvmm.machine.base import BootPlan
 from asyncvmm.machine.qemu.command import MachineType, QemuAccel, QemuBinary, choose_machine_type, transport_of
 from asyncvmm.machine.qemu.devices import CONSOLE, DeviceEnds, DriveEnd, device_words
 from asyncvmm.machine.saved import SavedMachine
+from asyncvmm.snapshot import codec
 from asyncvmm.snapshot.memory_map import MemoryMap, Run
 
 STATE = "qemu"
 """The section with QEMU's state."""
+
+SERIAL = "serial"
+"""The section with what the serial lines' sockets held, if they held anything."""
+
+MOST_INPUT = 1 << 16
+"""More than one of them can hold."""
 
 TSC_TOLERANCE_PPM = 250
 """As KVM's: beyond it the guest's clock would drift noticeably."""
@@ -57,10 +64,14 @@ def check_can_save(plan: BootPlan, difference_of: str | None) -> None:
         raise SnapshotFailed("snapshot", expected="devices that QEMU can save", found="vsock, a vhost-user device")
 
 
-def saved_machine(plan: BootPlan, facts: Mapping[str, Any], state: bytes, memory: MemoryMap) -> SavedMachine:
-    """The record of a machine whose state QEMU saved."""
+def saved_machine(
+    plan: BootPlan, facts: Mapping[str, Any], state: bytes, memory: MemoryMap, unread: Mapping[str, bytes] | None = None
+) -> SavedMachine:
+    """The record of a machine whose state QEMU saved. ``unread``: what waits outside of QEMU for the serial lines."""
     where = regions(plan.memory_mib, choose_machine_type(plan))
     sections = {STATE: state}
+    if unread is not None and any(unread.values()):
+        sections[SERIAL] = codec.encode(dict(unread))
     return SavedMachine(accel="qemu", vcpus=plan.vcpus, regions=where, sections=sections, cpu=facts, memory=memory)
 
 
@@ -73,6 +84,19 @@ def check(saved: SavedMachine, ours: Mapping[str, Any]) -> None:
             _check(name, saved.cpu.get(name), value)
     if not saved.sections.get(STATE):
         raise SnapshotDamaged("QEMU's state", expected=f"a section {STATE}", found="none")
+
+
+def saved_input(saved: SavedMachine) -> dict[str, bytes]:
+    """What waited outside of QEMU for each serial line. Raises SnapshotDamaged."""
+    section = saved.sections.get(SERIAL)
+    found = {} if section is None else codec.decode(section)
+    if not isinstance(found, dict) or not all(map(_is_input, found.values())):
+        raise SnapshotDamaged("serial input", expected=f"at most {MOST_INPUT} bytes a line", found=str(found)[:_SHOWN])
+    return found
+
+
+def _is_input(value: object) -> bool:
+    return isinstance(value, bytes) and len(value) <= MOST_INPUT
 
 
 def with_saved_mac(plan: BootPlan, saved: SavedMachine) -> BootPlan:

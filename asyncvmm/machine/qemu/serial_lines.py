@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 from asyncvmm.effects import Port, SerialOutput
+from asyncvmm.errors import SnapshotDamaged
 from asyncvmm.machine.pacing import Pacer
 from asyncvmm.machine.qemu.channel import Channel
 from asyncvmm.machine.qemu.ordering import split_before_end
 
 DRY_READS = 8
 """Most reads that empty the console before the control line is read; more is a guest that floods."""
+
+
+MOST_LOOKS = 100
+"""At what waits in the sockets. A FIFO takes a byte a turn of QEMU's loop, and has 16."""
 
 
 class SerialLines:
@@ -29,9 +34,31 @@ class SerialLines:
         """Bytes the guest has written so far."""
         return self._control.received + self._console.received
 
+    async def unread(self, turn: Callable[[], Awaitable[object]]) -> dict[str, bytes]:
+        """What was sent to each line of a stopped guest, and QEMU leaves in its socket: it takes until a FIFO is full.
+
+        ``turn`` returns when QEMU's loop has turned.
+        """
+        for _ in range(MOST_LOOKS):
+            found: dict[str, bytes] = {port: channel.unread() for port, channel in self.channels.items()}
+            await turn()
+            if all(len(channel.unread()) == len(found[port]) for port, channel in self.channels.items()):
+                break
+        return found
+
+    def send_unread(self, unread: Mapping[str, bytes]) -> None:
+        """Send what was ``unread`` when a machine was saved. Raises SnapshotDamaged."""
+        try:
+            for port, channel in self.channels.items():
+                if data := unread.get(port):
+                    channel.send_unread(data)
+        except OSError as error:
+            raise SnapshotDamaged("serial input", expected="what a line can hold", found=error.strerror) from error
+
     def watch(self) -> None:
         """QEMU has its ends: close ours of them, and listen."""
         for channel in self.channels.values():
+            channel.remember_sent()
             channel.peer.close()
             channel.watch(self._read)
 
