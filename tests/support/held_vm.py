@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import attrs
@@ -22,6 +23,7 @@ from asyncvmm.machine.kvm.state.cpu_check import cpu_facts
 from asyncvmm.machine.kvm.state.machine import save_sections
 from asyncvmm.machine.kvm.vm import KvmVm
 from asyncvmm.machine.saved import MemoryLayer, RestorePlan, SavedMachine
+from asyncvmm.snapshot.codec import decode, encode
 from asyncvmm.snapshot.memory_map import MemoryMap
 from asyncvmm.timing.timeline import Timeline
 
@@ -153,6 +155,27 @@ class HeldVm:
             vcpu.order("pause" if threading.current_thread().name.startswith("held") else "stop")
 
 
-def vcpu_sections(saved: SavedMachine) -> Sequence[bytes]:
-    """The vCPUs' sections, in order."""
-    return [saved.sections[f"vcpu{index}"] for index in range(saved.vcpus)]
+def with_section(plan: RestorePlan, name: str, section: bytes) -> RestorePlan:
+    """The plan with another content of one section."""
+    return attrs.evolve(plan, saved=attrs.evolve(plan.saved, sections={**plan.saved.sections, name: section}))
+
+
+def with_field(plan: RestorePlan, section: str, name: str, value: object) -> RestorePlan:
+    """The plan with one field of a section changed, which must be there."""
+    record = decode(plan.saved.sections[section])
+    assert name in record
+    return with_section(plan, section, encode({**record, name: value}))
+
+
+def restored(plan: RestorePlan) -> KvmVm:
+    """The VM alone, without board and threads."""
+    return restore_blueprint(plan).run(Timeline())
+
+
+def descriptors() -> list[str]:
+    """What this process has open."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):
+            found.append(os.readlink(f"/proc/self/fd/{name}"))
+    return sorted(found)
