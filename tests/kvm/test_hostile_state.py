@@ -17,6 +17,7 @@ from asyncvmm.errors import KvmIoctlError, SnapshotDamaged, SnapshotError, Snaps
 from asyncvmm.machine.kvm.restoring import Shell, restore_blueprint
 from asyncvmm.snapshot.codec import decode, encode
 from asyncvmm.timing.timeline import Timeline
+from tests.kvm.conftest import IN_LAB
 from tests.support.held_vm import HeldVm, Saved, descriptors, restored, with_field, with_section
 
 pytestmark = pytest.mark.requires("kvm")
@@ -122,7 +123,7 @@ def test_too_many_vcpus_are_refused(saved: Saved) -> None:
         restored(plan)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=10 if IN_LAB else 60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_a_mangled_state_makes_a_guest_or_is_refused(saved: Saved, data: st.DataObject) -> None:
     """Whatever guest comes of it: it runs for a moment, and the process that runs it lives."""

@@ -19,11 +19,11 @@ from asyncvmm.machine.saved import MemoryLayer, RestorePlan
 from asyncvmm.snapshot.codec import decode, encode
 from asyncvmm.snapshot.memory_writer import MemoryWriter
 from asyncvmm.timing.timeline import Timeline
-from tests.kvm.conftest import Run
+from tests.kvm.conftest import IN_LAB, Run
 
 pytestmark = pytest.mark.anyio
 
-MOMENTS = int(os.environ.get("ASYNCVMM_MOMENTS", "25"))
+MOMENTS = int(os.environ.get("ASYNCVMM_MOMENTS", "5" if IN_LAB else "25"))
 LETTERS = bytes(range(0x30, 0x70))
 MEMORY_BYTES = 4 << 20
 MOST_RUN_S = 0.004

@@ -27,7 +27,7 @@ from asyncvmm.snapshot.codec import decode, encode
 from asyncvmm.snapshot.memory_map import MemoryMap
 from asyncvmm.timing.timeline import Timeline
 
-PATIENCE_S = 20.0
+PATIENCE_S = 100.0 if os.environ.get("ASYNCVMM_LAB") else 20.0
 _POLL_S = 0.0005
 
 
