@@ -1,8 +1,8 @@
 """Guests that would notice it are saved at random moments, and each time another VM goes on where they stood.
 
 ``tally`` counts in registers, memory, FPU and vector registers and prints; ``pulse`` has interrupts, timers and
-received bytes under way all the time, and stops for good if it loses one. Moments in a normal run: 25, in the lab 5. For more, set
-ASYNCVMM_MOMENTS; 1,000 take about a minute for each guest.
+received bytes under way all the time, and stops for good if it loses one. Moments in a normal run: 25, in the lab 5.
+For more, set ASYNCVMM_MOMENTS; 1,000 take about a minute for each guest.
 """
 
 from __future__ import annotations
