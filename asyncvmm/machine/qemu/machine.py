@@ -156,10 +156,10 @@ class QemuMachine:
 
     async def resume(self) -> None:
         """Let the vCPUs run on. Raises StateError or MachineError."""
-        if self._saver is not None:
-            self._saver.forget()
         await self._command("cont")
         self._pausing = False
+        if self._saver is not None:
+            self._saver.forget()
 
     async def expect_save(self) -> None:
         """Nothing: QEMU is ready."""

@@ -76,8 +76,8 @@ class StateSaver:
         except asyncio.CancelledError:
             self._cancelled = True
             await wait_out(task)
-            if task.exception() is None or isinstance(task.exception(), _Cancelled):
-                raise
+            task.exception()  # counts as seen: whoever cancelled does not want to know
+            raise
         return task.result()
 
     async def _save(self, writer: MemoryWriter) -> bytes:
