@@ -1,7 +1,8 @@
 """The guest that the bench saves and restores, its snapshots, and when a restored one is where.
 
-See guests/saved.S: 256 MiB of which 32 MiB are touched, ring 3. It polls its serial port, so its first exit comes at
-once. A byte that the port holds when it is saved is there for every VM that is restored: that is what they do then.
+See guests/saved.S: 256 MiB of which 32 MiB are touched, in ring 3 or, where it is to rest at no cost, in ring 0. It
+polls its serial port, so its first exit comes at once. A byte that the port holds when it is saved is there for every
+VM that is restored: that is what they do then.
 """
 
 from __future__ import annotations
@@ -31,18 +32,24 @@ _LOOK_AGAIN_S = 0.0002
 _PATIENCE_S = 60
 
 
-def saved_guest(bench: Bench, *, two: bool = False, touched_mib: int = TOUCHED_MIB) -> Path:
+def saved_guest(bench: Bench, *, two: bool = False, ring0: bool = False, touched_mib: int = TOUCHED_MIB) -> Path:
     """The guest. Raises Skipped without a compiler."""
-    return build_guest(bench, "saved", TOUCHED_MIB=touched_mib, READS=READS, WRITES=WRITES, TWO=int(two))
+    defines = {"TOUCHED_MIB": touched_mib, "READS": READS, "WRITES": WRITES, "TWO": int(two), "RING0": int(ring0)}
+    return build_guest(bench, "saved", **defines)
 
 
 @asynccontextmanager
 async def running(
-    bench: Bench, *, accel: AccelName = "kvm", two: bool = False, memory_mib: int = MEMORY_MIB
+    bench: Bench,
+    *,
+    accel: AccelName = "kvm",
+    two: bool = False,
+    ring0: bool = False,
+    memory_mib: int = MEMORY_MIB,
 ) -> AsyncIterator[VM]:
     """A VM that has touched its memory and waits for its orders."""
     touched = min(TOUCHED_MIB, memory_mib // 4)
-    guest = saved_guest(bench, two=two, touched_mib=touched)
+    guest = saved_guest(bench, two=two, ring0=ring0, touched_mib=touched)
     config = VMConfig(kernel=guest, cmdline="", memory_mib=memory_mib, vcpus=1 + two, accel=accel)
     async with VM(config) as vm:
         await vm.boot()
@@ -50,10 +57,12 @@ async def running(
 
 
 @asynccontextmanager
-async def saved(bench: Bench, told: bytes = b"", *, accel: AccelName = "kvm") -> AsyncIterator[Snapshot]:
+async def saved(
+    bench: Bench, told: bytes = b"", *, accel: AccelName = "kvm", ring0: bool = False
+) -> AsyncIterator[Snapshot]:
     """A snapshot of it, with ``told`` in its serial port. Gone after the block."""
     with tempfile.TemporaryDirectory(dir=bench.cache) as holder:
-        async with running(bench, accel=accel) as vm:
+        async with running(bench, accel=accel, ring0=ring0) as vm:
             await vm.pause()
             if told:
                 machine = vm._machine

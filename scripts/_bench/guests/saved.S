@@ -1,9 +1,11 @@
 # A guest to be saved and restored. It fills TOUCHED_MIB of its memory, says READY, and waits for a byte on COM1, in ring
-# 3, which runs on the processor itself also where ring 0 is emulated. Then, as the byte says:
-#   w   read READS pages and write one byte in each of WRITES others, answer w, and stop for good
+# 3, which runs on the processor itself also where ring 0 is emulated. Only ring 0 can halt: with RING0 it stays there,
+# and fills no more than the first word of each page. Then, as the byte says:
+#   w   read READS pages and write one byte in each of WRITES others, answer w, and rest
 #   d   and four bytes, a number: count up in one page after the other, each so many ticks of the TSC later, for ever
 #   o   write dots, for ever
-# With TWO, vCPU 1 goes round in a loop of its own.
+#   i   answer i, and rest
+# It rests by halting for good in ring 0, and in a loop in ring 3. With TWO, vCPU 1 goes round in a loop of its own.
 #include "pvh.inc"
 .set DATA_AT, 0x1000000         # what is filled
 .set PAGE, 4096
@@ -55,11 +57,16 @@ long:
     mov %al, gdt + 0x40 + 4
     mov $0x40, %ax
     ltr %ax
-    mov $stop, %eax             # the way back to ring 0: interrupt 0x30
-    mov %ax, idt + 16 * 0x30
-    shr $16, %eax
-    mov %ax, idt + 16 * 0x30 + 6
-    lidt idtr
+#if RING0
+    mov $DATA_AT, %edi
+    mov $(TOUCHED_MIB << 8), %ecx
+    mov $0x0123456789abcdef, %rax
+1:  mov %rax, (%rdi)
+    add $PAGE, %edi
+    dec %ecx
+    jnz 1b
+    jmp filled
+#endif
     xor %eax, %eax
     cpuid
     cmp $0x756e6547, %ebx       # "Genu"ineIntel: an emulator that lacks IRET knows SYSEXIT
@@ -79,17 +86,13 @@ long:
     pushq $0x33
     pushq $ring3
     iretq
-stop:
-    cli
-    hlt
-    jmp stop
-
 ring3:
     cld
     mov $DATA_AT, %edi
     mov $(TOUCHED_MIB << 17), %ecx
     mov $0x0123456789abcdef, %rax
     rep stosq
+filled:
     mov $text, %esi
 1:  lodsb
     test %al, %al
@@ -103,7 +106,17 @@ next:
     cmp $'d', %al
     je dirty
     cmp $'o', %al
+    je dots
+    cmp $'i', %al
     jne next
+    call put
+rest:
+#if RING0
+    cli
+    hlt
+#endif
+    jmp rest
+
 dots:
     mov $'.', %al
     call put
@@ -125,7 +138,7 @@ work:
     call put
     mov $'\n', %al
     call put
-    int $0x30
+    jmp rest
 
 dirty:
     mov $4, %ecx
@@ -191,16 +204,9 @@ gdt: .quad 0, 0
     .quad 0x0000890000000fff, 0 # 0x40: the TSS
 gdtr: .word gdtr - gdt - 1
     .quad gdt
-idtr: .word 16 * 0x31 - 1
-    .quad idt
     .balign 4096
-tss: .long 0
-    .quad stack_top             # of ring 0
-    .fill 90, 1, 0
+tss: .fill 102, 1, 0
     .word 104                   # where the I/O permission bitmap begins
     .fill 4096 - 104, 1, 0
-idt: .fill 2 * 0x30, 8, 0
-    .quad 0x0000ee0000100000, 0 # 0x30: an interrupt gate that ring 3 may use
-    .balign 4096
     .fill 4096, 1, 0
 stack_top:
