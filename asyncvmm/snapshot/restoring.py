@@ -56,11 +56,13 @@ def saved_config(snapshot: Snapshot, name: str | None, configure: Configure | No
 
     Raises SnapshotDamaged, and ConfigError for a change that the saved machine cannot take.
     """
-    saved = attrs.evolve(from_plain(snapshot.manifest.config), name=name)
+    kept = from_plain(snapshot.manifest.config)
     # A copy kept by name was the saved VM's; each clone has one of its own, which dies with it.
-    drives = tuple(attrs.evolve(drive, overlay=drive.overlay is not False) for drive in saved.drives)
-    saved = attrs.evolve(saved, drives=drives)
-    config = saved if configure is None else configure(saved)
+    drives = tuple(attrs.evolve(drive, overlay=drive.overlay is not False) for drive in kept.drives)
+    saved = attrs.evolve(kept, name=name, drives=drives)
+    if configure is None:
+        return saved
+    config = configure(saved)
     for what in ("memory_mib", "vcpus", "acpi"):
         if getattr(config, what) != getattr(saved, what):
             raise ConfigError(f"restored {what}", expected=getattr(saved, what), found=getattr(config, what))
