@@ -213,9 +213,9 @@ class VMConfig:
     Devices, see device_config for each record: drives, DriveConfigs or paths, in the order vda, vdb and so on; net,
     ``none``, ``user`` or a NetConfig; balloon, vsock, rng, virtio_console: True for the default one, or a record.
     acpi: False for a kernel built without ACPI, which then finds its devices on the command line (KVM alone).
-    metrics_interval_s: seconds between two ``metrics`` events. pre_exec_window: PID 1 holds the workload, one step before
-    its exec, until ``vm.go()``. track_dirty: keep account of the pages that are written, so that snapshots can be
-    differences (KVM alone; it slows the guest a little).
+    metrics_interval_s: seconds between two ``metrics`` events. pre_exec_window: PID 1 holds the workload, one step
+    before its exec, until ``vm.go()``. track_dirty: keep account of the pages that are written, so that snapshots can
+    be differences (KVM alone; it slows the guest a little).
 
     Raises ConfigError and its kinds at construction.
     """

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from tests.support.holdings import Holdings
 from tests.support.lines import Emitted, noted
@@ -28,6 +29,11 @@ def pytest_configure(config: pytest.Config) -> None:
     """Say what our markers mean."""
     config.addinivalue_line("markers", "requires(*needs): skipped where one is lacking (support/requirements.py)")
     config.addinivalue_line("markers", "stalls: this test blocks the loop on purpose, or lets others do so")
+
+
+# How long an example takes is the machine's to say: a deadline would fail what waits for its turn.
+settings.register_profile("asyncvmm", deadline=None)
+settings.load_profile("asyncvmm")
 
 
 # -- event loops -------------------------------------------------------------------------------------------------------

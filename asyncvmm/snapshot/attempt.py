@@ -77,7 +77,7 @@ class RestoreAttempt(Attempt):
             kernel=Path(_text(saved, "kernel") or ""),
             initrd=None if (initrd := _text(saved, "initrd")) is None else Path(initrd),
             cmdline=_text(saved, "cmdline") or "",
-            tsc_khz=_number(saved, "tsc_khz"),
+            tsc_khz=None if _number(saved, "tsc_khz") is None else self._choice.tsc_khz,
             acpi=config.acpi,
             devices=config.devices,
             track_dirty=self._track_dirty,

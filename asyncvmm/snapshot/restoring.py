@@ -98,6 +98,8 @@ class Restoring:
         contract = GuestContract.of_saved(has_pid1=guest.has_pid1, started=guest.started, stages=guest.stages)
         if guest.exited:
             self._vm.events.exit.fail(GuestStopped("the workload had ended before the snapshot", reason="exited"))
+        for event in guest.past():
+            self._vm.events.recall(event)
         watch.go_on(contract, {"console": guest.console_line, "control": guest.control_line})
 
         def take(effects: Sequence[Effect]) -> None:

@@ -27,6 +27,9 @@ from asyncvmm.snapshot.working_set import WorkingSet, keep_working_set, read_wor
 if TYPE_CHECKING:
     from asyncvmm.vm import VM
 
+OWN_PREFIX = "asyncvmm-snapshot-"
+"""How the directories are named that snapshots get which nobody gives a place."""
+
 
 class Snapshot:
     """One snapshot, open. ``path`` is its directory.
@@ -34,18 +37,18 @@ class Snapshot:
     ``close`` lets go of its files, and removes a directory that nobody named; the VMs made of it need neither.
     """
 
-    def __init__(self, path: Path, loaded: Loaded, working_set: WorkingSet, *, temporary: bool = False) -> None:
+    def __init__(self, path: Path, loaded: Loaded, working_set: WorkingSet) -> None:
         self.path = path
         self.loaded = loaded
         self.guest = GuestRecord.of_section(loaded.sections[SECTION])
         self.working_set = working_set
-        self._close = weakref.finalize(self, _let_go, loaded, path.parent if temporary else None)
+        self._doomed: list[Path] = []
+        self._close = weakref.finalize(self, _let_go, loaded, self._doomed)
 
     @classmethod
-    async def load(cls, path: str | Path, *, check_memory: bool = False, temporary: bool = False) -> Self:
+    async def load(cls, path: str | Path, *, check_memory: bool = False) -> Self:
         """Open and check the snapshot at ``path``; ``check_memory`` reads all of its memory for that.
 
-        ``temporary``: its directory and the one around it go with it.
         Raises SnapshotDamaged, SnapshotMismatch, or SnapshotError where there is none.
         """
         directory = Path(path)
@@ -55,7 +58,7 @@ class Snapshot:
             return loaded, read_working_set(directory, loaded.manifest.memory.size)
 
         loaded, working_set = await in_thread(opened)
-        return cls(directory, loaded, working_set, temporary=temporary)
+        return cls(directory, loaded, working_set)
 
     @property
     def manifest(self) -> Manifest:
@@ -105,6 +108,12 @@ class Snapshot:
             self.working_set = found
             await in_thread(lambda: keep_working_set(self.path, found))
 
+    def remove_when_closed(self) -> None:
+        """It was made in a directory of ours, which nobody named: both go with it. Raises ValueError for any other."""
+        if not self.path.parent.name.startswith(OWN_PREFIX):
+            raise ValueError(f"{self.path} is not in a directory of ours")
+        self._doomed[:] = [self.path.parent]
+
     def close(self) -> None:
         """Let go of its files; a temporary one is gone then. Blocks for as long as that takes. May be called again."""
         self._close()
@@ -118,7 +127,7 @@ class Snapshot:
         await in_thread(self.close)
 
 
-def _let_go(loaded: Loaded, temporary: Path | None) -> None:
+def _let_go(loaded: Loaded, doomed: list[Path]) -> None:
     loaded.close()
-    if temporary is not None:
-        shutil.rmtree(temporary, ignore_errors=True)
+    for directory in doomed:
+        shutil.rmtree(directory, ignore_errors=True)

@@ -27,12 +27,12 @@ from asyncvmm.machine.base import BootPlan, Machine
 from asyncvmm.machine.saved import SavedMachine
 from asyncvmm.machine.waiting import in_thread, wait_out
 from asyncvmm.snapshot.config_record import to_plain
-from asyncvmm.snapshot.directory import SnapshotDirectory
+from asyncvmm.snapshot.directory import SnapshotDirectory, base_of
 from asyncvmm.snapshot.guest_record import SECTION, GuestRecord, record_of
-from asyncvmm.snapshot.manifest import Base, Manifest
+from asyncvmm.snapshot.manifest import Manifest
 from asyncvmm.snapshot.memory_writer import MemoryWriter
 from asyncvmm.snapshot.order import SnapshotOrder
-from asyncvmm.snapshot.snapshot import Snapshot
+from asyncvmm.snapshot.snapshot import OWN_PREFIX, Snapshot
 from asyncvmm.snapshot.triggers import Fired
 from asyncvmm.snapshot.watcher import wait_for_trigger
 
@@ -81,7 +81,9 @@ class SnapshotTaker:
             await anyio.sleep(order.quiesce_ms / 1000)
             with self._alone():
                 await self._save(draft, order, fired, times)
-            snapshot = await Snapshot.load(path, temporary=order.directory is None)
+            snapshot = await Snapshot.load(path)
+        if order.directory is None:
+            snapshot.remove_when_closed()
         self._tell_saved(snapshot, fired, times)
         return snapshot
 
@@ -201,7 +203,7 @@ class SnapshotTaker:
 
     def _record(self) -> GuestRecord:
         vm = self._vm
-        return record_of(vm._watch, holds_workload=vm._holds_workload, exited=vm.events.exit.done)
+        return record_of(vm._watch, vm.events, holds_workload=vm._holds_workload)
 
     # -- on disk ---------------------------------------------------------------------------------------------------
 
@@ -242,7 +244,7 @@ class SnapshotTaker:
             devices=tuple(plan.devices.names),
             config=to_plain(config),
             window=held.guest.in_window,
-            base=None if base is None else Base(id=base.id, path=os.path.relpath(base.path, where)),
+            base=None if base is None else base_of(base.id, base.path, where),
             extra={
                 "trigger": {"trigger": fired.trigger, "detail": fired.detail, "quiesce_ms": order.quiesce_ms},
                 "plan": {
@@ -303,4 +305,4 @@ def _with_mac(plan: BootPlan) -> NetConfig | None:
 
 
 def _own_directory() -> str:
-    return tempfile.mkdtemp(prefix="asyncvmm-snapshot-")
+    return tempfile.mkdtemp(prefix=OWN_PREFIX)

@@ -14,14 +14,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncvmm import BalloonConfig, ConfigError, ConsoleConfig, DriveConfig, NetConfig, Publish, VMConfig, VsockConfig
+from asyncvmm.console import Console
 from asyncvmm.errors import SnapshotDamaged
 from asyncvmm.events.contract import GuestContract
+from asyncvmm.events.hub import EventHub
 from asyncvmm.events.lines import Line
+from asyncvmm.events.types import GuestHeartbeat, GuestIdle, GuestListener, GuestPreExec
 from asyncvmm.snapshot.config_record import from_plain, to_plain
-from asyncvmm.snapshot.guest_record import GuestRecord
+from asyncvmm.snapshot.guest_record import GuestRecord, record_of
 from asyncvmm.snapshot.order import SnapshotOrder
 from asyncvmm.snapshot.resources import SnapshotResources
 from asyncvmm.snapshot.working_set import FILE, WorkingSet, keep_working_set, read_working_set
+from asyncvmm.timing.timeline import Timeline
+from asyncvmm.watch import GuestWatch
 
 plain_values = st.recursive(
     st.none() | st.booleans() | st.integers(-5, 1 << 40) | st.text(max_size=8),
@@ -78,8 +83,29 @@ def test_a_field_with_another_value_is_a_configuration_or_damage(name: str, valu
 
 
 def test_a_guest_comes_back_with_what_it_has_said() -> None:
-    record = GuestRecord(has_pid1=True, started=True, stages={"ready_ns": 5}, console_line=b"half a li\xff")
+    hub = EventHub()
+    for event in (GuestPreExec(3), GuestHeartbeat(4, 9), GuestListener(5, "tcp", 80), GuestIdle(6)):
+        hub.publish(event)
+    contract = GuestContract.of_saved(has_pid1=True, started=True, stages={"ready_ns": 5})
+    watch = GuestWatch(hub, Console(write), Timeline(), lambda stopped: None)
+    watch.go_on(contract, {"console": b"half a li\xff", "control": b""})
+    record = record_of(watch, hub, holds_workload=True)
     assert GuestRecord.of_section(record.to_section()) == record
+    assert (record.in_window, record.exited, record.console_line) == (True, False, b"half a li\xff")
+    assert record.past() == [GuestPreExec(0), GuestListener(0, "tcp", 80), GuestHeartbeat(0, 9), GuestIdle(0)]
+
+
+async def write(data: bytes) -> None:
+    raise AssertionError(data)
+
+
+@pytest.mark.parametrize(
+    "fact",
+    [{}, {"event": "guest.exit", "code": 1}, {"event": "guest.listener", "proto": 1, "port": 2}, {"event": []}, 5],
+)
+def test_a_fact_that_no_guest_can_have_come_to_is_damage(fact: Any) -> None:
+    with pytest.raises(SnapshotDamaged):
+        GuestRecord(facts=(fact,))
 
 
 @given(plain_values)
