@@ -33,6 +33,7 @@ from asyncvmm.vm import VM
 LEVELS = (1, 10, 50, 100, 200)
 QUICK_LEVELS = (1, 5)
 CLONES, QUICK_CLONES = 100, 5
+WARM_UP = 10
 REST = b"i"
 PAGE, PAGES, AT = 4096, 256, 32 << 20
 """Pages that are written to see what a fault costs: how many, and where in memory, amid what the guest has filled."""
@@ -88,7 +89,7 @@ async def _curve(snapshot: Snapshot, floor: Floor, levels: tuple[int, ...], roun
     live: list[VM] = []
     points: list[Point] = []
     try:
-        await (await _spoken(snapshot)).stop()  # it finds the working set out
+        await _warm_up(snapshot)
         for level in (0, *levels):
             for _ in range(level - len(live)):
                 live.append(await _spoken(snapshot))
@@ -104,6 +105,13 @@ async def _curve(snapshot: Snapshot, floor: Floor, levels: tuple[int, ...], roun
         for vm in live:
             await vm.stop()
         floor.sample("free")
+
+
+async def _warm_up(snapshot: Snapshot) -> None:
+    """Memory that VMs take once, and what the first of them finds out, is nobody's."""
+    vms = [await _spoken(snapshot) for _ in range(WARM_UP)]
+    for vm in vms:
+        await vm.stop()
 
 
 async def _spoken(snapshot: Snapshot) -> VM:
@@ -220,7 +228,7 @@ def _memories(points: list[Point]) -> list[Figure]:
                 name="clones_memory",
                 unit="KiB/VM",
                 ours=[(after.memory.ours - before.memory.ours) / vms],
-                target=MEMORY_LIMIT if before.live else None,
+                target=MEMORY_LIMIT,
                 conditions={**CONDITIONS, "live": after.live, "than": before.live},
                 detail={
                     "guest_kib": round((after.memory.guests - before.memory.guests) / vms, 1),
