@@ -49,6 +49,7 @@ VARIANTS: dict[str, tuple[str, dict[str, int]]] = {
     "virtio-more": ("virtio", {"EVENT_IDX": 0, "REQUESTS": 9}),
     "virtio-event-idx": ("virtio", {"EVENT_IDX": 1, "REQUESTS": 3}),
     "virtio-disk": ("virtio_disk", {"EVENT_IDX": 0, "REQUESTS": 60}),
+    "virtio-disk-long": ("virtio_disk", {"EVENT_IDX": 0, "REQUESTS": 250}),
     "virtio-disk-event-idx": ("virtio_disk", {"EVENT_IDX": 1, "REQUESTS": 60}),
     "virtio-reset": ("virtio_reset", {"EVENT_IDX": 0, "ROUNDS": 30}),
     **{f"virtio-hostile-{how}": ("virtio_hostile", {"EVENT_IDX": 0, "HOW": how}) for how in range(1, 7)},

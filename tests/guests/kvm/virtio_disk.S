@@ -39,10 +39,6 @@ round:
     mov $(SECTOR / 4), %ecx
     rep stosl
     request OUT, written, 0
-    mov $read, %edi
-    mov $(SECTOR / 4), %ecx
-    xor %eax, %eax
-    rep stosl
     request IN, read, WRITE
     mov $read, %edi
     mov $(SECTOR / 4), %ecx
@@ -79,4 +75,5 @@ header: .long 0, 0, 0, 0
 state: .byte 0
     .balign 16
 written: .fill SECTOR, 1, 0
+    .balign 4096                # a page that the device alone writes to
 read: .fill SECTOR, 1, 0
