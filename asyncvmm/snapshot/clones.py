@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from asyncvmm.snapshot.snapshot import Snapshot
     from asyncvmm.vm import VM
 
-MOST_CLONES = 200
+MOST_CLONES = 100
 """VMs of one snapshot in one process, unless the caller insists."""
 
 Prepare = Callable[["VM", int], None]

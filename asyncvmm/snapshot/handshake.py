@@ -14,7 +14,7 @@ import time
 import anyio
 
 from asyncvmm.events.hub import EventHub
-from asyncvmm.events.types import Event, GuestGoDone
+from asyncvmm.events.types import Event, GuestGoDone, VmState
 from asyncvmm.machine.base import Machine
 
 SEED_BYTES = 32
@@ -38,16 +38,19 @@ class Answer:
 
     def __init__(self, events: EventHub) -> None:
         self._come = anyio.Event()
+        self._ended = False
         self.close = events.attach(self._take)
 
     def _take(self, event: Event) -> None:
-        if isinstance(event, GuestGoDone):
+        if isinstance(event, VmState):
+            self._ended = event.state in ("stopped", "failed")
+        if self._ended or isinstance(event, GuestGoDone):
             self._come.set()
 
     async def wait(self) -> bool:
-        """Until it has come; False if it does not."""
+        """Until it has come; False if it does not, or the guest has ended instead."""
         with anyio.move_on_after(ANSWER_S):
             await self._come.wait()
-            return True
+            return not self._ended
         _log.warning("PID 1 did not say in %g s that entropy and clock took effect: is its image an old one?", ANSWER_S)
         return False

@@ -17,13 +17,13 @@ import attrs
 
 from asyncvmm.config import VMConfig
 from asyncvmm.effects import Effect, SerialOutput
-from asyncvmm.errors import AsyncVMMError, ConfigError, GuestStopped
+from asyncvmm.errors import AsyncVMMError, ConfigError, GuestStopped, StateError
 from asyncvmm.events.contract import GuestContract
 from asyncvmm.events.snapshot_types import RestoreFirstExit, RestoreFirstGuestEvent, RestoreMapped, RestoreStep
+from asyncvmm.events.types import GuestReady
 from asyncvmm.machine.base import EffectSink, Machine
 from asyncvmm.machine.waiting import wait_out
 from asyncvmm.snapshot.attempt import RestoreAttempt, choose_machine
-from asyncvmm.snapshot.config_record import from_plain
 from asyncvmm.snapshot.handshake import Answer, go_lines
 from asyncvmm.snapshot.snapshot import Snapshot
 from asyncvmm.snapshot.working_set import WorkingSet
@@ -56,10 +56,7 @@ def saved_config(snapshot: Snapshot, name: str | None, configure: Configure | No
 
     Raises SnapshotDamaged, and ConfigError for a change that the saved machine cannot take.
     """
-    kept = from_plain(snapshot.manifest.config)
-    # A copy kept by name was the saved VM's; each clone has one of its own, which dies with it.
-    drives = tuple(attrs.evolve(drive, overlay=drive.overlay is not False) for drive in kept.drives)
-    saved = attrs.evolve(kept, name=name, drives=drives)
+    saved = snapshot.config if name is None else attrs.evolve(snapshot.config, name=name)
     if configure is None:
         return saved
     config = configure(saved)
@@ -98,6 +95,7 @@ class Restoring:
         contract = GuestContract.of_saved(has_pid1=guest.has_pid1, started=guest.started, stages=guest.stages)
         if guest.exited:
             self._vm.events.exit.fail(GuestStopped("the workload had ended before the snapshot", reason="exited"))
+        self._vm.events.ready.set(GuestReady(0))  # it was, before the VM that is told of it began
         for event in guest.past():
             self._vm.events.recall(event)
         watch.go_on(contract, {"console": guest.console_line, "control": guest.control_line})
@@ -146,7 +144,12 @@ class Restoring:
                 await machine.write("control", go_lines(machine))
             if self.options.paused:
                 return
-            await resume()
+            try:
+                await resume()
+            except StateError:
+                if not self._vm.events.stopped.done:
+                    raise
+                return  # it has ended by itself already: its events tell how
             if answer and not early:
                 await machine.write("control", go_lines(machine))
             if answer and await answer.wait():

@@ -226,6 +226,23 @@ async def test_a_restored_vm_that_keeps_account_can_save_a_difference_of_what_it
         assert await echoed(again, b"def") == b"def"
 
 
+async def test_a_guest_that_ends_at_once_is_handed_out_as_it_is(vm: Make) -> None:
+    async with vm("RWO") as original:
+        await original.boot()
+        await original.pause()
+        async with await original.snapshot() as snapshot:
+            await original.resume()
+            await original.console.write(b"x")
+            with anyio.fail_after(PATIENCE_S):
+                assert await original.events.stopped == "shutdown"
+            async with await VM.restore(snapshot, paused=True) as restored:
+                await restored.resume()
+                await restored.console.write(b"x")
+                with anyio.fail_after(PATIENCE_S):
+                    assert await restored.events.stopped == "shutdown"
+                assert restored.state == "stopped"
+
+
 # -- triggers ----------------------------------------------------------------------------------------------------------
 
 
