@@ -13,12 +13,17 @@ import shutil
 import weakref
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+import attrs
+
+from asyncvmm.config import VMConfig
 from asyncvmm.machine.saved import RestorePlan
 from asyncvmm.machine.waiting import in_thread
+from asyncvmm.snapshot.config_record import from_plain
 from asyncvmm.snapshot.guest_record import SECTION, GuestRecord
 from asyncvmm.snapshot.loading import Loaded, load
 from asyncvmm.snapshot.manifest import Manifest
@@ -69,6 +74,14 @@ class Snapshot:
     def id(self) -> str:
         """Its name among all snapshots."""
         return self.manifest.id
+
+    @cached_property
+    def config(self) -> VMConfig:
+        """How the VMs made of it are configured, read once for all of them. Raises SnapshotDamaged."""
+        kept = from_plain(self.manifest.config)
+        # A copy kept by name was the saved VM's; each clone has one of its own, which dies with it.
+        drives = tuple(attrs.evolve(drive, overlay=drive.overlay is not False) for drive in kept.drives)
+        return attrs.evolve(kept, name=None, drives=drives)
 
     def restore_plan(self, *, prefetch: bool = True, track_dirty: bool = False) -> RestorePlan:
         """What a machine restores."""

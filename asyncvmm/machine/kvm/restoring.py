@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
@@ -50,7 +51,7 @@ from asyncvmm.timing.timeline import Timeline
 from asyncvmm.x86.layout import ram_regions
 
 MOST_KEPT = 16
-"""Chains, and decoded states, kept for coming VMs."""
+"""Chains, decoded states, and blueprints, kept for coming VMs."""
 
 MOST_VCPUS = 1024
 """What a chain has room for, some times over."""
@@ -175,13 +176,41 @@ class RestoreBlueprint:
         return [_signed((vcpu.tsc_offset or 0) + ahead) for vcpu in self.state.vcpus]
 
 
+@attrs.frozen(eq=False)
+class _Kept:
+    """A blueprint, and what it was made of: the very same objects, for to compare their contents takes as long."""
+
+    plan: RestorePlan
+    devices: int
+    tsc_khz: int | None
+    blueprint: RestoreBlueprint
+
+    def is_of(self, plan: RestorePlan, devices: int, tsc_khz: int | None) -> bool:
+        same = self.plan.saved is plan.saved and self.plan.layers is plan.layers
+        return same and (self.plan.track_dirty, self.devices, self.tsc_khz) == (plan.track_dirty, devices, tsc_khz)
+
+
+_kept: deque[_Kept] = deque(maxlen=MOST_KEPT)
+
+
 def restore_blueprint(plan: RestorePlan, devices: int = 0) -> RestoreBlueprint:
-    """Check what is to be restored, and prepare it. ``devices``: how many virtio-mmio devices the VM has.
+    """Check what is to be restored, and prepare it, once for all plans of one snapshot. ``devices``: how many
+    virtio-mmio devices the VM has.
 
     Raises SnapshotDamaged, SnapshotMismatch, MemorySizeError, and KvmUnavailable where there is no KVM to ask.
     """
+    tsc_khz = seen_tsc_khz()
+    for kept in tuple(_kept):  # other threads add to it
+        if kept.is_of(plan, devices, tsc_khz):
+            return kept.blueprint
+    blueprint = _blueprint(plan, devices, tsc_khz)
+    _kept.append(_Kept(plan, devices, tsc_khz, blueprint))
+    return blueprint
+
+
+def _blueprint(plan: RestorePlan, devices: int, tsc_khz: int | None) -> RestoreBlueprint:
     saved = plan.saved
-    check_cpu(saved.cpu, cpu_facts(seen_tsc_khz()))
+    check_cpu(saved.cpu, cpu_facts(tsc_khz))
     _check_count(saved.vcpus)
     state = saved_state(saved)
     memory_bytes = saved.memory.size
