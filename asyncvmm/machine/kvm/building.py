@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from asyncvmm.machine.saved import RestorePlan, SavedMachine
     from asyncvmm.snapshot.memory_map import Run
 
+MOST_LATE = 4
+"""vCPUs whose threads are started when a restored VM is resumed, on the loop: it waits some 0.1 ms for each."""
+
 
 @attrs.frozen(kw_only=True)
 class Joints:
@@ -128,14 +131,14 @@ class Building:
                     prefetch(vm.memory, plan.touched, plan.written)
 
     def hold(self) -> None:
-        """Start the restored VM's vCPU threads, which wait."""
+        """Make the restored VM's vCPU threads, which wait."""
         with self._lock:
             if not self.given_up and self.vm is not None and self._blueprint is not None:
                 with self._timeline.phase("device_state_restore"):
                     self._join_board(self.vm, self._blueprint.board).change_generation(self.vm.memory.write)
                 for vcpu in self.vm.vcpus:
                     vcpu.order("pause")
-                self._start_vcpus(self.vm)
+                self._start_vcpus(self.vm, late=len(self.vm.vcpus) <= MOST_LATE)
 
     def end_threads(self) -> KvmVm | None:
         """End what is being built or runs."""
@@ -167,10 +170,11 @@ class Building:
         self.guest_tsc = GuestTsc.of([vcpu.fd for vcpu in vm.vcpus])
         return board
 
-    def _start_vcpus(self, vm: KvmVm) -> None:
+    def _start_vcpus(self, vm: KvmVm, *, late: bool = False) -> None:
         assert self.board is not None
         for vcpu in vm.vcpus:
-            vcpu.start(f"{self._plan.name}-vcpu{vcpu.index}", self.board.bus, self._joints.halt, self.fastpath)
+            name = f"{self._plan.name}-vcpu{vcpu.index}"
+            vcpu.start(name, self.board.bus, self._joints.halt, self.fastpath, late=late)
 
 
 def device_section(saved: SavedMachine) -> bytes:

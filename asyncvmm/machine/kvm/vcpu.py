@@ -75,6 +75,8 @@ class Vcpu:
         self._kickable: int | None = None
         self._kicked = False
         self._thread: threading.Thread | None = None
+        self._unstarted: threading.Thread | None = None
+        self._starting = threading.Lock()
 
     @cached_property
     def run(self) -> memoryview:
@@ -94,25 +96,38 @@ class Vcpu:
         halt: Halt,
         fastpath: Fastpath | None = None,
         clock: Callable[[], int] = time.monotonic_ns,
+        *,
+        late: bool = False,
     ) -> None:
         """Start the thread. ``halt`` is told, on that thread, of an exit the guest cannot run on after.
 
-        With ``fastpath`` the native run loop answers what it can, except while exits are traced.
+        With ``fastpath`` the native run loop answers what it can, except while exits are traced. ``late``: of a vCPU
+        that was ordered to pause, only when it is ordered to run, which then has to wait for the thread to come.
         """
         dispatcher = Dispatcher(bus, self.run, self.counters, clock)
         self._fastpath = fastpath
-        self._thread = threading.Thread(target=self._main, args=(dispatcher, halt, clock), name=name, daemon=True)
-        self._thread.start()
+        main = (dispatcher, halt, clock)
+        self._unstarted = threading.Thread(target=self._main, args=main, name=name, daemon=True)
+        if not late:
+            self._start_thread()
 
     def order(self, order: Order) -> None:
-        """Say what the vCPU shall do, and make it look. Returns at once."""
+        """Say what the vCPU shall do, and make it look. Returns at once, but for the thread that comes late."""
         with self._changed:
             if self._order == "stop":
                 return
             self._order = order
             self._changed.notify_all()
-        if order != "run":
+        if order == "run":
+            self._start_thread()
+        else:
             self.kick()
+
+    def _start_thread(self) -> None:
+        with self._starting:
+            if self._unstarted is not None:
+                self._unstarted.start()
+                self._thread, self._unstarted = self._unstarted, None
 
     def kick(self) -> None:
         """Make a running or coming KVM_RUN return.
@@ -132,7 +147,9 @@ class Vcpu:
             return self._changed.wait_for(self._is_parked, timeout_s)
 
     def join(self) -> None:
-        """Wait until the thread ended, which was ordered to stop. Blocks: not for the loop."""
+        """Wait until the thread ended, which was ordered to stop; none is started later. Blocks: not for the loop."""
+        with self._starting:
+            self._unstarted = None
         if self._thread is not None:
             self._thread.join()
 
