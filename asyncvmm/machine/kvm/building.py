@@ -92,6 +92,16 @@ class Building:
         self.recreate(plan, shell)
         self.hold()
 
+    def rebuilds_briefly(self, plan: RestorePlan, shell: Shell | None) -> bool:
+        """Whether ``rebuild`` is so short that it may be done on the loop: what it takes was checked and prepared for
+        an earlier restore, the VM is made, and no memory is read ahead."""
+        if shell is None or plan.touched or plan.written:
+            return False
+        from asyncvmm.machine.kvm.restoring import kept_blueprint
+
+        blueprint = kept_blueprint(plan, self._plan.devices.count)
+        return blueprint is not None and blueprint.fills_briefly
+
     def create(self) -> None:
         """Create the VM, loaded. Raises HostError, ConfigError."""
         self.prepare()

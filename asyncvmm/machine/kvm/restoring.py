@@ -56,6 +56,9 @@ MOST_KEPT = 16
 MOST_VCPUS = 1024
 """What a chain has room for, some times over."""
 
+BRIEF_VCPUS, BRIEF_PIECES = 4, 64
+"""Up to which filling a shell is brief: well under a millisecond, some 50 us a vCPU and 3 us a mapping."""
+
 _WORD = 1 << 64
 
 
@@ -128,6 +131,13 @@ class RestoreBlueprint:
         """What Board is made with."""
         return self.state.board
 
+    @property
+    def fills_briefly(self) -> bool:
+        """Whether ``fill`` is so short that an event loop need not hand it to a worker thread. It reads no file."""
+        pieces = self.shape.pieces
+        few = self.shape.shell.vcpus <= BRIEF_VCPUS and len(pieces) <= BRIEF_PIECES
+        return few and not any(piece.is_copied for piece in pieces)
+
     def run(self, timeline: Timeline) -> KvmVm:
         """Make the VM and give it its state; its vCPUs have no thread yet. The phases go to ``timeline``.
 
@@ -199,13 +209,19 @@ def restore_blueprint(plan: RestorePlan, devices: int = 0) -> RestoreBlueprint:
 
     Raises SnapshotDamaged, SnapshotMismatch, MemorySizeError, and KvmUnavailable where there is no KVM to ask.
     """
-    tsc_khz = seen_tsc_khz()
-    for kept in tuple(_kept):  # other threads add to it
-        if kept.is_of(plan, devices, tsc_khz):
-            return kept.blueprint
-    blueprint = _blueprint(plan, devices, tsc_khz)
-    _kept.append(_Kept(plan, devices, tsc_khz, blueprint))
+    blueprint = kept_blueprint(plan, devices)
+    if blueprint is None:
+        tsc_khz = seen_tsc_khz()
+        blueprint = _blueprint(plan, devices, tsc_khz)
+        _kept.append(_Kept(plan, devices, tsc_khz, blueprint))
     return blueprint
+
+
+def kept_blueprint(plan: RestorePlan, devices: int = 0) -> RestoreBlueprint | None:
+    """What ``restore_blueprint`` would give, if that was asked of it lately."""
+    tsc_khz = seen_tsc_khz()
+    kept = tuple(_kept)  # at one moment: other threads add to it
+    return next((one.blueprint for one in kept if one.is_of(plan, devices, tsc_khz)), None)
 
 
 def _blueprint(plan: RestorePlan, devices: int, tsc_khz: int | None) -> RestoreBlueprint:
