@@ -25,12 +25,15 @@ if TYPE_CHECKING:
 MOST_SHELLS = 64
 """Shells that a pool keeps: each is a VM to the kernel, and makes every page fault of the process dearer."""
 
+REFILL_AFTER_S = 0.005
+"""Seconds from a shell being taken to another being made: until then the restored guest has the machine to itself."""
+
 
 class ShellPool:
     """Keeps ``size`` shells for restores of ``snapshot``, and of others of the same shape. It belongs to one loop.
 
-    A shell that is taken is replaced beside what the loop does. A restore that finds none makes one itself.
-    ``error`` is why no shell could be made, None if they could.
+    A shell that is taken is replaced a little later, beside what the loop does. A restore that finds none makes one
+    itself. ``error`` is why no shell could be made, None if they could.
     """
 
     def __init__(self, snapshot: Snapshot, size: int = 1, *, track_dirty: bool = False) -> None:
@@ -44,6 +47,7 @@ class ShellPool:
         self._shape = _shape(snapshot, track_dirty)
         self._shells: deque[Shell] = deque()
         self._filling: asyncio.Task[None] | None = None
+        self._later: asyncio.TimerHandle | None = None
         self._closed = False
 
     @property
@@ -53,6 +57,8 @@ class ShellPool:
 
     async def fill(self) -> None:
         """Until it is full. Raises HostError or MemorySizeError if no shell can be made, StateError once closed."""
+        if self._closed:
+            raise StateError("shells", expected="an open pool", state="closed")
         self._refill()
         while self._filling is not None:
             await wait_out(self._filling)
@@ -72,25 +78,42 @@ class ShellPool:
         )
         if found != self._shape:
             raise ConfigError("shells", expected=f"a snapshot of the shape {self._shape}", found=found)
-        shell = self._shells.popleft() if self._shells else await in_thread(self._make)
-        self._refill()
+        shell = self._shells.popleft() if self._shells else await self._made()
+        if self._later is None and not self._closed:
+            self._later = asyncio.get_running_loop().call_later(REFILL_AFTER_S, self._refill)
         return shell
 
     def _refill(self) -> None:
-        if self._closed:
-            raise StateError("shells", expected="an open pool", state="closed")
+        self._rest()
         if self._filling is None and len(self._shells) < self.size:
             self._filling = asyncio.get_running_loop().create_task(self._fill())
+
+    def _rest(self) -> None:
+        """Make none later."""
+        later, self._later = self._later, None
+        if later is not None:
+            later.cancel()
 
     async def _fill(self) -> None:
         try:
             while len(self._shells) < self.size and not self._closed:
-                self._shells.append(await in_thread(self._make))
+                self._shells.append(await self._made())
             self.error = None
         except AsyncVMMError as error:
             self.error = error
         finally:
             self._filling = None
+
+    async def _made(self) -> Shell:
+        """A new one; none if cancelled."""
+        made: list[Shell] = []
+        try:
+            await in_thread(lambda: made.append(self._make()))
+        except BaseException:
+            for shell in made:
+                await in_thread(shell.close)
+            raise
+        return made[0]
 
     def _make(self) -> Shell:
         """On a worker thread."""
@@ -101,6 +124,7 @@ class ShellPool:
     async def aclose(self) -> None:
         """Free what was not taken. May be called again."""
         self._closed = True
+        self._rest()
         if self._filling is not None:
             await wait_out(self._filling)
         shells, self._shells = self._shells, deque()
