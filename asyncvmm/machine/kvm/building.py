@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from asyncvmm.machine.saved import RestorePlan, SavedMachine
     from asyncvmm.snapshot.memory_map import Run
 
-MOST_LATE = 4
+MOST_LATE = 2
 """vCPUs whose threads are started when a restored VM is resumed, on the loop: it waits some 0.1 ms for each."""
 
 

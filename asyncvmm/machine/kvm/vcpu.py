@@ -186,8 +186,8 @@ class Vcpu:
 
     def _main(self, dispatcher: Dispatcher, halt: Halt, clock: Callable[[], int]) -> None:
         try:
-            signal.pthread_sigmask(signal.SIG_BLOCK, {KICK_SIGNAL})
-            self._unblock_kick_inside_kvm_run()
+            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {KICK_SIGNAL})
+            self._block_inside_kvm_run(blocked - {KICK_SIGNAL})
             with self._changed:
                 self._kickable = threading.get_ident()
             while self._obey():
@@ -201,8 +201,7 @@ class Vcpu:
                 self._order, self._parked, self._kickable = "stop", True, None
                 self._changed.notify_all()
 
-    def _unblock_kick_inside_kvm_run(self) -> None:
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, set()) - {KICK_SIGNAL}
+    def _block_inside_kvm_run(self, blocked: set[int]) -> None:
         bits = sum(1 << (number - 1) for number in blocked)
         ioctl(self.fd, Request.KVM_SET_SIGNAL_MASK, KvmSignalMask(_KERNEL_SIGSET_BYTES, bits))
 
