@@ -14,7 +14,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
@@ -24,13 +24,16 @@ from typing import Self
 import attrs
 
 from asyncvmm.errors import SnapshotFailed
-from asyncvmm.snapshot.extents import checksums, data_runs
+from asyncvmm.snapshot.extents import checksums_in, data_runs
 from asyncvmm.snapshot.manifest import MANIFEST, MEMORY, MOST_FILES, STATE, Base, FileRecord, Manifest, is_name
 from asyncvmm.snapshot.memory_map import PAGE_BYTES, MemoryMap
 from asyncvmm.snapshot.renaming import exchange, rename_to_nothing
 from asyncvmm.snapshot.state_file import pack
 
 _TRIES = 8
+_READERS = 2
+"""Threads that read what was written, for its checksums: with one, that takes longer than the fsync beside it."""
+
 _LONGEST_STEM = 50
 _NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
 _OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -167,19 +170,19 @@ class SnapshotDirectory:
 
     def _described(self, manifest: Manifest) -> Manifest:
         """With every file's record. The files are on disk then: that is waited for beside reading them."""
-        with ThreadPoolExecutor(1, "snapshot-fsync") as elsewhere:
-            on_disk = elsewhere.submit(self._fsync_files)
-            records = {name: self._record(name, fd, manifest.memory) for name, fd in self._files.items()}
+        with ThreadPoolExecutor(1 + _READERS, "snapshot-commit") as threads:
+            on_disk = threads.submit(self._fsync_files)
+            records = {name: self._record(name, fd, manifest.memory, threads) for name, fd in self._files.items()}
             on_disk.result()
         allocated = sum(os.fstat(fd).st_blocks * 512 for fd in self._files.values())
         return attrs.evolve(manifest, files=records, logical_bytes=manifest.memory.size, allocated_bytes=allocated)
 
-    def _record(self, name: str, fd: int, memory: MemoryMap) -> FileRecord:
+    def _record(self, name: str, fd: int, memory: MemoryMap, threads: Executor) -> FileRecord:
         size = os.fstat(fd).st_size
         if name == STATE:
             return FileRecord(size=size, sha256=sha256(os.pread(fd, size, 0)).hexdigest())
         runs = memory.data if name == MEMORY else data_runs(fd, size)
-        sums = tuple(checksum for _, checksum in checksums(fd, runs, size))
+        sums = tuple(checksum for _, checksum in checksums_in(threads, _READERS, fd, runs, size))
         return FileRecord(size=size, data=None if name == MEMORY else runs, crc32=sums)
 
     def _fsync_files(self) -> None:

@@ -6,6 +6,7 @@ import errno
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor
 
 from asyncvmm.snapshot.manifest import CHUNK_BYTES
 from asyncvmm.snapshot.memory_map import PAGE_BYTES, Run
@@ -73,8 +74,19 @@ def checksums(fd: int, runs: Iterable[Run], end: int) -> Iterator[tuple[int, int
 
     What the file has no more of counts as nothing.
     """
+    return _checksums(fd, by_chunk(runs), end)
+
+
+def checksums_in(executor: Executor, threads: int, fd: int, runs: Iterable[Run], end: int) -> list[tuple[int, int]]:
+    """The same by that many threads of ``executor``, each taking the next chunk that none has taken. Raises OSError."""
+    chunks = iter(list(by_chunk(runs)))  # a list's iterator may be shared by threads, a generator may not
+    parts = [executor.submit(lambda: list(_checksums(fd, chunks, end))) for _ in range(threads)]
+    return sorted(pair for part in parts for pair in part.result())
+
+
+def _checksums(fd: int, chunks: Iterable[tuple[int, list[Run]]], end: int) -> Iterator[tuple[int, int]]:
     with memoryview(bytearray(CHUNK_BYTES)) as buffer:
-        for number, inside in by_chunk(runs):
+        for number, inside in chunks:
             checksum = 0
             for offset, size in inside:
                 size = min(size, end - offset)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import pytest
 from asyncvmm.errors import SnapshotDamaged, SnapshotFailed, SnapshotMismatch, StateError
 from asyncvmm.machine.kvm.restoring import Shell, ShellShape
 from asyncvmm.machine.waiting import in_thread
+from asyncvmm.snapshot.memory_map import Run
 from asyncvmm.snapshot.memory_writer import MemoryWriter
 from asyncvmm.timing.timeline import Timeline
 from tests.support.cancelling import Cancelled, Tripwire
@@ -56,15 +57,16 @@ async def saved_guest(new: New, files: Files, **options: Any) -> Save:
 
 
 class FullFile(MemoryWriter):
-    """A memory file for which there is no more room after some calls."""
+    """A memory file for which there is no more room after some runs."""
 
     room = 1
 
-    def write(self, offset: int, view: Any) -> None:
-        self.room -= 1
-        if self.room < 0:
-            raise SnapshotFailed("memory file", expected="room for it", found="none left")
-        super().write(offset, view)
+    def write_runs(self, memory: memoryview, runs: Iterable[Run]) -> None:
+        for run in runs:
+            self.room -= 1
+            if self.room < 0:
+                raise SnapshotFailed("memory file", expected="room for it", found="none left")
+            super().write_runs(memory, [run])
 
 
 # -- going on ----------------------------------------------------------------------------------------------------------

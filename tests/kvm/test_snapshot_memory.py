@@ -7,10 +7,9 @@ import os
 import random
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any
 
 import anyio
 import pytest
@@ -21,6 +20,7 @@ from asyncvmm.machine.kvm.layers import MOST_MAPPINGS
 from asyncvmm.machine.kvm.memory_saver import SMALL_BYTES
 from asyncvmm.machine.kvm.restoring import Shell, ShellShape
 from asyncvmm.machine.waiting import in_thread
+from asyncvmm.snapshot.memory_map import Run
 from asyncvmm.snapshot.memory_writer import MemoryWriter
 from asyncvmm.timing.timeline import Timeline
 from tests.support.memory_guest import PAGE, PLACE, Files, MemoryGuest, Save, booted, new_guest, restored
@@ -54,7 +54,7 @@ def discard_of(guest: MemoryGuest) -> GuestDiscard:
 class FullFile(MemoryWriter):
     """A memory file for which there is no room."""
 
-    def write(self, offset: int, view: Any) -> None:
+    def write_runs(self, memory: memoryview, runs: Iterable[Run]) -> None:
         raise SnapshotFailed("memory file", expected="room for it", found="none left")
 
 
@@ -348,7 +348,8 @@ async def test_a_difference_is_of_the_last_save_that_got_a_name(new: New, files:
             await disturb(guest, files)
         less = await files.save(guest, whole, "whole")
         assert await less.is_memory_of(guest)
-        assert [less.memory()[page * PAGE + PLACE] for page in range(1000, 1004)] == [5, 5, 5, 5]
+        memory = await in_thread(less.memory)
+        assert [memory[page * PAGE + PLACE] for page in range(1000, 1004)] == [5, 5, 5, 5]
 
 
 async def unnamed(guest: MemoryGuest, files: Files) -> None:

@@ -9,7 +9,7 @@ All of it blocks, and is for one thread at a time, ``saved_as`` excepted, which 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
 from asyncvmm.errors import SnapshotFailed
@@ -132,7 +132,21 @@ class MemorySaver:
 
     def _copy(self, writer: MemoryWriter, runs: Sequence[Run], proceed: Proceed) -> None:
         view = self._memory.view
-        for offset, size in runs:
-            for at in range(offset, offset + size, _PIECE_BYTES):
-                proceed()
-                writer.write(at, view[at : min(at + _PIECE_BYTES, offset + size)])
+        for piece in _pieces(runs):
+            proceed()
+            writer.write_runs(view, piece)
+
+
+def _pieces(runs: Iterable[Run]) -> Iterator[list[Run]]:
+    """The same in lists of up to _PIECE_BYTES: one of many single pages is as short as a large run's part."""
+    piece, room = list[Run](), _PIECE_BYTES
+    for offset, size in runs:
+        while size:
+            part = min(size, room)
+            piece.append((offset, part))
+            offset, size, room = offset + part, size - part, room - part
+            if not room:
+                yield piece
+                piece, room = [], _PIECE_BYTES
+    if piece:
+        yield piece

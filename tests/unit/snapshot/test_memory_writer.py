@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from asyncvmm.errors import SnapshotFailed
 from asyncvmm.snapshot import memory_writer
 from asyncvmm.snapshot.extents import data_runs
 from asyncvmm.snapshot.memory_map import PAGE_BYTES, MemoryMap, runs_of
-from asyncvmm.snapshot.memory_writer import PIECE_BYTES, MemoryWriter, nonzero_pages
+from asyncvmm.snapshot.memory_writer import PIECE_BYTES, MemoryWriter, begin_write_back, nonzero_pages
 from tests.support.snapshots import page
 
 ROOT = Path(__file__).parents[3]
@@ -175,6 +176,44 @@ def test_zeros_are_written_where_there_are_no_holes(fd: int, monkeypatch: pytest
     writer.write(0, bytes(PAGE_BYTES) + page(2))
     assert os.pread(fd, 2 * PAGE_BYTES, 0) == bytes(PAGE_BYTES) + page(2)
     assert writer.map().data == ((PAGE_BYTES, PAGE_BYTES),)
+
+
+def test_a_large_run_is_on_its_way_to_disk_once_it_is_written(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = _sent(monkeypatch)
+    writer = MemoryWriter(fd, 4 * PIECE_BYTES)
+    writer.write(0, page(1))
+    writer.write(PIECE_BYTES, bytes(PIECE_BYTES))
+    assert not sent
+    writer.write(PIECE_BYTES, page(1) * (2 * PIECE_BYTES // PAGE_BYTES))
+    assert sent == [(PIECE_BYTES, PIECE_BYTES), (2 * PIECE_BYTES, PIECE_BYTES)]
+
+
+def test_a_disk_that_lets_one_wait_is_not_bothered_again(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call blocks where a disk's queue is full, which none at hand is."""
+    sent = _sent(monkeypatch, 0.05)
+    writer = MemoryWriter(fd, 4 * PIECE_BYTES)
+    writer.write(0, page(1) * (4 * PIECE_BYTES // PAGE_BYTES))
+    assert sent == [(0, PIECE_BYTES)]
+    assert os.pread(fd, PAGE_BYTES, 3 * PIECE_BYTES) == page(1)
+
+
+def _sent(monkeypatch: pytest.MonkeyPatch, seconds: float = 0) -> list[tuple[int, int]]:
+    sent: list[tuple[int, int]] = []
+
+    def begin_write_back(fd: int, offset: int, size: int) -> None:
+        time.sleep(seconds)
+        sent.append((offset, size))
+
+    monkeypatch.setattr(memory_writer, "begin_write_back", begin_write_back)
+    return sent
+
+
+def test_where_nothing_can_be_sent_ahead_that_is_no_error() -> None:
+    reader, writer = os.pipe()
+    begin_write_back(writer, 0, PAGE_BYTES)  # ESPIPE, as of a file system without it
+    os.close(reader)
+    os.close(writer)
+    begin_write_back(writer, 0, PAGE_BYTES)
 
 
 def test_a_closed_file_is_a_typed_error() -> None:
