@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 from collections.abc import Iterator
@@ -52,7 +53,9 @@ async def take(config: VMConfig, when: SnapshotResources, jsonl: str | None, pre
     with closing(snapshot):
         manifest = snapshot.manifest
         size = f"{manifest.memory_mib} MiB as {manifest.allocated_bytes / (1 << 20):.1f} MiB"
-        print(f"{snapshot.path}: saved {size} on {manifest.machine}", file=sys.stderr)
+        trigger = manifest.extra["trigger"]
+        why = f"{trigger['trigger']}: {trigger['detail']}"
+        print(f"{snapshot.path}: saved {size} on {manifest.machine} ({why})", file=sys.stderr)
 
 
 async def _boot_and_save(vm: VM, when: SnapshotResources, stdout: Output, precopy: bool) -> Snapshot:
@@ -69,6 +72,9 @@ async def _boot_and_save(vm: VM, when: SnapshotResources, stdout: Output, precop
             await vm.boot()
             group.start_soon(_copy_workload, vm, output, stdout)
     except BaseExceptionGroup as failed:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():  # what failed then is what came of it
+            raise asyncio.CancelledError from None
         raise first_error(failed) from None
     return result[0]
 

@@ -30,8 +30,16 @@ async def wait_out(future: asyncio.Future[Any]) -> None:
         raise cancelled
 
 
-async def in_thread(function: Callable[[], T]) -> T:
-    """Call a blocking function in a worker thread; a cancellation is heard once it has returned."""
+async def in_thread(function: Callable[[], T], undo: Callable[[T], object] | None = None) -> T:
+    """Call a blocking function in a worker thread; a cancellation is heard once it has returned.
+
+    ``undo``, in such a thread as well, takes back a result that nobody is left to take.
+    """
     call = asyncio.ensure_future(anyio.to_thread.run_sync(function))
-    await wait_out(call)
+    try:
+        await wait_out(call)
+    except asyncio.CancelledError:
+        if undo is not None and not call.cancelled() and call.exception() is None:
+            await wait_out(asyncio.ensure_future(anyio.to_thread.run_sync(undo, call.result())))
+        raise
     return call.result()

@@ -6,7 +6,6 @@ the more there are, the dearer each gets. Beyond MOST_CLONES that is more than w
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -26,27 +25,36 @@ MOST_CLONES = 100
 """VMs of one snapshot in one process, unless the caller insists."""
 
 Prepare = Callable[["VM", int], None]
+Configure = Callable[[VMConfig, int], VMConfig]
 Identity = Callable[["VM", int], Awaitable[None]]
 
-_log = logging.getLogger("asyncvmm.snapshot")
+
+@attrs.frozen
+class Hooks:
+    """What the caller does to each clone, see Snapshot.clones."""
+
+    prepare: Prepare | None = None
+    configure: Configure | None = None
+    identity: Identity | None = None
 
 
 @asynccontextmanager
 async def make_clones(
     snapshot: Snapshot,
     count: int,
+    hooks: Hooks,
     *,
-    prepare: Prepare | None,
-    identity: Identity | None,
     at_once: int | None,
     beyond_bend: bool,
 ) -> AsyncIterator[list[VM]]:
     """Snapshot.clones."""
     _check(count, at_once, beyond_bend)
+    if count > 1 and hooks.configure is None and (net := snapshot.config.net) is not None and net.publish:
+        raise ConfigError("clones", expected="configure=, for only one VM can have published ports", found=count)
     vms: dict[int, VM] = {}
     try:
         limit = anyio.CapacityLimiter(at_once or 2 * (os.cpu_count() or 1))
-        await _make(snapshot, count, vms, _Hooks(prepare, identity), limit)
+        await _make(snapshot, count, vms, hooks, limit)
         yield [vms[number] for number in range(count)]
     finally:
         await _stop(list(vms.values()))
@@ -60,15 +68,7 @@ def _check(count: int, at_once: int | None, beyond_bend: bool) -> None:
         raise ConfigError("clones", expected=f"at most {MOST_CLONES} in one process, or beyond_bend=True", found=count)
 
 
-@attrs.frozen
-class _Hooks:
-    prepare: Prepare | None
-    identity: Identity | None
-
-
-async def _make(
-    snapshot: Snapshot, count: int, vms: dict[int, VM], hooks: _Hooks, limit: anyio.CapacityLimiter
-) -> None:
+async def _make(snapshot: Snapshot, count: int, vms: dict[int, VM], hooks: Hooks, limit: anyio.CapacityLimiter) -> None:
     from asyncvmm.vm import VM
 
     async def one(number: int) -> None:
@@ -77,7 +77,8 @@ async def _make(
                 hooks.prepare(vm, number)
 
         async with limit:
-            restore = VM.restore(snapshot, prepare=prepare, configure=lambda config: _apart(config, number))
+            configure = hooks.configure or _apart
+            restore = VM.restore(snapshot, prepare=prepare, configure=lambda config: configure(config, number))
             vms[number] = vm = await restore
         if hooks.identity is not None:
             await hooks.identity(vm, number)

@@ -70,7 +70,7 @@ class SnapshotCalls(ABC):
         that waits for the workload's exec, made before boot(), has PID 1 hold the workload; it is let go afterwards.
 
         Raises ConfigError, StateError, SnapshotFailed, TriggerImpossible, MachineError. Cancelled or failed, it leaves
-        the VM as it was, and no snapshot.
+        the VM as it was, and no snapshot; but with ``stop``, what is saved stays once the VM is being stopped.
         """
         from asyncvmm.snapshot.order import SnapshotOrder
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import attrs
 
@@ -27,6 +27,20 @@ def _path(value: object) -> Path | None:
     return Path(value)
 
 
+def _check_when(_: object, __: object, value: Any) -> None:
+    from asyncvmm.snapshot.predicate import Predicate
+
+    if value is not None and not isinstance(value, SnapshotResources | Predicate):
+        raise ConfigError("when", expected="SnapshotResources or a predicate", found=repr(value)[:80])
+
+
+def _check_base(_: object, __: object, value: Any) -> None:
+    from asyncvmm.snapshot.snapshot import Snapshot
+
+    if value is not None and not isinstance(value, Snapshot):
+        raise ConfigError("base", expected="a Snapshot", found=repr(value)[:80])
+
+
 def _check_then(_: object, __: object, value: object) -> None:
     if value not in get_args(Then):
         raise ConfigError("then", expected=" or ".join(get_args(Then)), found=repr(value))
@@ -41,9 +55,9 @@ class SnapshotOrder:
     Raises ConfigError.
     """
 
-    when: SnapshotResources | Predicate | None = None
+    when: SnapshotResources | Predicate | None = attrs.field(default=None, validator=_check_when)
     out: Path | None = attrs.field(default=None, converter=_path)
-    base: Snapshot | None = None
+    base: Snapshot | None = attrs.field(default=None, validator=_check_base)
     precopy: bool = False
     then: Then = attrs.field(default="resume", validator=_check_then)
 

@@ -60,6 +60,8 @@ def saved_config(snapshot: Snapshot, name: str | None, configure: Configure | No
     if configure is None:
         return saved
     config = configure(saved)
+    if not isinstance(config, VMConfig):
+        raise ConfigError("configure", expected="a VMConfig", found=repr(config)[:80])
     for what in ("memory_mib", "vcpus", "acpi"):
         if getattr(config, what) != getattr(saved, what):
             raise ConfigError(f"restored {what}", expected=getattr(saved, what), found=getattr(config, what))
@@ -152,9 +154,10 @@ class Restoring:
                 return  # it has ended by itself already: its events tell how
             if answer and not early:
                 await machine.write("control", go_lines(machine))
-            if answer and await answer.wait():
-                self._step("entropy", begin_ns)
-                self._step("clock", begin_ns)
+            if answer:
+                steps = ("entropy", "clock") if await answer.wait() else ("unanswered",)
+                for step in steps:
+                    self._step(step, begin_ns)
             if self._kvm is None:
                 self._tell_profile()
         finally:
@@ -235,12 +238,13 @@ async def _restored(
     prepare: Callable[[VM], None] | None,
     configure: Configure | None,
 ) -> VM:
-    vm = kind(saved_config(snapshot, name, configure))
-    try:
-        if prepare is not None:
-            prepare(vm)
-        await vm._become(Restoring(vm, snapshot, options, begin_ns))
-    except BaseException:
-        await vm.stop()
-        raise
+    with snapshot.in_use():
+        vm = kind(saved_config(snapshot, name, configure))
+        try:
+            if prepare is not None:
+                prepare(vm)
+            await vm._become(Restoring(vm, snapshot, options, begin_ns))
+        except BaseException:
+            await vm.stop()
+            raise
     return vm

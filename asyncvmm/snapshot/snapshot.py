@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import shutil
 import weakref
-from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Self
 import attrs
 
 from asyncvmm.config import VMConfig
+from asyncvmm.errors import ConfigError, SnapshotDamaged, StateError
 from asyncvmm.machine.saved import RestorePlan
 from asyncvmm.machine.waiting import in_thread
 from asyncvmm.snapshot.config_record import from_plain
@@ -45,8 +46,10 @@ class Snapshot:
     def __init__(self, path: Path, loaded: Loaded, working_set: WorkingSet) -> None:
         self.path = path
         self.loaded = loaded
-        self.guest = GuestRecord.of_section(loaded.sections[SECTION])
+        self.guest = _guest(loaded)
         self.working_set = working_set
+        self._users = 0
+        self._closed = False
         self._doomed: list[Path] = []
         self._close = weakref.finalize(self, _let_go, loaded, self._doomed)
 
@@ -56,14 +59,20 @@ class Snapshot:
 
         Raises SnapshotDamaged, SnapshotMismatch, or SnapshotError where there is none.
         """
+        if not isinstance(path, str | Path):
+            raise ConfigError("snapshot", expected="a Snapshot or its directory", found=repr(path)[:80])
         directory = Path(path)
+        return await in_thread(lambda: cls.open(directory, check_memory=check_memory), Snapshot.close)
 
-        def opened() -> tuple[Loaded, WorkingSet]:
-            loaded = load(directory, check_memory=check_memory)
-            return loaded, read_working_set(directory, loaded.manifest.memory.size)
-
-        loaded, working_set = await in_thread(opened)
-        return cls(directory, loaded, working_set)
+    @classmethod
+    def open(cls, directory: Path, *, check_memory: bool = False) -> Self:
+        """As ``load``, on a worker thread."""
+        loaded = load(directory, check_memory=check_memory)
+        try:
+            return cls(directory, loaded, read_working_set(directory, loaded.manifest.memory.size))
+        except BaseException:
+            loaded.close()
+            raise
 
     @property
     def manifest(self) -> Manifest:
@@ -83,6 +92,29 @@ class Snapshot:
         drives = tuple(attrs.evolve(drive, overlay=drive.overlay is not False) for drive in kept.drives)
         return attrs.evolve(kept, name=None, drives=drives)
 
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self._closed
+
+    @property
+    def is_temporary(self) -> bool:
+        """Whether its directory goes when it is closed."""
+        return bool(self._doomed)
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Its files stay open in the block, even if it is closed meanwhile. Raises StateError if it was before."""
+        if self._closed:
+            raise StateError("snapshot", expected="an open one", state="closed")
+        self._users += 1
+        try:
+            yield
+        finally:
+            self._users -= 1
+            if self._closed and not self._users:
+                self._close()
+
     def restore_plan(self, *, prefetch: bool = True, track_dirty: bool = False) -> RestorePlan:
         """What a machine restores."""
         known = self.working_set if prefetch else WorkingSet()
@@ -99,21 +131,25 @@ class Snapshot:
         count: int,
         *,
         prepare: Callable[[VM, int], None] | None = None,
+        configure: Callable[[VMConfig, int], VMConfig] | None = None,
         identity: Callable[[VM, int], Awaitable[None]] | None = None,
         at_once: int | None = None,
         beyond_bend: bool = False,
     ) -> AbstractAsyncContextManager[list[VM]]:
         """``count`` VMs of this one state, all different in their entropy; stopped when the block ends.
 
-        prepare: is called with each VM and its number, from 0, before anything is done with it. identity: is awaited
-        with each VM and its number before the block begins. at_once: how many are made at the same time. beyond_bend:
+        prepare: is called with each VM and its number, from 0, before anything is done with it. configure: gives each
+        its configuration, as in VM.restore; without it a vsock's path gets the number behind it, and published ports
+        are refused, for only one VM can have them. identity: is awaited with each VM and its number before the block
+        begins. at_once: how many are made at the same time. beyond_bend:
         allow more than MOST_CLONES in one process, where each costs more than the last.
 
         Raises as VM.restore does; then none is left. ConfigError for a count that is too large.
         """
-        from asyncvmm.snapshot.clones import make_clones
+        from asyncvmm.snapshot.clones import Hooks, make_clones
 
-        return make_clones(self, count, prepare=prepare, identity=identity, at_once=at_once, beyond_bend=beyond_bend)
+        hooks = Hooks(prepare, configure, identity)
+        return make_clones(self, count, hooks, at_once=at_once, beyond_bend=beyond_bend)
 
     async def keep_working_set(self, found: WorkingSet) -> None:
         """What a restored guest was found to need first, for the next ones."""
@@ -129,7 +165,9 @@ class Snapshot:
 
     def close(self) -> None:
         """Let go of its files; a temporary one is gone then. Blocks for as long as that takes. May be called again."""
-        self._close()
+        self._closed = True
+        if not self._users:
+            self._close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -138,6 +176,13 @@ class Snapshot:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         await in_thread(self.close)
+
+
+def _guest(loaded: Loaded) -> GuestRecord:
+    section = loaded.sections.get(SECTION)
+    if section is None:
+        raise SnapshotDamaged("saved state", expected=f"a section {SECTION}", found="none")
+    return GuestRecord.of_section(section)
 
 
 def _let_go(loaded: Loaded, doomed: list[Path]) -> None:

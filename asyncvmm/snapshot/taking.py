@@ -21,7 +21,7 @@ import anyio.lowlevel
 import attrs
 
 from asyncvmm import __version__
-from asyncvmm.errors import SnapshotFailed, StateError
+from asyncvmm.errors import ConfigError, SnapshotFailed, StateError
 from asyncvmm.events.snapshot_types import SnapshotSaved, SnapshotTrigger
 from asyncvmm.machine.base import BootPlan, Machine
 from asyncvmm.machine.saved import SavedMachine
@@ -72,7 +72,7 @@ class SnapshotTaker:
         Raises StateError, SnapshotFailed, TriggerImpossible, MachineError.
         """
         self._check(order)
-        async with self._draft(order) as (draft, path):
+        async with self._draft(order) as draft:
             begin_ns = self._now()
             fired = await self._fired(order)
             # A trigger that came before anybody waited for it counts from then on.
@@ -80,8 +80,7 @@ class SnapshotTaker:
             self._tell_trigger(fired, order, times)
             await anyio.sleep(order.quiesce_ms / 1000)
             with self._alone():
-                await self._save(draft, order, fired, times)
-            snapshot = await Snapshot.load(path)
+                snapshot = await self._save(draft, order, fired, times)
         if order.directory is None:
             snapshot.remove_when_closed()
         self._tell_saved(snapshot, fired, times)
@@ -98,25 +97,35 @@ class SnapshotTaker:
             from asyncvmm.storage.snapshot import check_drives
 
             check_drives(plan.resources)
-        if order.base is not None and order.base.manifest.machine != (vm.accel or order.base.manifest.machine):
-            raise SnapshotFailed("snapshot base", expected=f"one of {vm.accel}", found=order.base.manifest.machine)
+        if order.base is not None:
+            self._check_base(order, order.base)
+
+    def _check_base(self, order: SnapshotOrder, base: Snapshot) -> None:
+        vm = self._vm
+        if base.closed:
+            raise StateError("snapshot base", expected="an open one", state="closed")
+        if base.is_temporary and order.directory is not None:
+            raise ConfigError("snapshot base", expected="one that has a place of its own", found="a temporary one")
+        if vm.accel is not None and base.manifest.machine != vm.accel:
+            raise SnapshotFailed("snapshot base", expected=f"one of {vm.accel}", found=base.manifest.machine)
 
     @asynccontextmanager
-    async def _draft(self, order: SnapshotOrder) -> AsyncIterator[tuple[SnapshotDirectory, Path]]:
+    async def _draft(self, order: SnapshotOrder) -> AsyncIterator[SnapshotDirectory]:
         """The directory to be, gone again if it does not come to be one."""
-        holder = None if order.directory is not None else Path(await in_thread(_own_directory))
-        path = order.directory if holder is None else holder / "snapshot"
-        assert path is not None
+        path, holder = order.directory, None
+        if path is None:
+            holder = await in_thread(_own_directory, _remove)
+            path = holder / "snapshot"
         try:
-            draft = await in_thread(lambda: SnapshotDirectory.create(path))
+            draft = await in_thread(lambda: SnapshotDirectory.create(path), SnapshotDirectory.abort)
             try:
-                yield draft, path
+                yield draft
             except BaseException:
                 await in_thread(draft.abort)
                 raise
         except BaseException:
             if holder is not None:
-                await in_thread(lambda: shutil.rmtree(holder, ignore_errors=True))
+                await in_thread(lambda: _remove(holder))
             raise
 
     async def _fired(self, order: SnapshotOrder) -> Fired:
@@ -162,7 +171,7 @@ class SnapshotTaker:
         finally:
             vm._being_saved = False
 
-    async def _save(self, draft: SnapshotDirectory, order: SnapshotOrder, fired: Fired, times: _Times) -> Manifest:
+    async def _save(self, draft: SnapshotDirectory, order: SnapshotOrder, fired: Fired, times: _Times) -> Snapshot:
         machine, base = self._machine(), order.base
         writer = MemoryWriter(draft.memory_fd, self._vm.config.memory_mib << 20, is_difference=base is not None)
         if order.precopy:
@@ -217,13 +226,23 @@ class SnapshotTaker:
 
     async def _commit(
         self, draft: SnapshotDirectory, order: SnapshotOrder, fired: Fired, held: _Held, disks: list[Any]
-    ) -> Manifest:
-        """To its end, also if cancelled. Whatever fails, the machine's next difference is still one of ``base``."""
+    ) -> Snapshot:
+        """To its end, also if cancelled; then it is taken back. Whatever fails, the machine's next difference is still
+        one of ``base``."""
         manifest = self._manifest(draft, order, fired, held, disks)
         sections = {**held.machine.sections, SECTION: held.guest.to_section()}
-        done = await in_thread(lambda: draft.commit(manifest, sections))
-        self._machine().saved_as(done.id)
-        return done
+
+        def commit() -> Snapshot:
+            draft.commit(manifest, sections)
+            try:
+                return Snapshot.open(draft.path)
+            except BaseException:
+                _remove(draft.path)
+                raise
+
+        snapshot = await in_thread(commit, _take_back)
+        self._machine().saved_as(snapshot.id)
+        return snapshot
 
     def _manifest(
         self, draft: SnapshotDirectory, order: SnapshotOrder, fired: Fired, held: _Held, disks: list[Any]
@@ -304,5 +323,15 @@ def _with_mac(plan: BootPlan) -> NetConfig | None:
     return None if net is None else attrs.evolve(net, mac=plan.resources.mac or net.mac)
 
 
-def _own_directory() -> str:
-    return tempfile.mkdtemp(prefix=OWN_PREFIX)
+def _own_directory() -> Path:
+    return Path(tempfile.mkdtemp(prefix=OWN_PREFIX))
+
+
+def _take_back(snapshot: Snapshot) -> None:
+    snapshot.close()
+    _remove(snapshot.path)
+
+
+def _remove(directory: Path) -> None:
+    """One that was made here a moment ago."""
+    shutil.rmtree(directory, ignore_errors=True)

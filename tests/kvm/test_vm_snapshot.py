@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import anyio
+import attrs
 import orjson
 import pytest
 
@@ -21,6 +24,9 @@ from asyncvmm.events.snapshot_types import (
     SnapshotTrigger,
 )
 from asyncvmm.events.types import Event, RestoreProfileEvent, RuntimeRestoreProfileEvent
+from asyncvmm.snapshot.directory import SnapshotDirectory
+from asyncvmm.snapshot.memory_map import MemoryMap
+from asyncvmm.snapshot.memory_writer import MemoryWriter
 from asyncvmm.snapshot.predicates import after, console, idle
 from asyncvmm.snapshot.resources import SnapshotResources
 from asyncvmm.snapshot.shell_pool import ShellPool
@@ -288,6 +294,90 @@ async def test_what_a_dead_guest_can_no_longer_do_is_an_error(vm: Make) -> None:
         group.start_soon(take)
         await anyio.sleep(0.05)
         await original.console.write(b"x")
+
+
+# -- closed, and cancelled -------------------------------------------------------------------------------------------
+
+
+async def test_a_closed_snapshot_makes_no_more_vms(vm: Make) -> None:
+    async with vm("RE") as original:
+        await original.boot()
+        snapshot = await original.snapshot()
+        snapshot.close()
+        with pytest.raises(StateError):
+            await VM.restore(snapshot)
+        with pytest.raises(StateError):
+            async with snapshot.clones(2):
+                pass
+        with pytest.raises(StateError):
+            await original.snapshot(base=snapshot)
+
+
+async def test_a_restore_under_way_keeps_the_files_of_a_snapshot_that_is_closed(vm: Make) -> None:
+    async with vm("RE") as original:
+        await original.boot()
+        snapshot = await original.snapshot()
+        async with await VM.restore(snapshot, prepare=lambda new: snapshot.close()) as restored:
+            assert await echoed(restored, b"alive") == b"alive"
+        assert not snapshot.path.exists()
+
+
+async def test_whoever_is_cancelled_leaves_neither_descriptors_nor_directories(vm: Make, tmp_path: Path) -> None:
+    async with vm("RE") as original:
+        await original.boot()
+        (await original.snapshot(out=tmp_path / "s")).close()
+        (await Snapshot.load(tmp_path / "s")).close()
+        before = len(os.listdir("/proc/self/fd"))
+        for turn in range(40):
+            for work in (Snapshot.load(tmp_path / "s"), original.snapshot(out=tmp_path / f"{turn}")):
+                task = asyncio.ensure_future(work)
+                await asyncio.sleep(turn * 0.0003)
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    (await task).close()
+        assert len(os.listdir("/proc/self/fd")) == before
+        assert original.state == "ready"
+        assert [name for name in os.listdir(tmp_path) if not (tmp_path / name / "manifest.json").exists()] == []
+        assert await echoed(original, b"alive") == b"alive"
+
+
+async def test_a_base_that_would_go_before_its_difference_is_refused(vm: Make, tmp_path: Path) -> None:
+    async with vm("RE", track_dirty=True) as original:
+        await original.boot()
+        async with await original.snapshot() as full:
+            with pytest.raises(ConfigError):
+                await original.snapshot(base=full, out=tmp_path / "difference")
+            async with await original.snapshot(base=full) as difference:
+                assert difference.manifest.base is not None
+        assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("asked", [{"when": "now"}, {"base": "dir"}])
+async def test_what_is_no_order_is_refused(vm: Make, asked: dict[str, Any]) -> None:
+    async with vm("RE") as original:
+        await original.boot()
+        with pytest.raises(ConfigError):
+            await original.snapshot(**asked)
+
+
+@pytest.mark.parametrize("snapshot", [None, 3, b"x"])
+async def test_what_is_no_snapshot_cannot_be_restored(snapshot: Any) -> None:
+    with pytest.raises(ConfigError):
+        await VM.restore(snapshot)
+
+
+async def test_a_state_that_says_nothing_of_the_guest_is_damage(vm: Make, tmp_path: Path) -> None:
+    async with vm("RE") as original:
+        await original.boot()
+        async with await original.snapshot(out=tmp_path / "s") as snapshot:
+            sections = {name: data for name, data in snapshot.loaded.sections.items() if name != "guest"}
+            draft = SnapshotDirectory.create(tmp_path / "other")
+            MemoryWriter(draft.memory_fd, snapshot.manifest.memory.size)
+            draft.commit(attrs.evolve(snapshot.manifest, id=draft.id), sections, MemoryMap(size=4 << 20))
+        before = len(os.listdir("/proc/self/fd"))
+        with pytest.raises(SnapshotDamaged):
+            await Snapshot.load(tmp_path / "other")
+        assert len(os.listdir("/proc/self/fd")) == before
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -136,6 +138,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = asyncvmm(directory, "snapshot", *words, "--", "sh", "-c", f"{SAY}; exit 3")
     assert (done.returncode, done.stdout) == (0, ""), done
     assert "saved 256 MiB" in done.stderr
+    assert "(pre_exec: " in done.stderr
     return directory
 
 
@@ -168,6 +171,17 @@ def test_a_snapshot_is_inspected_verified_and_refused_when_it_is_there_already(s
     again = asyncvmm(saved, "snapshot", "--on", "pre-exec", "--out", "s", "--accel", "qemu", "--", "true")
     assert again.returncode == 2
     assert len(again.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_before_ready_ends_the_command_as_any_other(tmp_path: Path, number: int, code: int) -> None:
+    words = ["snapshot", "--on", "pre-exec", "--out", "s", "--accel", "qemu", "--jsonl", "lines", "--", "true"]
+    with subprocess.Popen([str(Path(sys.executable).parent / "asyncvmm"), *words], cwd=tmp_path) as command:
+        while not (tmp_path / "lines").exists() or b"booting" not in (tmp_path / "lines").read_bytes():
+            time.sleep(0.05)
+        command.send_signal(number)
+        assert command.wait(PATIENCE_S) == code
+    assert os.listdir(tmp_path) == ["lines"]
 
 
 @pytest.mark.parametrize("on", ["never", "heartbeat=", "after=-1", "heartbeat=x", "pre-exec=1"])

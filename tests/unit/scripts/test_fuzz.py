@@ -16,7 +16,7 @@ SCRIPT = Path(__file__).parents[3] / "scripts" / "fuzz"
 def fuzz(*arguments: str) -> subprocess.CompletedProcess[str]:
     # A child counts its parent's memory as its own at its most (getrusage(2)), and the fuzzer has a limit: so a shell
     # comes between.
-    command = ["sh", "-c", '"$@"; exit $?', "sh", SCRIPT, *arguments]
+    command = ["sh", "-c", '"$@"; exit $?', "sh", str(SCRIPT), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
 
 
