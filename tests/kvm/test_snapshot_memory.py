@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import random
@@ -257,6 +258,18 @@ async def test_a_cancelled_resumption_is_one_all_the_same(new: New, files: Files
             scope.cancel()
             await guest.machine.resume()
         assert await guest.count() == 1
+
+
+async def test_a_stop_does_not_wait_for_a_call_that_is_done(new: New, files: Files) -> None:
+    async with booted(new()) as guest:
+        await guest.machine.pause()
+        await files.save(guest)
+        done = asyncio.get_running_loop().create_future()
+        done.set_result(None)
+        saving = guest.machine._snapshots._saving
+        assert saving is not None
+        saving._calls.add(done)  # as one whose caller has yet to have its turn
+        await guest.machine.stop()
 
 
 async def test_the_dirty_log_is_off_after_a_save_that_failed(new: New, files: Files) -> None:

@@ -115,8 +115,8 @@ class Saving:
         """Nothing is saved any more; what is under way ends."""
         self._closed = True
         self._stop.set()
-        while self._calls:
-            await wait_out(next(iter(self._calls)))
+        while self._calls:  # taken out here: one that is done waits for its own caller to do so, who waits for the loop
+            await wait_out(self._calls.pop())
         await self._settled()
 
     # -- on a worker thread --------------------------------------------------------------------------------------------
