@@ -86,6 +86,7 @@ async def test_a_restored_guest_has_every_byte(new: New, files: Files) -> None:
         assert await in_thread(guest.memory) == before
 
 
+@pytest.mark.requires("memory above 4 GiB")
 async def test_memory_above_the_hole_is_saved(new: New, files: Files) -> None:
     """RAM from 4 GiB on lies behind the first 3 GiB in the file."""
     async with booted(new(memory_mib=3100)) as guest:
@@ -107,6 +108,7 @@ async def test_memory_above_the_hole_is_saved(new: New, files: Files) -> None:
 # -- clones ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.stalls  # it reads files of its own
 async def test_clones_see_neither_each_other_s_writes_nor_does_the_file(new: New, files: Files) -> None:
     async with booted(new()) as guest:
         await guest.fill(600, 100, 1)

@@ -106,6 +106,12 @@ def _xsave() -> Problem:
     return None if host_state().has_xcrs else "a processor without it"
 
 
+def _memory_above_4_gib() -> Problem:
+    """RAM for a guest whose own lies on both sides of the hole below 4 GiB."""
+    mib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
+    return None if mib >= 4096 else f"the host has {mib} MiB"
+
+
 def _small_kernel() -> Problem:
     path = ROOT / ".cache" / "kernel" / "vmlinux"
     return None if path.exists() else "./scripts/build-kernel makes it"
@@ -192,6 +198,7 @@ CHECKS: dict[str, Callable[[], Problem]] = {
     "native-ring0": _native_ring0,
     "emulated-ring0": _emulated_ring0,
     "xsave": _xsave,
+    "memory above 4 GiB": _memory_above_4_gib,
     "small-kernel": _small_kernel,
     "busybox": _busybox,
     "no-host-kernel": _no_host_kernel,
