@@ -15,9 +15,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Final
 
-from asyncvmm.devices.checks import entry, hex_bytes, integer, mapping, shown
+from asyncvmm.devices.checks import entry, mapping
 from asyncvmm.devices.virtio.device import VirtioDevice
 from asyncvmm.devices.virtio.ids import (
+    KNOWN_STATUS,
     STATUS_DEVICE_NEEDS_RESET,
     STATUS_DRIVER_OK,
     STATUS_FAILED,
@@ -25,24 +26,21 @@ from asyncvmm.devices.virtio.ids import (
     TRANSPORT_FEATURES,
     VIRTIO_F_EVENT_IDX,
     VIRTIO_F_INDIRECT_DESC,
-    VIRTIO_F_VERSION_1,
 )
 from asyncvmm.devices.virtio.memory import GuestFault, GuestView
+from asyncvmm.devices.virtio.mmio_state import MmioState, is_acceptable, restore_queues
 from asyncvmm.devices.virtio.queue import Queue
 from asyncvmm.devices.virtio.registers import (
     CONFIG,
     CONFIG_GENERATION,
     DEVICE_FEATURES,
     DEVICE_FEATURES_SEL,
-    DEVICE_ID,
     DRIVER_FEATURES,
     DRIVER_FEATURES_SEL,
     INTERRUPT_ACK,
     INTERRUPT_CONFIG_CHANGE,
     INTERRUPT_STATUS,
     INTERRUPT_USED_BUFFER,
-    MAGIC,
-    MAGIC_VALUE,
     PAGE_BYTES,
     QUEUE_DESC_HIGH,
     QUEUE_DESC_LOW,
@@ -55,19 +53,12 @@ from asyncvmm.devices.virtio.registers import (
     QUEUE_NUM_MAX,
     QUEUE_READY,
     QUEUE_SEL,
-    SHM_BASE_HIGH,
-    SHM_LEN_LOW,
     STATUS,
-    VENDOR_ID,
-    VENDOR_ID_REGISTER,
-    VERSION,
-    VERSION_REGISTER,
+    identify,
 )
 from asyncvmm.devices.virtio.service import QueueService
-from asyncvmm.errors import ConfigError
 
 _LOW: Final = (1 << 32) - 1
-_KNOWN_STATUS: Final = 0xCF
 _ADDRESSES: Final = {
     QUEUE_DESC_LOW: ("descriptors", 0),
     QUEUE_DESC_HIGH: ("descriptors", 32),
@@ -103,7 +94,6 @@ class VirtioMmio(QueueService):
     ) -> None:
         self.device = device
         self.held = False
-        self.bad_writes = 0
         self._memory = memory
         self._lock = lock
         self._interrupt, self._notify_loop, self._gave_up = interrupt, notify, gave_up
@@ -122,7 +112,8 @@ class VirtioMmio(QueueService):
             INTERRUPT_ACK: self._acknowledge,
             STATUS: self._write_status,
         }
-        self._fill()
+        identify(self._words, device.device_id)
+        self._show_config()
         self._clear()
         device.transport = self
 
@@ -133,17 +124,15 @@ class VirtioMmio(QueueService):
         return int.from_bytes(self._page[offset : offset + size], "little")
 
     def write(self, offset: int, value: int, size: int) -> None:
-        """A write. Anything but an aligned word to a register that can be written is counted and ignored (4.2.2.2)."""
+        """A write. Anything but an aligned word to a register that can be written is ignored (4.2.2.2)."""
         if offset >= CONFIG:
             self._write_config(offset - CONFIG, value.to_bytes(size, "little"))
         elif size != 4:
-            self.bad_writes += 1
+            return
         elif offset in self._writers:
             self._writers[offset](value)
         elif offset in _ADDRESSES:
             self._write_address(*_ADDRESSES[offset], value)
-        else:
-            self.bad_writes += 1
 
     @property
     def status(self) -> int:
@@ -173,7 +162,6 @@ class VirtioMmio(QueueService):
 
     def _write_driver_features(self, value: int) -> None:
         if self.status & STATUS_FEATURES_OK or self._driver_features_sel > 1:
-            self.bad_writes += 1
             return
         shift = 32 * self._driver_features_sel
         self._wanted = self._wanted & ~(_LOW << shift) | value << shift
@@ -193,7 +181,6 @@ class VirtioMmio(QueueService):
         queue = self._queue()
         settled = self.status & (STATUS_FEATURES_OK | STATUS_FAILED) == STATUS_FEATURES_OK
         if queue is None or queue.ready or not settled:
-            self.bad_writes += 1
             return None
         return queue
 
@@ -229,9 +216,7 @@ class VirtioMmio(QueueService):
             self._words[QUEUE_READY // 4] = 0
 
     def _write_notify(self, value: int) -> None:
-        if value >= len(self.device.queues) or not self._is_up:
-            self.bad_writes += 1
-        else:
+        if value < len(self.device.queues) and self._is_up:
             self._notify(value)
 
     def _acknowledge(self, value: int) -> None:
@@ -239,7 +224,6 @@ class VirtioMmio(QueueService):
 
     def _write_config(self, offset: int, data: bytes) -> None:
         if offset + len(data) > len(self.device.config):
-            self.bad_writes += 1
             self.device.count_failure("cfg_fails")
             return
         try:
@@ -255,26 +239,23 @@ class VirtioMmio(QueueService):
         value &= _LOW
         if value == 0:
             self.reset()
-        elif before & ~STATUS_DEVICE_NEEDS_RESET & ~value or value & ~_KNOWN_STATUS:
-            self.bad_writes += 1  # a bit was taken back, or is none: the driver must not
-        else:
+        elif not (before & ~STATUS_DEVICE_NEEDS_RESET & ~value or value & ~KNOWN_STATUS):
+            # Else a bit was taken back, or is none: the driver must not.
             self._add_status(before, value & ~before & ~STATUS_DEVICE_NEEDS_RESET)
 
     def _add_status(self, before: int, added: int) -> None:
         if added & STATUS_FEATURES_OK and not self._accept_features():
             added &= ~STATUS_FEATURES_OK
         if added & STATUS_DRIVER_OK and not (before | added) & STATUS_FEATURES_OK:
-            self.bad_writes += 1
             added &= ~STATUS_DRIVER_OK
         self._words[STATUS // 4] = before | added
         if added & STATUS_DRIVER_OK:
             self._activate()
 
     def _accept_features(self) -> bool:
-        wanted = self._wanted
-        if wanted & ~self._offered or not wanted >> VIRTIO_F_VERSION_1 & 1:
+        if not is_acceptable(self._wanted, self._offered):
             return False
-        self.device.acked = wanted
+        self.device.acked = self._wanted
         return True
 
     def _activate(self) -> None:
@@ -345,15 +326,6 @@ class VirtioMmio(QueueService):
 
     # -- the page --------------------------------------------------------------------------------------------------
 
-    def _fill(self) -> None:
-        """What never changes, and the configuration space."""
-        words = self._words
-        words[MAGIC_VALUE // 4], words[VERSION_REGISTER // 4] = MAGIC, VERSION
-        words[DEVICE_ID // 4], words[VENDOR_ID_REGISTER // 4] = self.device.device_id, VENDOR_ID
-        for register in range(SHM_LEN_LOW, SHM_BASE_HIGH + 4, 4):
-            words[register // 4] = _LOW  # no shared memory region
-        self._show_config()
-
     def _clear(self) -> None:
         self._wanted = 0
         self._driver_features_sel = 0
@@ -374,20 +346,20 @@ class VirtioMmio(QueueService):
 
     def state(self) -> dict[str, Any]:
         """Transport, queues and device, as plain values. The lock must be held, and the device drained."""
-        return {
-            "device_id": self.device.device_id,
-            "status": self.status,
-            "wanted": self._wanted,
-            "acked": self.device.acked,
-            "features_sel": self._features_sel,
-            "driver_features_sel": self._driver_features_sel,
-            "queue_sel": self._queue_sel,
-            "interrupt_status": self._words[INTERRUPT_STATUS // 4],
-            "config_generation": self._words[CONFIG_GENERATION // 4],
-            "config": self.device.config.hex(),
-            "queues": [queue.state() for queue in self.device.queues],
-            "device": self.device.state(),
-        }
+        registers = MmioState(
+            device_id=self.device.device_id,
+            status=self.status,
+            wanted=self._wanted,
+            acked=self.device.acked,
+            features_sel=self._features_sel,
+            driver_features_sel=self._driver_features_sel,
+            queue_sel=self._queue_sel,
+            interrupt_status=self._words[INTERRUPT_STATUS // 4],
+            config_generation=self._words[CONFIG_GENERATION // 4],
+            config=bytes(self.device.config),
+        )
+        queues = [queue.state() for queue in self.device.queues]
+        return {**registers.record(), "queues": queues, "device": self.device.state()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Become what ``state`` says. Raises ConfigError for what no such device can have been; it is reset then."""
@@ -400,68 +372,27 @@ class VirtioMmio(QueueService):
         self._kick_all()
 
     def _restore(self, state: Mapping[str, Any]) -> None:
-        self._restore_registers(state)
-        self._restore_queues(entry(state, "queues"))
-        device, config = self.device, self._saved_config(state)
-        device.restore_config(config)
+        device, registers = self.device, MmioState.of_record(state, self.device, self._offered)
+        self._restore_registers(registers)
+        restore_queues(entry(state, "queues"), device, self._memory, self.status)
+        device.restore_config(registers.config)
         device.restore(mapping(state, "device"))
-        self._select_queue(self._queue_sel)
-        if device.config == config:
-            self._page[CONFIG : CONFIG + len(config)] = config
+        self._select_queue(registers.queue_sel)
+        if device.config == registers.config:
+            self._page[CONFIG : CONFIG + len(device.config)] = registers.config
         else:
             self._show_config()
 
-    def _restore_queues(self, saved: object) -> None:
-        device = self.device
-        if not isinstance(saved, list) or len(saved) != len(device.queues):
-            raise ConfigError("saved queues", expected=f"a list of {len(device.queues)}", found=shown(saved))
-        rings = {"event_idx": device.has(VIRTIO_F_EVENT_IDX), "indirect": device.has(VIRTIO_F_INDIRECT_DESC)}
-        try:
-            for queue, record in zip(device.queues, saved, strict=True):
-                queue.restore(record, self._memory, **rings)
-        except GuestFault as fault:
-            raise ConfigError("saved queue", expected="one in guest RAM", found=str(fault)) from None
-        ready = [index for index, queue in enumerate(device.queues) if queue.ready]
-        if ready and not self.status & STATUS_FEATURES_OK:
-            raise ConfigError("saved queues", expected="none ready before the features are", found=f"{ready} ready")
+    def _restore_registers(self, saved: MmioState) -> None:
+        self._wanted, self.device.acked = saved.wanted, saved.acked
+        self._driver_features_sel = saved.driver_features_sel
+        self._select_device_features(saved.features_sel)
+        self._words[STATUS // 4] = saved.status
+        self._words[INTERRUPT_STATUS // 4] = saved.interrupt_status
+        self._words[CONFIG_GENERATION // 4] = saved.config_generation
 
     def _kick_all(self) -> None:
         """Chains may wait, or rings be broken; both is seen where a kick is answered."""
         for index, queue in enumerate(self.device.queues):
             if queue.ready and self.running:
                 self._notify(index)
-
-    def _restore_registers(self, state: Mapping[str, Any]) -> None:
-        if (found := integer(state, "device_id", _LOW)) != self.device.device_id:
-            raise ConfigError("saved device id", expected=self.device.device_id, found=found)
-        self._wanted = integer(state, "wanted", (1 << 64) - 1)
-        self._words[STATUS // 4] = self._saved_status(state)
-        self._restore_features(integer(state, "acked", (1 << 64) - 1))
-        self._select_device_features(integer(state, "features_sel", _LOW))
-        self._driver_features_sel = integer(state, "driver_features_sel", _LOW)
-        self._queue_sel = integer(state, "queue_sel", _LOW)
-        self._words[INTERRUPT_STATUS // 4] = integer(state, "interrupt_status", 3)
-        self._words[CONFIG_GENERATION // 4] = integer(state, "config_generation", _LOW)
-
-    def _saved_status(self, state: Mapping[str, Any]) -> int:
-        status = integer(state, "status", 0xFF)
-        if status & ~_KNOWN_STATUS:
-            raise ConfigError("saved status", expected=f"bits of {_KNOWN_STATUS:#x}", found=f"{status:#x}")
-        if status & (STATUS_DRIVER_OK | STATUS_FEATURES_OK) == STATUS_DRIVER_OK:
-            raise ConfigError("saved status", expected="FEATURES_OK before DRIVER_OK", found=f"{status:#x}")
-        return status
-
-    def _restore_features(self, acked: int) -> None:
-        """What the driver asked for, if it was accepted."""
-        if not self.status & STATUS_FEATURES_OK:
-            if acked:
-                raise ConfigError("saved features", expected="none without FEATURES_OK", found=f"{acked:#x}")
-        elif acked != self._wanted or not self._accept_features():
-            expected = f"VERSION_1 and others of {self._offered:#x}, as wanted"
-            raise ConfigError("saved features", expected=expected, found=f"{acked:#x} of {self._wanted:#x}")
-
-    def _saved_config(self, state: Mapping[str, Any]) -> bytes:
-        config = hex_bytes(state, "config", CONFIG)
-        if len(config) != len(self.device.config):
-            raise ConfigError("saved config", expected=f"{len(self.device.config)} bytes", found=len(config))
-        return config

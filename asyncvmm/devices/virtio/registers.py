@@ -38,3 +38,11 @@ CONFIG: Final = 0x100
 
 INTERRUPT_USED_BUFFER: Final = 1
 INTERRUPT_CONFIG_CHANGE: Final = 2
+
+
+def identify(words: memoryview, device_id: int) -> None:
+    """Write into a page, given as 32-bit words, what it always says: which device is here, and no shared memory."""
+    words[MAGIC_VALUE // 4], words[VERSION_REGISTER // 4] = MAGIC, VERSION
+    words[DEVICE_ID // 4], words[VENDOR_ID_REGISTER // 4] = device_id, VENDOR_ID
+    for register in range(SHM_LEN_LOW, SHM_BASE_HIGH + 4, 4):
+        words[register // 4] = (1 << 32) - 1
