@@ -17,9 +17,11 @@ quick and must not call back into the port.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Final
 
+from asyncvmm.devices.serial_modem import modem_inputs, modem_status
+from asyncvmm.devices.serial_output import NEWLINE, URGENT_BYTES, OutputBuffer
 from asyncvmm.devices.serial_state import (
     BACKLOG_SIZE,
     FCR_CLEAR_RX,
@@ -42,15 +44,7 @@ from asyncvmm.devices.serial_state import (
     LSR_OE,
     LSR_TEMT,
     LSR_THRE,
-    MCR_DTR,
     MCR_LOOP,
-    MCR_OUT1,
-    MCR_OUT2,
-    MCR_RTS,
-    MSR_CTS,
-    MSR_DCD,
-    MSR_DSR,
-    MSR_RI,
     OUTPUT_CAP,
     SerialState,
 )
@@ -58,40 +52,26 @@ from asyncvmm.devices.serial_state import (
 PORT_COUNT: Final = 8
 """I/O ports a 16550A occupies."""
 
-NEWLINE_CAP: Final = 16384
-"""Newline times kept until the loop takes them; later newlines of the same batch have none."""
-
-URGENT_BYTES: Final = 256
-"""Pending output that should not wait for a newline."""
-
 RBR: Final = 0
 THR: Final = 0
 LSR: Final = 5
 
-
 _TRIGGER_LEVELS: Final = (1, 4, 8, 14)
-_CABLE_PLUGGED_IN: Final = MSR_CTS | MSR_DSR | MSR_DCD
-_NEWLINE: Final = 0x0A
 
 
-class Serial:
+class Serial(OutputBuffer):
     """One 16550A.
 
-    interrupt: told the line's new level, only when it changes. output_pending: told when the output buffer turns from
-    empty to non-empty, and when ``urgent`` turns true. room: told when the backlog has emptied after a ``feed`` that
-    did not take all. clock: monotonic nanoseconds, read once per newline written.
+    interrupt: told the line's new level, only when it changes. output_pending, clock: see OutputBuffer. room: told when
+    the backlog has emptied after a ``feed`` that did not take all.
 
-    ``urgent`` is true while pending output holds a newline or is 256 bytes or more: the loop should take it now
-    rather than wait for more. ``taken`` counts the bytes taken from the output, dropped ones included, ``received``
-    those accepted from the host, since this object was made. For metrics, since then: ``read_count`` bytes the guest
-    read, ``missed_read_count`` reads of an empty RBR, ``missed_write_count`` bytes written and dropped,
-    ``error_count`` overruns, ``flush_count`` takings of output; see ``write_count``, too.
+    ``received`` counts the bytes accepted from the host since this object was made. For metrics, since then:
+    ``read_count`` bytes the guest read, ``missed_read_count`` reads of an empty RBR, ``error_count`` overruns.
     """
 
     __slots__ = (
         "_backlog",
         "_burst",
-        "_clock",
         "_dll",
         "_dlm",
         "_fcr",
@@ -101,28 +81,19 @@ class Serial:
         "_interrupt",
         "_lcr",
         "_level",
-        "_lost",
         "_lsr",
         "_lsr_plain",
         "_mcr",
         "_msr",
-        "_newlines",
-        "_output",
-        "_output_pending",
-        "_plain_below",
         "_readers",
         "_room",
         "_scr",
         "_thre_pending",
         "_writers",
         "error_count",
-        "flush_count",
         "missed_read_count",
-        "missed_write_count",
         "read_count",
         "received",
-        "taken",
-        "urgent",
     )
 
     def __init__(
@@ -132,11 +103,10 @@ class Serial:
         room: Callable[[], None],
         clock: Callable[[], int],
     ) -> None:
+        super().__init__(output_pending, clock)
         self._interrupt = interrupt
-        self._output_pending = output_pending
         self._room = room
-        self._clock = clock
-        self.received = self.taken = self.flush_count = self.error_count = 0
+        self.received = self.error_count = 0
         self.read_count = self.missed_read_count = 0
         self._level = False
         self._load(SerialState())
@@ -166,16 +136,12 @@ class Serial:
         self._ier, self._fcr, self._lcr, self._mcr = state.ier, state.fcr, state.lcr, state.mcr
         self._scr, self._dll, self._dlm = state.scr, state.dll, state.dlm
         self._lsr = LSR_THRE | LSR_TEMT | (LSR_OE if state.overrun else 0) | (LSR_DR if state.fifo else 0)
-        self._msr = self._modem_inputs() | state.msr_changes
+        self._msr = modem_inputs(state.mcr) | state.msr_changes
         self._thre_pending, self._burst = state.thre_pending, state.burst
         self._lsr_plain = not state.overrun and not state.burst
         self._fifo, self._backlog = deque(state.fifo), deque(state.backlog)
         self._feed_cut = state.feed_cut
-        self._output, self._lost = bytearray(state.output), state.lost
-        self.missed_write_count = state.lost
-        newlines = min(state.output.count(b"\n"), NEWLINE_CAP)
-        self._newlines = [self._clock() for _ in range(newlines)]
-        self.urgent = bool(self._newlines) or len(self._output) >= URGENT_BYTES
+        self._load_output(state.output, state.lost)
         self._select_registers()
 
     def state(self) -> SerialState:
@@ -209,7 +175,7 @@ class Serial:
 
     def write(self, offset: int, value: int) -> None:
         """The guest writes ``value`` (0..255) to the register at ``offset`` (0..7)."""
-        if offset == THR and value != _NEWLINE and len(self._output) < self._plain_below:
+        if offset == THR and value != NEWLINE and len(self._output) < self._plain_below:
             self._output.append(value)  # nothing to tell anybody: no second call
         else:
             self._writers[offset & 7](self, value)
@@ -299,7 +265,7 @@ class Serial:
 
     def _write_mcr(self, value: int) -> None:
         self._mcr = value & 0x1F
-        self._update_modem_status()
+        self._msr = modem_status(self._msr, self._mcr)
         self._find_plain_writes()
         self._refill()
         self._update_line()
@@ -352,22 +318,6 @@ class Serial:
             self._level = level
             self._interrupt(level)
 
-    def _transmit(self, value: int) -> None:
-        output = self._output
-        if len(output) >= OUTPUT_CAP:
-            self._lost += 1
-            self.missed_write_count += 1
-            return
-        output.append(value)
-        newline = value == _NEWLINE
-        if newline and len(self._newlines) < NEWLINE_CAP:
-            self._newlines.append(self._clock())
-        turned_urgent = not self.urgent and (newline or len(output) >= URGENT_BYTES)
-        self.urgent = self.urgent or turned_urgent
-        self._find_plain_writes()
-        if turned_urgent or len(output) == 1:
-            self._output_pending()
-
     def _transmitter_emptied(self) -> None:
         """A THR write clears the THRE interrupt, and its transmission, here at once, sets it again: an edge.
 
@@ -404,21 +354,6 @@ class Serial:
             self._feed_cut = False
             self._room()
 
-    def _modem_inputs(self) -> int:
-        """MSR's high half: a cable with a ready peer, or in loopback MCR's outputs."""
-        mcr = self._mcr
-        if not mcr & MCR_LOOP:
-            return _CABLE_PLUGGED_IN
-        looped = ((MCR_RTS, MSR_CTS), (MCR_DTR, MSR_DSR), (MCR_OUT1, MSR_RI), (MCR_OUT2, MSR_DCD))
-        return sum(status for output, status in looped if mcr & output)
-
-    def _update_modem_status(self) -> None:
-        inputs = self._modem_inputs()
-        changed = (self._msr ^ inputs) & 0xF0
-        if inputs & MSR_RI:  # TERI is the trailing edge only
-            changed &= ~MSR_RI
-        self._msr = inputs | (self._msr & 0x0F) | changed >> 4
-
     # -- for a run loop that answers polled accesses itself ----------------------------------------------------------
 
     @property
@@ -431,39 +366,7 @@ class Serial:
         """Whether THR writes do nothing but add to the output, so that they may come later, together, by ``post``."""
         return not (self._lcr & LCR_DLAB or self._mcr & MCR_LOOP or self._ier & IER_THRI)
 
-    def post(self, data: bytes, newline_ns: Sequence[int]) -> None:
-        """THR writes that were kept aside, with the time of each newline. ``output_pending`` is not called."""
-        room = max(0, OUTPUT_CAP - len(self._output))
-        self._output += data[:room]
-        dropped = len(data) - min(room, len(data))
-        self._lost += dropped
-        self.missed_write_count += dropped
-        times = min(data.count(b"\n", 0, room), NEWLINE_CAP - len(self._newlines))
-        self._newlines += newline_ns[:times]
-        self.urgent = self.urgent or times > 0 or len(self._output) >= URGENT_BYTES
-        self._find_plain_writes()
-
     # -- the loop's side -------------------------------------------------------------------------------------------
-
-    @property
-    def transmitted(self) -> int:
-        """Bytes the guest has written, dropped ones included, since this object was made."""
-        return self.taken + len(self._output) + self._lost
-
-    @property
-    def write_count(self) -> int:
-        """Bytes the guest has written that were not dropped, since this object was made."""
-        return self.transmitted - self.missed_write_count
-
-    def take_output(self) -> tuple[bytes, tuple[int, ...], int]:
-        """Pending output, the time of each newline in it (ns, the first 16,384), and the bytes dropped after it."""
-        output, newlines, lost = self._output, self._newlines, self._lost
-        self.taken += len(output) + lost
-        self.flush_count += bool(output)
-        self._output, self._newlines, self._lost = bytearray(), [], 0
-        self.urgent = False
-        self._plain_below = 0
-        return bytes(output), tuple(newlines), lost
 
     def feed(self, data: bytes) -> int:
         """Bytes for the guest. Returns how many were taken; if not all, ``room`` is called once there is room."""

@@ -138,7 +138,8 @@ async def test_input_to_a_machine_that_was_never_started_is_refused(make: Make) 
 async def test_output_while_the_loop_is_blocked_is_bounded_and_the_loss_is_counted(
     boot: Boot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("asyncvmm.devices.serial.OUTPUT_CAP", 2000)
+    for name in ("serial", "serial_output"):
+        monkeypatch.setattr(f"asyncvmm.devices.{name}.OUTPUT_CAP", 2000)
     async with boot("flood") as run:
         await run.said(b"x")
         before = run.exits.total

@@ -7,7 +7,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from asyncvmm.devices.serial import NEWLINE_CAP, URGENT_BYTES, Serial
+from asyncvmm.devices.serial import Serial
+from asyncvmm.devices.serial_output import NEWLINE_CAP, URGENT_BYTES
 from asyncvmm.devices.serial_state import BACKLOG_SIZE, FIFO_SIZE, OUTPUT_CAP, SerialState
 from asyncvmm.errors import ConfigError
 

@@ -15,7 +15,7 @@ import attrs
 from asyncvmm.devices.ged import GedState
 from asyncvmm.devices.i8042 import I8042State
 from asyncvmm.devices.rtc import RtcState
-from asyncvmm.devices.serial import NEWLINE_CAP
+from asyncvmm.devices.serial_output import NEWLINE_CAP
 from asyncvmm.devices.serial_state import SerialState
 from asyncvmm.errors import ConfigError, SnapshotDamaged
 from asyncvmm.machine.kvm.state.fields import Fields
