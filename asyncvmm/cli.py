@@ -233,7 +233,7 @@ def image_list() -> None:
 @click.option("--html", type=FILE, metavar="OUT", help="Write a page that needs no network; - is stdout.")
 @click.option("--perfetto", type=FILE, metavar="OUT", help="Write a trace for Perfetto; - is stdout.")
 def timeline(files: tuple[Path, ...], vms: tuple[str, ...], html: Path | None, perfetto: Path | None) -> None:
-    """Draw the boots that FILEs (JSON lines, - is stdin) record, and compare them if there are several."""
+    """Draw the boots and restores that FILEs (JSON lines, - is stdin) record, and compare them if there are several."""
     with signals_held():
         from asyncvmm.timeline_command import timeline as draw
 

@@ -1,9 +1,10 @@
 """A recording laid out on one axis: rows of host phases, residuals, guest stages and instants. All drawings use these.
 
 The axis is the boot: its ``total`` phase, in older files everything between the first phase's start and the last one's
-end. What happened later keeps its time and is drawn at the edge, so that a long workload does not crush a short boot.
-A guest stage cannot have come after its line: the host's clock bounds what the guest says of itself. A stage that says
-more than the VM's age is off the axis: it is told with its value, and takes no room.
+end. Of a VM that was restored it is the restore, up to its last stage. What happened later keeps its time and is drawn
+at the edge, so that a long workload does not crush a short boot. A guest stage cannot have come after its line: the
+host's clock bounds what the guest says of itself. A stage that says more than the VM's age is off the axis: it is told
+with its value, and takes no room.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ _OFF_AXIS = 5
 
 RESIDUAL = "residual"
 GUEST = "guest"
+RESTORE = "restore"
 
 RowKind = Literal["phase", "residual", "stage", "ready", "mark", "error", "lost"]
 
@@ -69,6 +71,7 @@ class Chart:
     host: tuple[Row, ...]
     guest: tuple[Row, ...]
     instants: tuple[Row, ...]
+    restore: tuple[Row, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -78,8 +81,8 @@ class Chart:
 
     @property
     def rows(self) -> tuple[Row, ...]:
-        """All rows: host, guest, instants."""
-        return self.host + self.guest + self.instants
+        """All rows: host, restore, guest, instants."""
+        return self.host + self.restore + self.guest + self.instants
 
     @property
     def span_ns(self) -> int:
@@ -92,8 +95,11 @@ class Chart:
 
     @property
     def headline(self) -> str:
-        """What became of the boot, in a few words."""
+        """What became of the boot or the restore, in a few words."""
         recording = self.recording
+        if recording.restore:
+            stages = (f"{stage} after {duration_text(ns)}" for stage, ns in self.restore_times)
+            return f"restored, {', '.join(stages)}"
         accel = f" on {printable(recording.accel)}" if recording.accel else ""
         ready = recording.ready_ns
         if ready is not None:
@@ -101,24 +107,45 @@ class Chart:
         outcome = "failed after" if recording.failed else "cancelled after" if recording.cancelled else "no READY in"
         return f"{outcome} {duration_text(self.total_ns)}{accel}"
 
+    @property
+    def restore_times(self) -> list[tuple[str, int]]:
+        """The stages of a restore in words, and how long after its call they came, ns."""
+        stages = self.recording.restore
+        words = [stage.name.removeprefix(f"{RESTORE}.").replace("_", " ") for stage in stages]
+        return [(word, stage.since_call_ns) for word, stage in zip(words, stages, strict=True)]
+
 
 def lay_out(recording: Recording) -> Chart:
     """The chart of ``recording``."""
     tops, missing = nest(recording.phases)
     start_ns, end_ns, total_ns = _axis(recording)
     host = list(_host_rows(tops, recording.attempts > 1))
-    guest = tuple(_guest_rows(recording, end_ns))
+    guest, restore = tuple(_guest_rows(recording, end_ns)), tuple(_restore_rows(recording, start_ns))
     instants = [_instant(instant) for instant in recording.instants]
     notes = [*_notes(recording, missing), *_off_axis_notes(recording, end_ns)]
     if (more := len(host) - MAX_ROWS) > 0:
         notes.append(f"{more} more phases are not drawn")
     if (more := len(instants) - MAX_ROWS) > 0:
         notes.append(f"{more} more instants are not drawn")
-    drawn = tuple(host[:MAX_ROWS]), guest, tuple(instants[:MAX_ROWS])
+    drawn = tuple(host[:MAX_ROWS]), guest, tuple(instants[:MAX_ROWS]), restore
     return Chart(recording, start_ns, end_ns, total_ns, *drawn, tuple(notes))
 
 
 def _axis(recording: Recording) -> tuple[int, int, int]:
+    start_ns, end_ns, total_ns = _boot_axis(recording)
+    if recording.restore:
+        called_ns, last_ns = max(0, _called_ns(recording)), recording.restore[-1].t_ns
+        start_ns = min(start_ns, called_ns) if recording.phases else called_ns
+        end_ns = max(end_ns, last_ns) if recording.phases else last_ns
+        total_ns = end_ns - start_ns
+    return start_ns, end_ns, total_ns
+
+
+def _called_ns(recording: Recording) -> int:
+    return min(stage.t_ns - stage.since_call_ns for stage in recording.restore)
+
+
+def _boot_axis(recording: Recording) -> tuple[int, int, int]:
     phases = recording.phases
     spans = [phase for phase in phases if phase.name == TOTAL and phase.parent is None] or list(phases)
     if spans:
@@ -166,6 +193,14 @@ def _residual(node: Node) -> Iterator[Row]:
         yield Row(label, "residual", start_ns, residual_ns, node.depth + 1, path, phase.attempt, gaps=gaps[:MAX_ROWS])
 
 
+def _restore_rows(recording: Recording, start_ns: int) -> Iterator[Row]:
+    before_ns = max(start_ns, _called_ns(recording)) if recording.restore else 0
+    for stage in recording.restore:
+        took_ns = stage.t_ns - before_ns
+        yield Row(printable(stage.name), "stage", before_ns, took_ns, path=(RESTORE, stage.name))
+        before_ns = stage.t_ns
+
+
 def _guest_rows(recording: Recording, end_ns: int) -> Iterator[Row]:
     before_ns = 0
     for stage in recording.stages:
@@ -198,6 +233,7 @@ def _notes(recording: Recording, missing: Sequence[str]) -> Iterator[str]:
         yield _clock_note(recording)
     if recording.phases and not any(phase.name == TOTAL for phase in recording.phases):
         yield "no total phase in the file: total is from the first phase's start to the last one's end"
+    yield from _restore_notes(recording)
     if missing:
         names = ", ".join(printable(name, 40) for name in missing[:5])
         yield f"parents that are not in the file: {names}{', …' if len(missing) > 5 else ''}"
@@ -208,6 +244,14 @@ def _notes(recording: Recording, missing: Sequence[str]) -> Iterator[str]:
         yield f"KVM exits: {', '.join(f'{count} {printable(reason, 40)}' for reason, count in most)}"
     if recording.attempts > 1:
         yield f"{min(recording.attempts, 1 + len(recording.phases))} boot attempts"
+
+
+def _restore_notes(recording: Recording) -> Iterator[str]:
+    if recording.restore and (called_ns := _called_ns(recording)) < 0:
+        yield f"the restore was called {duration_text(-called_ns)} before the VM's start, where the axis begins"
+    if recording.faults is not None:
+        minor, major = recording.faults
+        yield f"page faults until the first guest event: {minor} minor, {major} major"
 
 
 def _clock_note(recording: Recording) -> str:

@@ -13,7 +13,7 @@ from typing import Literal
 
 import attrs
 
-from asyncvmm.timing.chart import GUEST, RESIDUAL, Chart, Row
+from asyncvmm.timing.chart import GUEST, RESIDUAL, RESTORE, Chart, Row
 from asyncvmm.timing.recording import TOTAL
 from asyncvmm.timing.text import duration_text, printable
 
@@ -69,6 +69,12 @@ class Group:
     charts: tuple[Chart, ...]
     left_out: int = 0
 
+    @property
+    def what(self) -> str:
+        """What its figures are of: ``boot``, ``restore``, or ``VM`` where there are both."""
+        kinds = {chart.recording.what for chart in self.charts} or {"boot"}
+        return kinds.pop() if len(kinds) == 1 else "VM"
+
 
 @attrs.frozen
 class Line:
@@ -92,9 +98,14 @@ class Line:
         return self.path[0] == GUEST
 
     @property
+    def restore(self) -> bool:
+        """Whether it is a stage of a restore."""
+        return self.path[0] == RESTORE
+
+    @property
     def depth(self) -> int:
         """How deep it is nested."""
-        return len(self.path) - 1 - self.guest
+        return len(self.path) - 1 - (self.guest or self.restore)
 
 
 @attrs.frozen
@@ -149,7 +160,7 @@ def _places(groups: Sequence[Group]) -> Mapping[Path, float]:
             last = path[-1] == RESIDUAL
             starts.setdefault(path, []).append(float("inf") if last else float(row.start_ns - chart.start_ns))
     places = {path: statistics.median(values) for path, values in starts.items()}
-    return {**places, (TOTAL,): -1.0, (GUEST,): float("inf")} if places else {}
+    return {**places, (TOTAL,): -1.0, **dict.fromkeys([(RESTORE,), (GUEST,)], float("inf"))} if places else {}
 
 
 def _paths(chart: Chart) -> Iterator[tuple[Path, Row]]:
@@ -164,7 +175,7 @@ def _paths(chart: Chart) -> Iterator[tuple[Path, Row]]:
         if row.attempt < final[path[0]]:
             path = (f"{path[0]} (attempt {row.attempt})", *path[1:])
         yield (TOTAL, *path), row
-    for row in chart.guest:
+    for row in (*chart.restore, *chart.guest):
         if row.off_axis_ns is None:
             yield row.path, row
 
@@ -198,14 +209,15 @@ def _conclusion(groups: Sequence[Group], lines: Sequence[Line], number: int) -> 
     total = next((line.deltas[number] for line in lines if line.path == (TOTAL,)), None)
     if total is None:
         empty = groups[0] if not groups[0].charts else groups[number]
-        return f"{name}: nothing to compare, {printable(empty.name)} has no successful boot"
+        return f"{name}: nothing to compare, {printable(empty.name)} has no successful {empty.what}"
     words = {
         "moved": f"more than the spread ({duration_text(total.spread_ns or 0)})",
         "within spread": f"within the spread ({duration_text(total.spread_ns or 0)})",
-        "spread unknown": "one boot each, so the spread is unknown",
+        "spread unknown": f"one {groups[number].what} each, so the spread is unknown",
     }
     said = [f"{name}: total {delta_text(total)}, {words[total.verdict]}"]
-    said.append(_most_moved([line for line in lines if line.leaf and not line.guest], number, "phase"))
+    said.append(_most_moved([line for line in lines if line.leaf and line.path[0] == TOTAL], number, "phase"))
+    said.append(_most_moved([line for line in lines if line.restore], number, "restore stage"))
     said.append(_most_moved([line for line in lines if line.guest], number, "guest stage"))
     return "; ".join(part for part in said if part)
 

@@ -57,7 +57,9 @@ def _body(charts: Sequence[Chart], comparison: Comparison) -> Markup:
             "main",
             comparison_section(comparison) if len(charts) > 1 else None,
             element("section", *boots, class_="boots" + " alone" * (len(charts) == 1), aria_label="Boots"),
-            element("p", f"{more} more boots are in the comparison only.", class_="hint") if more > 0 else None,
+            element("p", f"{more} more {_kind(charts)}s are in the comparison only.", class_="hint")
+            if more > 0
+            else None,
         ),
         element("footer", _FOOTER),
         element("div", id="tip", role="status", hidden=True),
@@ -66,8 +68,13 @@ def _body(charts: Sequence[Chart], comparison: Comparison) -> Markup:
 
 def _title(charts: Sequence[Chart]) -> str:
     if len(charts) == 1:
-        return f"Boot of VM {charts[0].name}"
-    return f"{len(charts)} boots compared"
+        return f"{charts[0].recording.what.capitalize()} of VM {charts[0].name}"
+    return f"{len(charts)} {_kind(charts)}s compared"
+
+
+def _kind(charts: Sequence[Chart]) -> str:
+    kinds = {chart.recording.what for chart in charts}
+    return kinds.pop() if len(kinds) == 1 else "VM"
 
 
 def _asset(name: str) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from asyncvmm.timing.chart import RESIDUAL, Chart, Row
+from asyncvmm.timing.chart import GUEST, RESIDUAL, Chart, Row
 from asyncvmm.timing.markup import Markup, element
 from asyncvmm.timing.text import duration_text, printable, share_text
 
@@ -63,6 +63,8 @@ def _badge(chart: Chart) -> Markup:
         return element("span", "failed", class_="badge bad")
     if recording.cancelled:
         return element("span", "cancelled", class_="badge")
+    if recording.restore:
+        return element("span", "restored", class_="badge good")
     ready = recording.ready_ns is not None
     return element("span", "ready" if ready else "not ready", class_="badge good" if ready else "badge")
 
@@ -72,6 +74,7 @@ def _tiles(chart: Chart) -> Markup:
     tiles = [("total", us(duration_text(chart.total_ns)))]
     if recording.ready_ns is not None:
         tiles.append(("READY after", us(duration_text(max(0, recording.ready_ns - chart.start_ns)))))
+    tiles += [(f"{stage} after", us(duration_text(ns))) for stage, ns in chart.restore_times]
     longest = max((row for row in chart.host if row.leaf and row.kind == "phase"), key=_took, default=None)
     if longest is not None:
         tiles.append(
@@ -122,7 +125,12 @@ def _colour(row: Row, colours: Colours) -> str:
 def _waterfall(chart: Chart, span_ns: int, colours: Colours) -> Markup | None:
     if not chart.rows:
         return element("p", "no phases and no guest stages", class_="note")
-    groups = (("Host", chart.host), ("Guest, up to each stage", chart.guest), ("Events", chart.instants))
+    groups = (
+        ("Host", chart.host),
+        ("Restore, up to each stage", chart.restore),
+        ("Guest, up to each stage", chart.guest),
+        ("Events", chart.instants),
+    )
     parts = [_axis(span_ns)]
     for name, rows in groups:
         if rows:
@@ -197,10 +205,10 @@ def _more(chart: Chart, row: Row) -> str | None:
     if row.off_axis_ns is not None:
         return f"off the axis: says {us(duration_text(row.off_axis_ns))}"
     if row.start_ns > chart.end_ns:
-        return "after the boot"
+        return f"after the {chart.recording.what}"
     if row.kind == "residual":
         return "what no phase inside accounts for"
-    if row.kind == "stage":
+    if row.path[:1] == (GUEST,):
         clock = chart.recording.clock
         return "placed by the arrival of its line" if clock is None else f"± {us(duration_text(clock.error_ns))}"
     return f"attempt {row.attempt}{', failed' if row.failed else ''}" if row.attempt or row.failed else None

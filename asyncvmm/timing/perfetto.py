@@ -1,7 +1,8 @@
 """Charts as Chrome trace events in JSON, which Perfetto and chrome://tracing open.
 
-Each VM is a process, its host and its guest are threads; phases and stages are complete events ("X"), the rest instants
-("i"), names are metadata ("M"). Times are microseconds with fractions, from each VM's start: boots lie over each other.
+Each VM is a process, its host and its guest are threads, and so is its restore; phases and stages are complete events
+("X"), the rest instants ("i"), names are metadata ("M"). Times are microseconds with fractions, from each VM's start:
+boots lie over each other.
 Facts: "Trace Event Format" (the Chromium project's document), and Perfetto's "Visualizing external trace formats".
 """
 
@@ -14,7 +15,7 @@ import orjson
 from asyncvmm.timing.chart import Chart, Row
 from asyncvmm.timing.text import printable
 
-HOST, GUEST = 1, 2
+HOST, GUEST, RESTORE = 1, 2, 3
 """Thread numbers."""
 
 HOST_MORE, GUEST_MORE = 1_000, 10_000
@@ -35,6 +36,8 @@ def _process(pid: int, chart: Chart) -> Iterator[TraceEvent]:
     yield _metadata(pid, HOST, "process_labels", labels=chart.headline)
     yield _metadata(pid, HOST, "process_sort_index", sort_index=pid)
     threads = {HOST: "host", GUEST: "guest"}
+    if chart.restore:
+        threads[RESTORE] = "restore"
     slices = list(_slices(pid, chart))
     used = {int(str(event["tid"])) for event in slices}
     threads |= {
@@ -57,6 +60,9 @@ def _slices(pid: int, chart: Chart) -> Iterator[TraceEvent]:
         if row.path in residuals:
             args["residual_ns"] = residuals[row.path]
         yield {**_event(pid, tid, row), "ph": "X", "dur": _us(row.duration_ns or 0), "args": args}
+    for row in chart.restore:
+        event = {**_event(pid, RESTORE, row), "ph": "X", "dur": _us(row.duration_ns or 0)}
+        yield {**event, "args": {"duration_ns": row.duration_ns}}
     stages = [row for row in chart.guest if row.off_axis_ns is None]
     if chart.recording.clock is not None:
         for tid, row in _nesting(stages, GUEST, GUEST_MORE):

@@ -20,6 +20,7 @@ from asyncvmm.timing.recording import (
     RecordedPhase,
     RecordedStage,
     Recording,
+    RestoreStage,
 )
 
 VERSION = 1
@@ -169,18 +170,21 @@ class _Vm:
         self.phases: list[RecordedPhase] = []
         self.stages: dict[str, RecordedStage] = {}
         self.instants: list[RecordedInstant] = []
+        self.restore: dict[str, RestoreStage] = {}
         self.facts: dict[str, object] = {}
         self.lost = 0
 
     def recording(self, source: str, name: str) -> Recording:
         stages = sorted(self.stages.values(), key=lambda stage: stage.guest_ns)
         instants = sorted(self.instants, key=lambda instant: instant.t_ns)
+        restore = sorted(self.restore.values(), key=lambda stage: stage.t_ns)
         return Recording(
             source,
             name,
             tuple(self.phases),
             tuple(stages),
             tuple(instants),
+            tuple(restore),
             lost_lines=self.lost,
             **self.facts,  # type: ignore[arg-type]
         )
@@ -265,6 +269,14 @@ class _Vm:
             self.instants.append(RecordedInstant("paused", paused_ns))
         self.mark(event, t_ns, line)
 
+    def restore_stage(self, event: Event, t_ns: int, _: int) -> None:
+        """A restore has come so far."""
+        name = fields.text(event, "event")
+        self.restore[name] = RestoreStage(name, t_ns, fields.whole(event, "duration_ns"))
+        minor, major = fields.maybe_whole(event, "minor_faults"), fields.maybe_whole(event, "major_faults")
+        if minor is not None and major is not None:
+            self.facts["faults"] = minor, major
+
     def named_mark(self, event: Event, t_ns: int, _: int) -> None:
         """A trigger or a step, by its name."""
         name = fields.maybe_text(event, "trigger") or fields.maybe_text(event, "step") or ""
@@ -301,9 +313,9 @@ _TAKE: Mapping[str, _Take] = {
     "log.lost": _Vm.lost_lines,
     "snapshot.trigger": _Vm.named_mark,
     "snapshot.saved": _Vm.saved,
-    "restore.mapped": _Vm.mark,
-    "restore.first_exit": _Vm.mark,
-    "restore.first_guest_event": _Vm.mark,
+    "restore.mapped": _Vm.restore_stage,
+    "restore.first_exit": _Vm.restore_stage,
+    "restore.first_guest_event": _Vm.restore_stage,
     "restore.step": _Vm.named_mark,
 }
 

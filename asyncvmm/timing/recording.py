@@ -1,4 +1,4 @@
-"""What JSON lines of asyncvmm record of VMs' boots, as plain records: one ``Recording`` for each VM.
+"""What JSON lines of asyncvmm record of VMs' boots and restores, as plain records: one ``Recording`` for each VM.
 
 Times are nanoseconds since the VM's start, as ``t_ns`` is, except where a name says that it is the guest's clock.
 Names are those of the events and of the design's timings; the text in them is the file's own, not made harmless.
@@ -49,6 +49,16 @@ class RecordedStage:
 
 
 @attrs.frozen
+class RestoreStage:
+    """A restore had come to ``name`` at ``t_ns``, ``since_call_ns`` after it was called for, which may be before the VM
+    was made."""
+
+    name: str
+    t_ns: int
+    since_call_ns: int
+
+
+@attrs.frozen
 class RecordedInstant:
     """Something that happened at ``t_ns``."""
 
@@ -71,13 +81,19 @@ class RecordedClock:
 
 @attrs.frozen
 class Recording:
-    """One VM of one file. ``source`` is the file as it was named; the rest is what its lines said."""
+    """One VM of one file. ``source`` is the file as it was named; the rest is what its lines said.
+
+    ``restore``: the stages of its restore, in order; there are none if it was booted. ``faults``: minor and major page
+    faults until the last of them.
+    """
 
     source: str
     vm: str
     phases: tuple[RecordedPhase, ...] = ()
     stages: tuple[RecordedStage, ...] = ()
     instants: tuple[RecordedInstant, ...] = ()
+    restore: tuple[RestoreStage, ...] = ()
+    faults: tuple[int, int] | None = None
     clock: RecordedClock | None = None
     accel: str | None = None
     state: str | None = None
@@ -92,19 +108,26 @@ class Recording:
         return next((instant.t_ns for instant in self.instants if instant.kind == "ready"), None)
 
     @property
+    def what(self) -> str:
+        """``boot`` or ``restore``."""
+        return "restore" if self.restore else "boot"
+
+    @property
     def attempts(self) -> int:
         """How many boot attempts its phases are of; 1 if there are none."""
         return max((phase.attempt for phase in self.phases), default=0) + 1
 
     @property
     def complete(self) -> bool:
-        """Whether it records a boot from its start to a good end: READY, or a ``total`` that did not fail."""
+        """Whether it records a boot from its start to a good end: READY, or a ``total`` that did not fail; or a restore
+        that came to something."""
         whole = any(phase.name == TOTAL and not phase.failed for phase in self.phases)
-        return not self.failed and not self.cancelled and (whole or self.ready_ns is not None)
+        return not self.failed and not self.cancelled and (whole or self._good)
 
     @property
     def failed(self) -> bool:
-        """Whether it records a boot that did not succeed: an error or a failed phase, and no READY; none cancelled."""
+        """Whether it records a boot or a restore that did not succeed: an error or a failed phase, and neither READY
+        nor a stage of a restore; none cancelled."""
         return self._broken and not self.cancelled
 
     @property
@@ -115,7 +138,11 @@ class Recording:
         return self.state == "stopped" or any(phase.name == TOTAL and phase.failed for phase in self.phases)
 
     @property
+    def _good(self) -> bool:
+        return self.ready_ns is not None or bool(self.restore)
+
+    @property
     def _broken(self) -> bool:
-        if self.ready_ns is not None:
+        if self._good:
             return False
         return any(instant.kind == "error" for instant in self.instants) or any(phase.failed for phase in self.phases)

@@ -23,6 +23,7 @@ PLAIN_WIDTH = 16384
 """Cells of a line where nothing must be cut: more than the longest label and its figures."""
 
 _GUEST = "guest, up to each stage"
+_RESTORE = "restore, up to each stage"
 _GAP = 2
 _LEAST_LABEL = 16
 _LEAST_BAR = 12
@@ -75,7 +76,7 @@ def _table(chart: Chart, console: Console) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     if bar:
         table.add_column(_scale(chart, bar), no_wrap=True, width=bar)
-    for title, rows in (("", chart.host), (_GUEST, chart.guest), ("events", chart.instants)):
+    for title, rows in (("", chart.host), (_RESTORE, chart.restore), (_GUEST, chart.guest), ("events", chart.instants)):
         if title and rows:
             table.add_row(Text(title, style="dim"))
         for row in rows:
@@ -86,7 +87,8 @@ def _table(chart: Chart, console: Console) -> Table:
 
 def _widths(chart: Chart, console: Console) -> tuple[int, int]:
     """Cells of labels and of bars; 0 for bars where a terminal has no room for them."""
-    widest = max(len(_GUEST) if chart.guest else 0, *(len(_label(row)) for row in chart.rows))
+    titles = [len(title) for title, rows in ((_RESTORE, chart.restore), (_GUEST, chart.guest)) if rows]
+    widest = max(titles + [len(_label(row)) for row in chart.rows])
     if not console.is_terminal:
         return widest, BAR_WIDTH
     figures = [[cell.cell_len for cell in _cells(chart, row, 0, ASCII)][1:4] for row in chart.rows]

@@ -1,4 +1,4 @@
-"""Event lines made by hand, as a VM's file holds them: boots of any length, old and new."""
+"""Event lines made by hand, as a VM's file holds them: boots of any length, old and new, and restores."""
 
 from __future__ import annotations
 
@@ -44,3 +44,19 @@ def boot(vm: str = "a1b2", wait_ms: int = 80, *, clock: bool = True, total: bool
         lines.append(line("boot.profile", end, vm, total=wait, guest_clock=tied, guest={"ready_ns": MS}))
     lines.append(line("vm.state", end + MS, vm, state="stopped", previous="ready"))
     return lines
+
+
+def restore(vm: str = "a1b2", guest_ms: int = 40) -> list[bytes]:
+    """A restore that was called for 1 ms before the VM was made; its guest is heard of ``guest_ms`` after the call."""
+    heard = {"kind": "serial", "minor_faults": 3, "major_faults": 0}
+    return [
+        phase("memory_register", 3 * MS, 2 * MS, "total", vm),
+        phase("total", MS, 9 * MS, None, vm, residual_ns=7 * MS),
+        line("restore.mapped", 10 * MS, vm, duration_ns=11 * MS, snapshot="s"),
+        line("vm.state", 11 * MS, vm, state="ready", previous="paused"),
+        line("restore.first_exit", 15 * MS, vm, duration_ns=16 * MS),
+        phase("resume_kvm_run", 11 * MS, 4 * MS, None, vm),
+        line("restore.first_guest_event", (guest_ms - 1) * MS, vm, duration_ns=guest_ms * MS, **heard),
+        line("restore.step", guest_ms * MS, vm, step="entropy", duration_ns=MS),
+        line("vm.state", 100 * MS, vm, state="stopped", previous="ready"),
+    ]

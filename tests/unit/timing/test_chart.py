@@ -8,7 +8,7 @@ import pytest
 from asyncvmm.timing.chart import MAX_ROWS, Chart, lay_out
 from asyncvmm.timing.reading import read_recordings
 from asyncvmm.timing.recording import RecordedClock, RecordedInstant, RecordedPhase, RecordedStage, Recording
-from tests.support.recordings import MS, boot, line, phase
+from tests.support.recordings import MS, boot, line, phase, restore
 
 
 def chart(lines: list[bytes]) -> Chart:
@@ -70,6 +70,35 @@ def test_a_stage_of_which_no_line_is_there_is_held_against_the_boots_end() -> No
     drawn = lay_out(Recording("f", "v", (RecordedPhase("total", 0, 10),), stages, clock=RecordedClock(0, 0, "tsc")))
     assert [row.off_axis_ns for row in drawn.guest] == [None, 11]
     assert "off the axis, b says 11 ns: the boot ended after 10 ns" in drawn.notes
+
+
+def test_the_axis_of_a_restore_goes_from_its_call_to_the_first_sign_of_its_guest() -> None:
+    drawn = chart(restore())
+    assert (drawn.start_ns, drawn.end_ns, drawn.total_ns) == (0, 39 * MS, 39 * MS)
+    assert [(row.label, row.start_ns, row.duration_ns) for row in drawn.restore] == [
+        ("restore.mapped", 0, 10 * MS),
+        ("restore.first_exit", 10 * MS, 5 * MS),
+        ("restore.first_guest_event", 15 * MS, 24 * MS),
+    ]
+    assert [row.label for row in drawn.instants] == ["restore.step entropy"]
+    assert drawn.headline == (
+        "restored, mapped after 11.0 ms, first exit after 16.0 ms, first guest event after 40.0 ms"
+    )
+    assert drawn.notes == (
+        "the restore was called 1.00 ms before the VM's start, where the axis begins",
+        "page faults until the first guest event: 3 minor, 0 major",
+    )
+
+
+def test_a_restore_whose_guest_has_said_nothing_yet_ends_with_what_it_came_to() -> None:
+    drawn = chart(restore()[:3])
+    assert (drawn.start_ns, drawn.end_ns) == (0, 10 * MS)
+    assert drawn.headline == "restored, mapped after 11.0 ms"
+
+
+def test_a_restore_of_which_no_phase_is_in_the_file_has_its_stages_all_the_same() -> None:
+    drawn = chart([line("restore.mapped", 10, duration_ns=4), line("restore.first_exit", 15, duration_ns=9)])
+    assert (drawn.start_ns, drawn.end_ns, len(drawn.restore)) == (6, 15, 2)
 
 
 def test_a_cancelled_boot_is_not_called_failed() -> None:

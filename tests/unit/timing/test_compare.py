@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from asyncvmm.timing.chart import lay_out
-from asyncvmm.timing.compare import Comparison, Line, Spread, compare, group
-from asyncvmm.timing.compare_table import draw_comparison
+from asyncvmm.timing.compare import Comparison, Delta, Line, Spread, compare, group
+from asyncvmm.timing.compare_table import draw_comparison, group_text
 from asyncvmm.timing.reading import read_recordings
-from tests.support.recordings import MS, boot, line, phase
+from tests.support.recordings import MS, boot, line, phase, restore
 
 
 def boots(*waits: int, total: bool = True) -> list[bytes]:
@@ -78,6 +78,21 @@ def test_a_difference_within_the_spread_is_no_move() -> None:
     assert delta is not None
     assert delta.verdict == "within spread"
     assert "within the spread (20.0 ms); no phase moved by more than its spread" in comparison.conclusions[0]
+
+
+def test_restores_are_compared_by_their_stages_and_called_restores() -> None:
+    comparison = compared(restore(), restore(guest_ms=60))
+    assert find(comparison, "restore.first_guest_event").deltas[1] == Delta(20 * MS, 20 / 24, "spread unknown", None)
+    assert [(line.label, line.depth) for line in comparison.lines[-3:]] == [
+        ("restore.mapped", 0),
+        ("restore.first_exit", 0),
+        ("restore.first_guest_event", 0),
+    ]
+    (conclusion,) = comparison.conclusions
+    assert "total +20.0 ms (+51.3%), one restore each" in conclusion
+    assert "the restore stage that differs most is restore.first_guest_event, +20.0 ms" in conclusion
+    assert group_text(comparison.groups[0]) == "a.jsonl: 1 restore"
+    assert group_text(compared([*restore(), *boot("v1")]).groups[0]) == "a.jsonl: 2 VMs"
 
 
 def test_of_single_boots_it_is_said_that_the_spread_is_unknown() -> None:

@@ -14,7 +14,7 @@ from asyncvmm.timing.markup import Markup, element
 from asyncvmm.timing.page import MAX_BOOTS, page
 from asyncvmm.timing.page_chart import TICKS, ticks
 from asyncvmm.timing.reading import read_recordings
-from tests.support.recordings import MS, boot, line, phase
+from tests.support.recordings import MS, boot, line, phase, restore
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(1)>'\"&\x1b[2J\u202e"
 
@@ -90,6 +90,16 @@ def test_what_a_file_says_is_text_wherever_it_stands() -> None:
     assert not [name for name, _ in seen.attributes if name.startswith("on")]
     assert "\x1b" not in text
     assert "\u202e" not in text
+
+
+def test_a_restore_is_called_one_and_has_its_stages() -> None:
+    drawn = paint(restore())
+    assert "<title>Restore of VM a1b2</title>" in drawn
+    assert "restored</span>" in drawn
+    assert "first guest event after" in drawn
+    assert {"restore.mapped", "restore.first_exit", "restore.first_guest_event"} <= set(Seen(drawn).cells)
+    assert "not ready" not in drawn
+    assert "2 VMs compared" in paint(restore(), boot())
 
 
 def test_boots_stand_side_by_side_with_what_moved_above() -> None:

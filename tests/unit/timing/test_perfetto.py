@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator, ValidationError
 
 from asyncvmm.timing.chart import lay_out
-from asyncvmm.timing.perfetto import GUEST, HOST, trace_json
+from asyncvmm.timing.perfetto import GUEST, HOST, RESTORE, trace_json
 from asyncvmm.timing.reading import read_recordings
-from tests.support.recordings import MS, boot, line, phase
+from tests.support.recordings import MS, boot, line, phase, restore
 
 SCHEMA = orjson.loads(Path(__file__).with_name("trace_event.schema.json").read_bytes())
 VALIDATOR = Draft202012Validator(SCHEMA)
@@ -59,6 +59,15 @@ def test_phases_are_slices_of_the_hosts_thread_and_stages_of_the_guests() -> Non
     assert fork["args"] == {"duration_ns": 400_000, "attempt": 0, "failed": False}
     assert (stage["ph"], stage["tid"], stage["ts"], stage["dur"]) == ("X", GUEST, 20_000, 60_000)
     assert find(events, "boot")["args"]["residual_ns"] == 1_600_000
+    assert_slices_nest(events)
+
+
+def test_the_stages_of_a_restore_are_slices_of_a_thread_of_their_own() -> None:
+    events = trace(restore())
+    stage = find(events, "restore.first_exit")
+    assert (stage["ph"], stage["tid"], stage["ts"], stage["dur"]) == ("X", RESTORE, 10_000, 5_000)
+    names = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    assert names == {HOST: "host", GUEST: "guest", RESTORE: "restore"}
     assert_slices_nest(events)
 
 

@@ -21,8 +21,15 @@ from asyncvmm.timing.reading import (
     capped_lines,
     read_recordings,
 )
-from asyncvmm.timing.recording import RecordedClock, RecordedInstant, RecordedPhase, RecordedStage, Recording
-from tests.support.recordings import MS, boot, line, phase
+from asyncvmm.timing.recording import (
+    RecordedClock,
+    RecordedInstant,
+    RecordedPhase,
+    RecordedStage,
+    Recording,
+    RestoreStage,
+)
+from tests.support.recordings import MS, boot, line, phase, restore
 
 
 def read(lines: list[bytes]) -> Reading:
@@ -97,12 +104,13 @@ def test_instants_are_labelled_and_stand_by_time() -> None:
     assert recording.failed
 
 
-def test_a_snapshot_and_a_restore_leave_their_instants() -> None:
+def test_a_snapshot_and_a_restore_leave_their_instants_and_stages() -> None:
     recording = one(
         [
             line("snapshot.trigger", 10, trigger="pre_exec", detail="x", quiesce_ms=0),
             line("snapshot.saved", 30, trigger="pre_exec", trigger_ns=10, paused_ns=12, saved_ns=29),
-            line("restore.mapped", 40, duration_ns=4),
+            line("restore.mapped", 40, duration_ns=44),
+            line("restore.first_guest_event", 45, duration_ns=49, kind="serial", minor_faults=3, major_faults=1),
             line("restore.step", 50, step="entropy", duration_ns=1),
         ]
     )
@@ -110,9 +118,21 @@ def test_a_snapshot_and_a_restore_leave_their_instants() -> None:
         ("snapshot.trigger pre_exec", 10),
         ("paused", 12),
         ("snapshot.saved", 30),
-        ("restore.mapped", 40),
         ("restore.step entropy", 50),
     ]
+    assert recording.restore == (
+        RestoreStage("restore.mapped", 40, 44),
+        RestoreStage("restore.first_guest_event", 45, 49),
+    )
+    assert recording.faults == (3, 1)
+
+
+def test_a_restore_is_complete_once_its_memory_is_in_place_and_failed_if_it_came_to_nothing() -> None:
+    failed = [phase("total", 0, 9, failed=True), line("vm.error", 9, what="no")]
+    assert one(restore()).complete
+    assert one(restore()).what == "restore"
+    assert not one([*restore(), failed[1]]).failed  # what became of the guest is another matter
+    assert one(failed).failed
 
 
 def test_the_exits_of_a_final_state_are_kept() -> None:
@@ -225,7 +245,18 @@ json = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
 )
 NAMES = ["total", "boot", "a", "b", "\x1b[31m", "[bold]"]
-KINDS = ["phase", "guest.ready", "guest.boot_time", "vm.error", "boot.profile", "log.lost", "vm.state", "guest.exit"]
+KINDS = [
+    "phase",
+    "restore.mapped",
+    "restore.first_guest_event",
+    "guest.ready",
+    "guest.boot_time",
+    "vm.error",
+    "boot.profile",
+    "log.lost",
+    "vm.state",
+    "guest.exit",
+]
 small = st.integers(0, 50)
 kinds = st.sampled_from(KINDS)
 clocks = st.fixed_dictionaries({"offset_ns": small | json, "error_ns": small, "source": st.text(max_size=3)})

@@ -12,7 +12,7 @@ from rich.console import Console
 from asyncvmm.timing.chart import Chart, lay_out
 from asyncvmm.timing.reading import read_recordings
 from asyncvmm.timing.waterfall import ASCII, BAR_WIDTH, PLAIN_WIDTH, draw
-from tests.support.recordings import MS, boot, line, phase
+from tests.support.recordings import MS, boot, line, phase, restore
 
 
 def chart(lines: list[bytes]) -> Chart:
@@ -42,6 +42,19 @@ def test_a_pipe_gets_each_row_with_start_duration_share_and_bar() -> None:
     assert row(lines, "init_entry").split()[1:6] == ["20.0", "ms", "60.0", "ms", "60.6%"]
     assert row(lines, "READY").split() == ["READY", "96.0", "ms", "◆"]
     assert lines[-1] == "note: guest clock tied to the host's (paired), off by at most 500 us"
+
+
+def test_a_restore_is_drawn_with_its_stages_and_no_ready_is_missed() -> None:
+    lines = drawn(restore())
+    assert "restored, mapped after 11.0 ms" in lines[0]
+    assert "READY" not in "".join(lines)
+    at = lines.index("restore, up to each stage")
+    assert [text.split()[0] for text in lines[at + 1 : at + 4]] == [
+        "restore.mapped",
+        "restore.first_exit",
+        "restore.first_guest_event",
+    ]
+    assert row(lines, "restore.first_exit").split()[1:6] == ["10.0", "ms", "5.00", "ms", "12.8%"]
 
 
 def test_host_and_guest_share_one_axis() -> None:
