@@ -14,6 +14,7 @@ from asyncvmm.events.lines import Line
 from asyncvmm.events.markers import (
     BootTime,
     ClockReading,
+    GoDone,
     InitError,
     InitWarning,
     Malformed,
@@ -34,12 +35,14 @@ _ON_CONSOLE = (BootTime, UnknownStage, Ready, PreExec)
 class GuestContract:
     """Follows one guest's two serial ports. ``malformed`` and ``ignored`` count markers that did not count.
 
-    ``ready_on_control``: READY came on the control line, so PID 1 is ours and listens there.
+    ``ready_on_control``: READY came on the control line, so PID 1 is ours and listens there. ``answers_go``: it has
+    said there what only a PID 1 says that answers ``go``: its clock reading, or an answer.
     """
 
     def __init__(self) -> None:
         self.ready = False
         self.ready_on_control = False
+        self.answers_go = False
         self.started = False
         self.panicked = False
         self.malformed = 0
@@ -48,11 +51,13 @@ class GuestContract:
         self._stages: dict[str, int] = {}
 
     @classmethod
-    def of_saved(cls, *, has_pid1: bool, started: bool, stages: Mapping[str, int]) -> GuestContract:
+    def of_saved(
+        cls, *, has_pid1: bool, started: bool, stages: Mapping[str, int], answers_go: bool = False
+    ) -> GuestContract:
         """That of a guest that was ready when it was saved. ``stages`` by field of GuestBootProfile."""
         contract = cls()
         contract.ready, contract.ready_on_control, contract.started = True, has_pid1, started
-        contract._clock_read = True
+        contract.answers_go, contract._clock_read = answers_go, True
         contract._stages = {name.removesuffix("_ns"): ns for name, ns in stages.items()}
         return contract
 
@@ -75,6 +80,7 @@ class GuestContract:
             parsed = Malformed(line.text)
         if port == "control":
             self.ready_on_control |= isinstance(parsed, Ready)
+            self.answers_go |= isinstance(parsed, ClockReading | GoDone)
             return self._admit(parsed)
         if isinstance(parsed, _ON_CONSOLE) or (isinstance(parsed, Malformed) and line.text.startswith(b"BOOT_TIME")):
             return self._admit(parsed)

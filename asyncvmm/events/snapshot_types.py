@@ -85,7 +85,8 @@ class RestoreFirstGuestEvent(Event):
 
 @event_class
 class RestoreStep(Event):
-    """A step that makes a restored guest its own is done, before it is handed out: ``entropy``, ``clock`` …"""
+    """A step that makes a restored guest its own is done, before it is handed out: ``entropy``, ``clock``;
+    ``unanswered``: PID 1 did not say that they are."""
 
     event: ClassVar[str] = "restore.step"
 

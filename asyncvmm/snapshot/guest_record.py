@@ -74,15 +74,17 @@ def _is_fact(fact: Mapping[str, object]) -> bool:
 
 @attrs.frozen(kw_only=True)
 class GuestRecord:
-    """has_pid1: PID 1 is ours and listens on the control line. started: its workload was about to run, or ran.
-    exited: it has ended. in_window: PID 1 holds the workload until it is told ``go``. stages: the boot stages it told
-    of, by field of GuestBootProfile, in ns of its clock. facts: what it had come to, as events
-    without their time. console_line, control_line: what it has written of a line that has no end yet.
+    """has_pid1: PID 1 is ours and listens on the control line. answers_go: it is known to answer ``go``. started: its
+    workload was about to run, or ran. exited: it has ended. in_window: PID 1 holds the workload until it is told
+    ``go``. stages: the boot stages it told of, by field of GuestBootProfile, in ns of its clock. facts: what it had
+    come to, as events without their time. console_line, control_line: what it has written of a line that has no end
+    yet.
 
     Raises SnapshotDamaged for what no guest can have said.
     """
 
     has_pid1: bool = attrs.field(default=False, validator=_flag)
+    answers_go: bool = attrs.field(default=False, validator=_flag)
     started: bool = attrs.field(default=False, validator=_flag)
     exited: bool = attrs.field(default=False, validator=_flag)
     in_window: bool = attrs.field(default=False, validator=_flag)
@@ -120,6 +122,7 @@ def record_of(watch: GuestWatch, events: EventHub, *, holds_workload: bool) -> G
     contract = watch.contract
     return GuestRecord(
         has_pid1=contract.ready_on_control,
+        answers_go=contract.answers_go,
         started=contract.started,
         exited=events.exit.done,
         facts=tuple(map(_fact, islice(events.past(), _MOST_FACTS))),

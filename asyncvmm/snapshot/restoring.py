@@ -94,7 +94,9 @@ class Restoring:
     def sink(self, watch: GuestWatch) -> EffectSink:
         """Have ``watch`` follow the guest where it was saved; gives what the machine is to hand its effects to."""
         guest = self.snapshot.guest
-        contract = GuestContract.of_saved(has_pid1=guest.has_pid1, started=guest.started, stages=guest.stages)
+        contract = GuestContract.of_saved(
+            has_pid1=guest.has_pid1, started=guest.started, stages=guest.stages, answers_go=guest.answers_go
+        )
         if guest.exited:
             self._vm.events.exit.fail(GuestStopped("the workload had ended before the snapshot", reason="exited"))
         self._vm.events.ready.set(GuestReady(0))  # it was, before the VM that is told of it began
@@ -137,8 +139,8 @@ class Restoring:
 
         Before it runs, if the time holds whenever it is read; with ``paused`` somebody else resumes it.
         """
-        greets, begin_ns = self.snapshot.guest.has_pid1, self._vm.timeline.clock()
-        answer = Answer(self._vm.events) if greets else None
+        guest, begin_ns = self.snapshot.guest, self._vm.timeline.clock()
+        answer = Answer(self._vm.events, expected=guest.answers_go) if guest.has_pid1 else None
         early = self.options.paused or machine.guest_time() is not None
         try:
             self._running = True
@@ -155,14 +157,19 @@ class Restoring:
             if answer and not early:
                 await machine.write("control", go_lines(machine))
             if answer:
-                steps = ("entropy", "clock") if await answer.wait() else ("unanswered",)
-                for step in steps:
-                    self._step(step, begin_ns)
+                await self._hear(answer, begin_ns)
             if self._kvm is None:
                 self._tell_profile()
         finally:
             if answer:
                 answer.close()
+
+    async def _hear(self, answer: Answer, begin_ns: int) -> None:
+        """Wait for PID 1's answer, unless another VM of the snapshot has shown that there will be none."""
+        answered = not self.snapshot.unanswering and await answer.wait()
+        self.snapshot.unanswering |= answer.refused
+        for step in ("entropy", "clock") if answered else ("unanswered",):
+            self._step(step, begin_ns)
 
     def _tell_first_exit(self, marks: RestoreMarks) -> None:
         vm = self._vm

@@ -38,7 +38,8 @@ OWN_PREFIX = "asyncvmm-snapshot-"
 
 
 class Snapshot:
-    """One snapshot, open. ``path`` is its directory.
+    """One snapshot, open. ``path`` is its directory. ``unanswering``: PID 1 of a VM made of it was told ``go``, and
+    would not answer.
 
     ``close`` lets go of its files, and removes a directory that nobody named; the VMs made of it need neither.
     """
@@ -48,6 +49,7 @@ class Snapshot:
         self.loaded = loaded
         self.guest = _guest(loaded)
         self.working_set = working_set
+        self.unanswering = False
         self._users = 0
         self._closed = False
         self._doomed: list[Path] = []

@@ -35,7 +35,18 @@ PATIENCE_S = 100.0 if IN_LAB else 20.0
 """A guest that has not done by then what a test waits for never will."""
 NAME = "kvmtest"
 
-_WITH_DEFINES = ("end", "echo", "ring3", "tally", "pulse", "virtio", "virtio_disk", "virtio_reset", "virtio_hostile")
+_WITH_DEFINES = (
+    "end",
+    "echo",
+    "ring3",
+    "tally",
+    "pulse",
+    "deaf",
+    "virtio",
+    "virtio_disk",
+    "virtio_reset",
+    "virtio_hostile",
+)
 
 VARIANTS: dict[str, tuple[str, dict[str, int]]] = {
     **{path.stem: (path.stem, {}) for path in SOURCES.glob("*.S") if path.stem not in _WITH_DEFINES},
@@ -58,6 +69,8 @@ VARIANTS: dict[str, tuple[str, dict[str, int]]] = {
     "pulse-one-shot": ("pulse", {"TIMER": 0}),
     "pulse-periodic": ("pulse", {"TIMER": 1}),
     "pulse-deadline": ("pulse", {"TIMER": 2}),
+    "deaf": ("deaf", {"BEATS": 0}),
+    "deaf-beating": ("deaf", {"BEATS": 1}),
     "ring3": ("ring3", {"RING0_ROUNDS": 20_000, "RING3_ROUNDS": 20_000_000}),
 }
 """Guests by name: the source and what is defined for it."""

@@ -178,3 +178,13 @@ def test_ready_on_the_control_line_shows_that_pid_1_is_ours() -> None:
     say(foreign, "console", b"READY")
     assert ours.ready_on_control
     assert not foreign.ready_on_control
+
+
+@pytest.mark.parametrize("line", [b"clock tsc=1 ns=2 tsc_end=3", b"go-done tsc=1 realtime_ns=2"])
+def test_a_pid_1_that_reads_its_clock_or_has_answered_is_one_that_answers(line: bytes) -> None:
+    contract = GuestContract()
+    say(contract, "console", line)
+    say(contract, "control", b"READY", b"heartbeat counter=1", line[:-3])
+    assert not contract.answers_go
+    say(contract, "control", line)
+    assert contract.answers_go

@@ -86,12 +86,13 @@ def test_a_guest_comes_back_with_what_it_has_said() -> None:
     hub = EventHub()
     for event in (GuestPreExec(3), GuestHeartbeat(4, 9), GuestListener(5, "tcp", 80), GuestIdle(6)):
         hub.publish(event)
-    contract = GuestContract.of_saved(has_pid1=True, started=True, stages={"ready_ns": 5})
+    contract = GuestContract.of_saved(has_pid1=True, started=True, stages={"ready_ns": 5}, answers_go=True)
     watch = GuestWatch(hub, Console(write), Timeline(), lambda stopped: None)
     watch.go_on(contract, {"console": b"half a li\xff", "control": b""})
     record = record_of(watch, hub, holds_workload=True)
     assert GuestRecord.of_section(record.to_section()) == record
     assert (record.in_window, record.exited, record.console_line) == (True, False, b"half a li\xff")
+    assert record.answers_go
     assert record.past() == [GuestPreExec(0), GuestListener(0, "tcp", 80), GuestHeartbeat(0, 9), GuestIdle(0)]
 
 
