@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import struct
 from typing import Any
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from asyncvmm.device_config import BalloonConfig
 from asyncvmm.devices.virtio.balloon.device import (
     ACTUAL,
-    CMD_ID_DONE,
-    CMD_ID_STOP,
     DEFLATE,
-    FREE_PAGE,
     FREE_PAGE_HINT_CMD_ID,
     INFLATE,
     MOST_CHAINS,
@@ -31,7 +24,7 @@ from asyncvmm.devices.virtio.balloon.device import (
     VIRTIO_BALLOON_F_STATS_VQ,
     VirtioBalloon,
 )
-from asyncvmm.devices.virtio.balloon.pages import PAGE_BYTES, Range
+from asyncvmm.devices.virtio.balloon.pages import PAGE_BYTES
 from asyncvmm.devices.virtio.ids import STATUS_ACKNOWLEDGE, STATUS_DRIVER, STATUS_DRIVER_OK, STATUS_FEATURES_OK
 from asyncvmm.devices.virtio.queue import DESC_F_WRITE
 from asyncvmm.devices.virtio.registers import (
@@ -39,54 +32,8 @@ from asyncvmm.devices.virtio.registers import (
     STATUS,
 )
 from asyncvmm.errors import ConfigError
-from asyncvmm.metrics.counters import kinds
-from asyncvmm.metrics.groups import BalloonMetrics
 from asyncvmm.testing.driver import Driver
-
-RAM = 5 << 18
-ALL = BalloonConfig(free_page_hinting=True)
-
-
-class Host:
-    """Remembers what was given back, and zeroes it. ``refuse``: pages that cannot be taken."""
-
-    def __init__(self) -> None:
-        self.memory = bytearray()
-        self.released: list[Range] = []
-        self.refuse: set[int] = set()
-
-    def release(self, ranges: list[Range]) -> int:
-        self.released += ranges
-        taken = [(address, size) for address, size in ranges if address // PAGE_BYTES not in self.refuse]
-        for address, size in taken:
-            if address + size <= len(self.memory):
-                self.memory[address : address + size] = bytes(size)
-        return sum(size for _, size in taken)
-
-
-def balloon(config: BalloonConfig = ALL, ram: int = RAM) -> tuple[VirtioBalloon, Host]:
-    host = Host()
-    return VirtioBalloon(config, [(0, ram)], host, BalloonMetrics()), host
-
-
-def driven(config: BalloonConfig = ALL) -> tuple[Driver, VirtioBalloon, Host]:
-    device, host = balloon(config)
-    return Driver(device, memory_size=RAM), device, host
-
-
-def words(*values: int) -> bytes:
-    return struct.pack(f"<{len(values)}I", *values)
-
-
-def statistics(**values: int) -> bytes:
-    tags = {"free_memory": 4, "total_memory": 5}
-    return b"".join(struct.pack("<HQ", tags[name], value) for name, value in values.items())
-
-
-def counted(device: VirtioBalloon) -> dict[str, Any]:
-    """The counters that are not 0."""
-    return {name: value for name in kinds(BalloonMetrics) if (value := getattr(device.metrics, name))}
-
+from tests.support.balloon_guest import ALL, RAM, balloon, counted, driven, statistics, words
 
 # -- features and queues -----------------------------------------------------------------------------------------------
 
@@ -309,85 +256,6 @@ def test_a_reset_forgets_the_buffer_and_what_it_said() -> None:
     assert device.stats().free_memory is None
 
 
-# -- free pages --------------------------------------------------------------------------------------------------------
-
-
-def test_reported_pages_are_given_back_and_their_bytes_counted() -> None:
-    driver, device, host = driven()
-    host.memory = driver.memory
-    queue = driver.queue(REPORTING)
-    driver.memory[0x20000:0x28000] = b"\1" * 0x8000
-    queue.set_descriptor(0, 0x20000, 0x4000, DESC_F_WRITE | 1, 1)
-    queue.set_descriptor(1, 0x24800, 0x3000, DESC_F_WRITE, 0)
-    queue.put_available(0)
-    driver.kick(REPORTING)
-    assert host.released == [(0x20000, 0x4000), (0x25000, 0x2000)]
-    assert counted(device) == {"free_page_report_count": 1, "free_page_report_freed": 0x6000}
-    assert driver.used(REPORTING)[0].written == 0
-
-
-def test_a_report_that_names_nothing_is_counted() -> None:
-    driver, device, _ = driven()
-    driver.request(REPORTING, [b"what?"])
-    assert counted(device) == {"free_page_report_count": 1, "free_page_report_fails": 1}
-
-
-def test_a_report_of_what_is_not_ram_ends_the_driver() -> None:
-    driver, _, host = driven()
-    driver.queue(REPORTING).set_descriptor(0, RAM - PAGE_BYTES, 2 * PAGE_BYTES, DESC_F_WRITE, 0)
-    driver.queue(REPORTING).put_available(0)
-    driver.kick(REPORTING)
-    assert driver.needs_reset
-    assert not host.released
-
-
-def ask_for_hints(driver: Driver, device: VirtioBalloon) -> int:
-    with device.session():
-        device.start_hinting()
-    return int.from_bytes(driver.config(FREE_PAGE_HINT_CMD_ID, 4), "little")
-
-
-def test_hinted_pages_are_given_back_between_start_and_stop() -> None:
-    driver, device, host = driven()
-    done: list[int] = []
-    device.on_hinted = lambda: done.append(device.hinted_bytes)
-    command = ask_for_hints(driver, device)
-    assert command >= 2
-    driver.request(FREE_PAGE, [words(command)])
-    driver.request(FREE_PAGE, writable=[2 * PAGE_BYTES])
-    freed = sum(size for _, size in host.released)
-    assert freed >= PAGE_BYTES
-    driver.request(FREE_PAGE, [words(CMD_ID_STOP)])
-    assert done == [freed]
-    assert driver.config(FREE_PAGE_HINT_CMD_ID, 4) == words(CMD_ID_DONE)
-    assert counted(device) == {"free_page_hint_count": 1, "free_page_hint_freed": freed}
-
-
-def test_hints_that_answer_an_older_command_are_not_taken() -> None:
-    driver, device, host = driven()
-    old = ask_for_hints(driver, device)
-    new = ask_for_hints(driver, device)
-    assert new != old
-    driver.request(FREE_PAGE, [words(old)])
-    driver.request(FREE_PAGE, writable=[2 * PAGE_BYTES])
-    assert not host.released
-    assert counted(device) == {"free_page_hint_count": 1, "free_page_hint_fails": 1}
-
-
-@pytest.mark.parametrize("command", [CMD_ID_STOP, CMD_ID_DONE])
-def test_a_stop_without_a_start_means_nothing(command: int) -> None:
-    driver, device, _ = driven()
-    driver.request(FREE_PAGE, [words(command)])
-    assert driver.config(FREE_PAGE_HINT_CMD_ID, 4) == words(0)
-    assert counted(device) == {}
-
-
-def test_command_ids_skip_the_reserved_ones_when_they_wrap() -> None:
-    driver, device, _ = driven()
-    device.restore({"hinting": False, "last_cmd_id": 0xFFFFFFFF, "statistics": {}})
-    assert ask_for_hints(driver, device) == 2
-
-
 # -- snapshots ---------------------------------------------------------------------------------------------------------
 
 
@@ -423,79 +291,3 @@ def test_a_saved_state_that_no_balloon_has_is_refused(wrong: dict[str, Any]) -> 
     device, _ = balloon()
     with pytest.raises(ConfigError):
         device.restore(device.state() | wrong)
-
-
-# -- anything in any order ---------------------------------------------------------------------------------------------
-
-
-class AnyDriver(RuleBasedStateMachine):
-    """A driver that does anything, and a count of what it did."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.driver, self.device, self.host = driven()
-        self.expected = dict.fromkeys(("inflate_count", "deflate_count", "free_page_report_count"), 0)
-        self.statistics = 0
-
-    @rule(data=st.binary(min_size=1, max_size=64))
-    def inflate(self, data: bytes) -> None:
-        self.driver.request(INFLATE, [data])
-        self.expected["inflate_count"] += 1
-
-    @rule(pfns=st.lists(st.integers(0, 300), min_size=1, max_size=40))
-    def inflate_pages(self, pfns: list[int]) -> None:
-        self.driver.request(INFLATE, [words(*pfns)])
-        self.expected["inflate_count"] += 1
-
-    @rule(data=st.binary(min_size=1, max_size=64))
-    def deflate(self, data: bytes) -> None:
-        self.driver.request(DEFLATE, [data])
-        self.expected["deflate_count"] += 1
-
-    @rule(data=st.binary(min_size=1, max_size=64))
-    def give_statistics(self, data: bytes) -> None:
-        self.driver.send(STATS, [data])
-        self.driver.kick(STATS)
-        assert len(self.driver.used(STATS)) <= 1
-        self.statistics += 1
-
-    @rule()
-    def ask_for_statistics(self) -> None:
-        with self.device.session():
-            self.device.request_stats()
-        self.driver.used(STATS)
-
-    @rule(sizes=st.lists(st.integers(1, 3 * PAGE_BYTES), min_size=1, max_size=4))
-    def report(self, sizes: list[int]) -> None:
-        self.driver.request(REPORTING, writable=sizes)
-        self.expected["free_page_report_count"] += 1
-
-    @rule(command=st.integers(0, 5), sizes=st.lists(st.integers(1, 3 * PAGE_BYTES), max_size=3))
-    def hint(self, command: int, sizes: list[int]) -> None:
-        self.driver.request(FREE_PAGE, [words(command)], sizes)
-
-    @rule()
-    def ask_for_hints(self) -> None:
-        with self.device.session():
-            self.device.start_hinting()
-
-    @rule(offset=st.integers(0, 15), value=st.integers(0, (1 << 32) - 1))
-    def write_config(self, offset: int, value: int) -> None:
-        self.driver.write(CONFIG + offset, value)
-
-    @rule()
-    def reset(self) -> None:
-        self.driver.reset()
-        self.driver.start()
-
-    @invariant()
-    def every_page_is_ram_and_every_request_is_counted(self) -> None:
-        assert not self.driver.needs_reset
-        assert all(address >= 0 and address + size <= RAM for address, size in self.host.released)
-        metrics = self.device.metrics
-        assert {name: getattr(metrics, name) for name in self.expected} == self.expected
-        assert metrics.stats_updates_count + metrics.stats_update_fails == self.statistics
-
-
-TestAnyDriver = AnyDriver.TestCase
-TestAnyDriver.settings = settings(max_examples=30, stateful_step_count=20, deadline=None)
