@@ -364,8 +364,9 @@ async def test_a_qemu_that_dies_while_it_is_saved_is_reported(plan: BootPlan, qe
         await machine.pause()
         task = asyncio.ensure_future(take(machine, tmp_path / "memory"))
         await anyio.lowlevel.checkpoint()
-        assert machine._child is not None
-        machine._child.kill()
+        assert machine._process is not None
+        assert machine._process.child is not None
+        machine._process.child.kill()
         with suppress(MachineError, StateError):
             await task
         assert "SIGKILL" in (await witness.until_stopped()).detail

@@ -1,44 +1,29 @@
-"""The QEMU machine: a guest in a QEMU child, its serial lines and QMP on inherited socket pairs.
+"""The QEMU machine: what a Machine (machine/base.py) promises, kept by a guest in a QEMU child (process.py).
 
-Everything arrives in callbacks of the event loop: there is no task or thread to be cancelled, and the child is never
-waited for by polling. The guest's effects may come before ``start`` has returned.
+The guest's effects may come before ``start`` has returned.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from asyncvmm.effects import Port
-from asyncvmm.errors import ConfigError, MachineError, SnapshotMismatch, StateError
+from asyncvmm.errors import ConfigError, SnapshotMismatch, StateError
 from asyncvmm.machine.base import AccelName, BootPlan, EffectSink, Evidence
 from asyncvmm.machine.pacing import Pacer
 from asyncvmm.machine.qemu.attachments import Attachments
-from asyncvmm.machine.qemu.balloon import QmpBalloon, first_size
+from asyncvmm.machine.qemu.balloon import QmpBalloon
 from asyncvmm.machine.qemu.binary import find_qemu
-from asyncvmm.machine.qemu.channel import Channel
-from asyncvmm.machine.qemu.child import Child
-from asyncvmm.machine.qemu.command import (
-    ChildDescriptors,
-    MemoryEnd,
-    QemuAccel,
-    QemuBinary,
-    build_command,
-    choose_machine_type,
-    kernel_cmdline,
-)
-from asyncvmm.machine.qemu.control import QmpControl
+from asyncvmm.machine.qemu.command import QemuAccel, QemuBinary, choose_machine_type, kernel_cmdline
 from asyncvmm.machine.qemu.counts import QemuCounts
-from asyncvmm.machine.qemu.ending import GuestEnd
 from asyncvmm.machine.qemu.files import check_readable, join_initrd
 from asyncvmm.machine.qemu.guest_memory import GuestMemory
-from asyncvmm.machine.qemu.guest_tsc import GuestTsc
 from asyncvmm.machine.qemu.ports import ChannelStream
-from asyncvmm.machine.qemu.qmp import QmpEvent
-from asyncvmm.machine.qemu.restoring import StateFile, incoming
+from asyncvmm.machine.qemu.process import QemuProcess
+from asyncvmm.machine.qemu.restoring import StateFile
 from asyncvmm.machine.qemu.saved_facts import (
     STATE,
     check,
@@ -49,7 +34,6 @@ from asyncvmm.machine.qemu.saved_facts import (
     with_saved_mac,
 )
 from asyncvmm.machine.qemu.saving import StateSaver
-from asyncvmm.machine.qemu.serial_lines import SerialLines
 from asyncvmm.machine.saved import RestorePlan, SavedMachine
 from asyncvmm.machine.waiting import in_thread, wait_out
 from asyncvmm.metrics.vm_metrics import VmMetrics
@@ -58,8 +42,6 @@ from asyncvmm.timing.timeline import Timeline
 if TYPE_CHECKING:
     from asyncvmm.snapshot.memory_writer import MemoryWriter
     from asyncvmm.vsock.host import VsockHost
-
-_log = logging.getLogger("asyncvmm.devices")
 
 _State = Literal["new", "starting", "running", "ended"]
 
@@ -90,10 +72,7 @@ class QemuMachine:
         self._qemu = qemu
         self._state: _State = "new"
         self._is_prepared = False
-        self._child: Child | None = None
-        self._serial: SerialLines | None = None
-        self._qmp: QmpControl | None = None
-        self._guest_tsc: GuestTsc | None = None
+        self._process: QemuProcess | None = None
         self._initrd: int | None = None
         self._memory: GuestMemory | None = None
         self._saver: StateSaver | None = None
@@ -101,9 +80,6 @@ class QemuMachine:
         self._attachments = Attachments(plan, self._metrics)
         self._counts = QemuCounts(self._metrics, plan)
         self.balloon: QmpBalloon | None = None
-        self._end = GuestEnd(self._pacer)
-        self._pausing = False
-        self._child_gone: asyncio.Future[None] | None = None
 
     # -- the protocol ----------------------------------------------------------------------------------------------
 
@@ -136,28 +112,28 @@ class QemuMachine:
             assert self._qemu is not None
             with self._timeline.phase("qemu_fork"):
                 self._memory = GuestMemory.new(self._plan.memory_mib << 20)
-                self._spawn(self._qemu, self._memory)
+                process = self._spawn(self._qemu, self._memory)
             with self._timeline.phase("qemu_qmp_connect"):
-                await self._running()
+                await self._running(process)
         except BaseException:
             await self.stop()
             raise
 
     async def write(self, port: Port, data: bytes) -> None:
         """Send bytes to the guest's serial port. Cancelled, it has sent a beginning of them. Raises StateError."""
-        self._require("running")
-        assert self._serial is not None
-        await self._serial.channels[port].write(data)
+        await self._running_process().serial.channels[port].write(data)
 
     async def pause(self) -> None:
         """Stop every vCPU. Raises StateError or MachineError."""
-        self._pausing = True
+        if self._process is not None:
+            self._process.pausing = True
         await self._command("stop")
 
     async def resume(self) -> None:
         """Let the vCPUs run on. Raises StateError or MachineError."""
         await self._command("cont")
-        self._pausing = False
+        if self._process is not None:
+            self._process.pausing = False
         if self._saver is not None:
             self._saver.forget()
 
@@ -166,7 +142,7 @@ class QemuMachine:
 
     async def precopy(self, memory: MemoryWriter) -> None:
         """Nothing: QEMU does not say what its guest writes meanwhile. Raises StateError."""
-        self._require("running")
+        self._running_process()
 
     async def save(self, memory: MemoryWriter, *, difference_of: str | None = None) -> SavedMachine:
         """As the protocol says; always all of memory. What was sent to a port of the virtio console, and was not read
@@ -174,13 +150,12 @@ class QemuMachine:
 
         Raises StateError, SnapshotFailed, MachineError.
         """
-        self._require("running")
-        if not self._pausing:
+        process = self._running_process()
+        if not process.pausing:
             raise StateError("save", expected="a paused machine", state="running")
         check_can_save(self._plan, difference_of)
         assert self._saver is not None
-        assert self._serial is not None
-        unread = await self._serial.unread(lambda: self._command("query-status"))
+        unread = await process.serial.unread(lambda: self._command("query-status"))
         state = await self._saver.save(memory)
         return saved_machine(self._plan, self._facts(), state, memory.map(), unread)
 
@@ -201,9 +176,7 @@ class QemuMachine:
                 await in_thread(lambda: self._take_memory(plan))
             self._require_new("restore")
             await self._become(plan.saved.sections[STATE])
-            self._require("running")
-            assert self._serial is not None
-            self._serial.send_unread(unread)
+            self._running_process().serial.send_unread(unread)
         except BaseException:
             await self.stop()
             raise
@@ -222,20 +195,10 @@ class QemuMachine:
             freed.result()
 
     async def _finish(self) -> None:
-        if self._child is None:
+        if self._process is None or self._process.child is None:
             self._free()
-            return
-        self._end.be_silent()
-        try:
-            await self._counts.finish()
-        finally:
-            await self._kill(self._child)
-
-    async def _kill(self, child: Child) -> None:
-        child.kill()
-        if self._child_gone is not None:
-            await wait_out(self._child_gone)
-        await self._pacer.finish()
+        else:
+            await self._process.kill()
 
     def exits(self) -> None:
         """None: QEMU keeps its exits to itself."""
@@ -246,7 +209,8 @@ class QemuMachine:
 
     def guest_instant(self, tsc: int) -> tuple[int, int] | None:
         """By when the vCPUs were let run, with TCG and until they are first stopped; else None."""
-        return None if self._guest_tsc is None else self._guest_tsc.instant(tsc)
+        tsc_of_guest = None if self._process is None else self._process.guest_tsc
+        return None if tsc_of_guest is None else tsc_of_guest.instant(tsc)
 
     def guest_time(self) -> None:
         """None: QEMU keeps its guest's counter to itself."""
@@ -261,7 +225,7 @@ class QemuMachine:
 
     def progress(self) -> int:
         """Serial bytes the guest has written so far."""
-        return 0 if self._serial is None else self._serial.received
+        return 0 if self._process is None else self._process.serial.received
 
     @property
     def ports(self) -> Mapping[str, ChannelStream]:
@@ -304,127 +268,45 @@ class QemuMachine:
     async def _become(self, state: bytes) -> None:
         assert self._qemu is not None
         assert self._memory is not None
-        self._state, self._pausing = "starting", True
+        self._state = "starting"
         with self._timeline.phase("qemu_fork"), StateFile(state) as file:
-            self._spawn(self._qemu, self._memory, file.fd)
-        assert self._qmp is not None
+            process = self._spawn(self._qemu, self._memory, file.fd)
         with self._timeline.phase("qemu_qmp_connect"):
-            await self._answered(self._qmp.negotiated)
+            await process.answered(process.qmp.negotiated)
         with self._timeline.phase("device_state_restore"):
-            await self._running()
+            await self._running(process)
 
-    def _spawn(self, qemu: QemuBinary, memory: GuestMemory, state: int | None = None) -> None:
+    def _spawn(self, qemu: QemuBinary, memory: GuestMemory, state: int | None = None) -> QemuProcess:
         """Start QEMU, from its kernel or with a saved state, which is in the file ``state``."""
-        loop = asyncio.get_running_loop()
-        qmp = Channel(loop)
-        self._guest_tsc = GuestTsc() if self._qemu_accel == "tcg" and state is None else None
-        first = first_size(self._plan) if state is None else incoming(state)
-        self._qmp = QmpControl(qmp, self._on_event, self._fail, self._on_running, first, restores=state is not None)
-        self._saver = StateSaver(self._qmp.execute, memory)
+        process = QemuProcess(self._plan, self._qemu_accel, self._pacer, memory, self._free, state)
+        self._process = process
+        self._saver = StateSaver(process.qmp.execute, memory)
         if self._plan.devices.balloon is not None:
             is_pci = choose_machine_type(self._plan) == "q35"
             group = self._metrics.balloon
-            self.balloon = QmpBalloon(self._qmp.execute, self._plan, group, is_pci=is_pci, version=qemu.version)
-        self._serial = SerialLines(loop, self._pacer)
-        ends = ChildDescriptors(
-            qmp=qmp.peer.fileno(),
-            console=self._serial.channels["console"].peer.fileno(),
-            control=self._serial.channels["control"].peer.fileno(),
-            memory=MemoryEnd(memory.fd, memory.shared),
-            devices=self._attachments.connect(loop, self._device_failed),
-            restores=state is not None,
-        )
-        command = build_command(self._plan, qemu, self._qemu_accel, ends, self._initrd_path())
-        others = (self._initrd, state, self._plan.resources.net_fd)
-        self._child = Child(loop, command, [*ends.all(), *(fd for fd in others if fd is not None)])
-        self._child_gone = loop.create_future()
-        self._child.watch(self._on_child_end)
-        qmp.peer.close()
-        self._attachments.release_ends()
+            self.balloon = QmpBalloon(process.qmp.execute, self._plan, group, is_pci=is_pci, version=qemu.version)
+        process.spawn(qemu, self._attachments, self._counts, self._initrd)
         self._close_initrd()
-        self._counts.watch_ports(self._serial.channels.values(), self._attachments.channels)
-        self._serial.watch()
+        return process
 
-    def _initrd_path(self) -> str | None:
-        if self._initrd is not None:
-            return f"/proc/self/fd/{self._initrd}"
-        return None if self._plan.initrd is None else str(self._plan.initrd)
-
-    async def _running(self) -> None:
+    async def _running(self, process: QemuProcess) -> None:
         """Until QEMU has taken its command line and lets the vCPUs run, or holds them where they were saved."""
-        assert self._qmp is not None
-        await self._answered(self._qmp.started)
+        await process.answered(process.qmp.started)
         if self._state == "starting":
             # Else the guest has come to its end already, as its effects say.
             self._state = "running"
 
-    async def _answered(self, answer: asyncio.Future[Any]) -> None:
-        """Until QEMU has answered, or has ended instead."""
-        assert self._qmp is not None
-        try:
-            await answer
-        except MachineError:
-            if self._child is None or self._child.status is None:
-                raise
-            raise self._end.of_start(self._child, reads_state=self._qmp.reads_state) from None
-
-    # -- how it ends -----------------------------------------------------------------------------------------------
-
-    def _on_running(self) -> None:
-        if self._guest_tsc is not None:
-            self._guest_tsc.running()
-        if self._qmp is not None:
-            self._counts.watch_disks(self._qmp.ask)
-
-    def _on_event(self, event: QmpEvent) -> None:
-        if self._guest_tsc is not None and event.name == "RESUME":
-            self._guest_tsc.resumed(event.realtime_ns)
-        elif self._guest_tsc is not None and event.name == "STOP":
-            self._guest_tsc.stopped()
-        if event.name == "STOP" and not self._pausing and self._qmp is not None:
-            self._qmp.ask("query-status", self._end.hear_halt)
-        self._end.hear(event)
-
-    def _on_child_end(self) -> None:
-        """Read what is left, say why, free everything."""
-        assert self._child is not None
-        assert self._child.status is not None
-        assert self._qmp is not None
-        assert self._serial is not None
-        # What the child left in its sockets is a few hundred KiB at the most.
-        while self._qmp.read():
-            pass
-        while self._serial.hand_out():
-            pass
-        if self._qmp.has_started:
-            self._end.tell_end(self._child)
-        self._free()
-
-    def _fail(self, error: MachineError) -> None:
-        """QMP broke: nothing more can be said to this QEMU."""
-        self._end.tell("machine", str(error))
-        if self._child is not None:
-            self._child.kill()
-
-    def _device_failed(self, error: Exception) -> None:
-        _log.error("a device of %s failed", self._plan.name, exc_info=error)
-        self._end.fail(error)
-        if self._child is not None:
-            self._child.kill()
+    # -- ending ----------------------------------------------------------------------------------------------------
 
     def _free(self) -> None:
+        """There is no QEMU, or none any more."""
         self._state = "ended"
-        if self._serial is not None:
-            self._serial.close()
+        if self._process is not None:
+            self._process.close()
         if self._memory is not None:
             self._memory.close()
-        self._counts.close()
-        if self._qmp is not None:
-            self._qmp.close()
         self._attachments.close()
         self._close_initrd()
-        if self._child_gone is not None and not self._child_gone.done():
-            self._child_gone.set_result(None)
 
     def _close_initrd(self) -> None:
         if self._initrd is not None:
@@ -438,14 +320,13 @@ class QemuMachine:
         return facts_of(self._plan, self._qemu, self._qemu_accel)
 
     async def _command(self, name: str) -> None:
-        self._require("running")
-        assert self._qmp is not None
-        await self._qmp.execute(name)
+        await self._running_process().qmp.execute(name)
 
     def _require_new(self, what: str) -> None:
         if self._state != "new":
             raise StateError(what, expected="a new machine", state=self._state)
 
-    def _require(self, state: _State) -> None:
-        if self._state != state:
-            raise StateError("the guest's machine", expected=state, state=self._state)
+    def _running_process(self) -> QemuProcess:
+        if self._process is None or self._state != "running":
+            raise StateError("the guest's machine", expected="running", state=self._state)
+        return self._process
