@@ -1,8 +1,8 @@
 /*
  * Lines from the host on the control line:
  *
- *     go <seed-hex> <realtime_ns>    mix the seed into the kernel's random pool, set the clock, say so ("go-done"), open
- *                                    the pre-exec gate
+ *     go <seed-hex> <realtime_ns>    mix the seed into the kernel's random pool, forget what was fetched of /dev/hwrng,
+ *                                    set the clock, say so ("go-done"), open the pre-exec gate
  *     tsc <value> <khz>              the time in the next go is that of this value of the time stamp counter
  *     poweroff
  *     reboot
@@ -14,10 +14,13 @@
 #include <fcntl.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/time.h>
 #include <unistd.h>
 
 enum { LINE_SIZE = 512, BYTES_PER_POLL = 1024, EMPTY_POLLS_MID_LINE = 200, SEED_MAX = 64 };
 enum { GAP_MAX_NS = 200000000 };
+/* Linux's hw_random core and its virtio-rng each hold at most a cache line that the device gave before. */
+enum { FETCHED_MAX = 128, FETCH_PATIENCE_US = 20000 };
 
 /* linux/random.h, which musl does not ship. */
 struct rand_pool_info { int entropy_count, buf_size; unsigned char buf[SEED_MAX]; };
@@ -75,6 +78,24 @@ static void mix_entropy(const unsigned char *seed, size_t size)
 	close(fd);
 }
 
+/* What the kernel holds of /dev/hwrng, every clone holds: it is read up to where the device would be asked. */
+static void forget_fetched(void)
+{
+	static const struct itimerval patience = { { 0, FETCH_PATIENCE_US }, { 0, FETCH_PATIENCE_US } }, over;
+	unsigned char fetched[FETCHED_MAX];
+	size_t left = sizeof fetched;
+	ssize_t n;
+	int fd = open("/dev/hwrng", O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+	if (fd < 0)
+		return;
+	interrupt_by_alarms();
+	setitimer(ITIMER_REAL, &patience, NULL); /* O_NONBLOCK does not keep it from waiting for who reads it as well */
+	while (left && (n = read(fd, fetched, left)) > 0)
+		left -= (size_t)n;
+	setitimer(ITIMER_REAL, &over, NULL);
+	close(fd);
+}
+
 /*
  * When the line's time was true, on CLOCK_MONOTONIC: exactly, if the counter came with it. Else somewhere between the
  * last look that found nothing and now: half-way.
@@ -96,6 +117,7 @@ static void go(const char *arguments)
 		return;
 	uint64_t at_ns = sent_ns();
 	mix_entropy(seed, size);
+	forget_fetched();
 	set_clock(realtime_ns, at_ns);
 	tsc_khz = 0;
 	say_gone();

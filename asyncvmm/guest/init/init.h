@@ -71,6 +71,7 @@ void listeners_poll(void);
 
 /* main.c */
 void sleep_ms(unsigned milliseconds);
+void interrupt_by_alarms(void); /* from then on a timer ends what this process waits for */
 void say(const char *format, ...) __attribute__((format(printf, 1, 2)));  /* one whole line, with its "\n" */
 ssize_t read_file(const char *path, char *buffer, size_t size);           /* NUL-terminated; -1 if unreadable */
 bool write_file(const char *path, const char *text);

@@ -27,6 +27,17 @@ void sleep_ms(unsigned milliseconds)
 	nanosleep(&time, NULL);
 }
 
+static void wake_up(int signal)
+{
+	(void)signal;
+}
+
+void interrupt_by_alarms(void)
+{
+	struct sigaction action = { .sa_handler = wake_up };
+	sigaction(SIGALRM, &action, NULL);
+}
+
 void say(const char *format, ...)
 {
 	char line[LINE_SIZE];

@@ -2,7 +2,6 @@
 #include "init.h"
 
 #include <fcntl.h>
-#include <signal.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mount.h>
@@ -60,17 +59,11 @@ int open_console(void)
 	return console_fd;
 }
 
-static void wake_up(int signal)
-{
-	(void)signal;
-}
-
 /* Waits until the console has sent all it holds, as long as it gets on with that: a workload may have stopped it. */
 void drain_console(void)
 {
-	struct sigaction action = { .sa_handler = wake_up };
 	int before, left = 0;
-	sigaction(SIGALRM, &action, NULL);
+	interrupt_by_alarms();
 	ioctl(console_fd, TIOCOUTQ, &left);
 	do {
 		before = left;
