@@ -170,14 +170,15 @@ for _command in (inspect, verify, flatten):
 @main.command()
 @click.argument("directory", type=FILE, metavar="DIR")
 @click.option("--clones", default=1, show_default=True, metavar="N", help="How many VMs to make of it.")
+@click.option("--beyond-bend", is_flag=True, help="More than 100 of them, where each costs more than the last.")
 @click.option("--jsonl", metavar="PATH|-", help="Write events as JSON lines; with - the output goes to stderr.")
 @click.pass_context
-def restore(ctx: click.Context, directory: Path, clones: int, jsonl: str | None) -> None:
+def restore(ctx: click.Context, directory: Path, clones: int, beyond_bend: bool, jsonl: str | None) -> None:
     """Run the guest that is saved in DIR, or several of it, until its workload ends: its exit code is ours."""
     with signals_held():
         from asyncvmm.snapshot_commands import restore as run_restored
 
-    ctx.exit(run_on_uvloop(lambda: run_restored(directory, clones, jsonl)))
+    ctx.exit(run_on_uvloop(lambda: run_restored(directory, clones, jsonl, beyond_bend)))
 
 
 @main.command()

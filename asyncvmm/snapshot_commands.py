@@ -18,6 +18,7 @@ from asyncvmm.console import ConsoleReader
 from asyncvmm.errors import AsyncVMMError, ConfigError, GuestStopped, HostError
 from asyncvmm.events.lines import LineScanner
 from asyncvmm.events.outputs import Output, Target, open_output
+from asyncvmm.snapshot.clones import MOST_CLONES
 from asyncvmm.snapshot.resources import SnapshotResources
 from asyncvmm.snapshot.snapshot import Snapshot
 from asyncvmm.vm import VM
@@ -87,15 +88,17 @@ async def _copy_workload(vm: VM, output: WorkloadOutput, stdout: Output) -> None
     await output.copy_to(stdout)
 
 
-async def restore(directory: Path, clones: int, jsonl: str | None) -> int:
+async def restore(directory: Path, clones: int, jsonl: str | None, beyond_bend: bool) -> int:
     """``asyncvmm restore``: run until every workload has ended; gives the first exit code that is not 0, else 0."""
+    if clones > MOST_CLONES and not beyond_bend:
+        raise ConfigError("--clones", expected=f"at most {MOST_CLONES}, or --beyond-bend as well", found=clones)
     output = open_output(2 if jsonl == "-" else "-")
     with closing(output):
         async with await Snapshot.load(directory) as snapshot:
             with _shared(jsonl) as target:
                 runs = _Runs(clones, target, output)
                 try:
-                    async with snapshot.clones(clones, prepare=runs.prepare) as vms:
+                    async with snapshot.clones(clones, prepare=runs.prepare, beyond_bend=beyond_bend) as vms:
                         return await runs.finish(vms)
                 except BaseExceptionGroup as failed:
                     raise first_error(failed) from None

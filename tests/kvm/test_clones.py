@@ -13,8 +13,10 @@ import pytest
 
 from asyncvmm import VM, VMConfig
 from asyncvmm.console import ConsoleReader
+from asyncvmm.errors import ConfigError
 from asyncvmm.events.snapshot_types import RestoreStep
 from asyncvmm.events.types import Event, GuestGoDone
+from asyncvmm.snapshot import clones
 from tests.kvm.conftest import IN_LAB, PATIENCE_S
 
 pytestmark = pytest.mark.anyio
@@ -75,9 +77,9 @@ async def test_a_hundred_clones_at_once_all_differ_and_keep_the_hosts_time(guest
             await original.boot()
             async with await original.snapshot() as snapshot:
                 prepare = lambda vm, number: heard[number].listen(vm)  # noqa: E731
-                async with snapshot.clones(COUNT, prepare=prepare, at_once=COUNT) as clones:
+                async with snapshot.clones(COUNT, prepare=prepare, at_once=COUNT) as made:
                     randoms = [await heard[number].random() for number in range(COUNT)]
-                    assert len(clones) == COUNT
+                    assert len(made) == COUNT
     assert len(set(randoms)) == COUNT
     assert all(len(random) == 32 for random in randoms)
     for listener in heard.values():
@@ -85,3 +87,16 @@ async def test_a_hundred_clones_at_once_all_differ_and_keep_the_hosts_time(guest
         assert listener.clock_error is not None
         error, sure = listener.clock_error
         assert abs(error) + sure <= LEEWAY_NS
+
+
+async def test_more_than_are_sensible_in_one_process_have_to_be_insisted_on(
+    guest: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clones, "MOST_CLONES", 1)
+    async with VM(VMConfig(kernel=guest("clone"), memory_mib=4, accel="kvm")) as original:
+        await original.boot()
+        async with await original.snapshot() as snapshot:
+            with pytest.raises(ConfigError, match="at most 1 in one process"):
+                await snapshot.clones(2).__aenter__()
+            async with snapshot.clones(2, beyond_bend=True) as made:
+                assert [vm.state for vm in made] == ["ready", "ready"]

@@ -1,0 +1,32 @@
+"""What ``asyncvmm restore`` refuses before it looks at the snapshot, in words of the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from asyncvmm.cli import main
+from asyncvmm.snapshot.clones import MOST_CLONES
+
+
+@pytest.fixture
+def nothing(tmp_path: Path) -> Path:
+    """A directory that is not there."""
+    return tmp_path / "nothing"
+
+
+def test_more_clones_than_are_sensible_want_an_option_that_can_be_typed(nothing: Path) -> None:
+    done = CliRunner().invoke(main, ["restore", str(nothing), "--clones", str(MOST_CLONES + 1)])
+    assert done.exit_code == 2
+    assert done.output == (
+        f"asyncvmm: --clones: expected at most {MOST_CLONES}, or --beyond-bend as well, found {MOST_CLONES + 1}\n"
+    )
+
+
+def test_with_it_or_with_fewer_the_snapshot_is_looked_at(nothing: Path) -> None:
+    for words in (["--clones", str(MOST_CLONES)], ["--clones", str(MOST_CLONES + 1), "--beyond-bend"]):
+        done = CliRunner().invoke(main, ["restore", str(nothing), *words])
+        assert done.exit_code == 2
+        assert str(nothing) in done.output
