@@ -1,12 +1,19 @@
-"""Every async test here runs on plain asyncio and on uvloop."""
+"""What the tests of sinks and of their outputs share."""
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+import os
+from collections.abc import Iterator
 
 import pytest
 
 
-@pytest.fixture(params=[False, True], ids=["asyncio", "uvloop"])
-def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
-    return "asyncio", {"use_uvloop": request.param}
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    """A pipe's ends, to read from and to write to; the test may close them."""
+    reader, writer = os.pipe()
+    yield reader, writer
+    for fd in (reader, writer):
+        with contextlib.suppress(OSError):
+            os.close(fd)
