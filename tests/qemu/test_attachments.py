@@ -20,25 +20,14 @@ from asyncvmm.device_config import BalloonConfig, ConsoleConfig, DriveConfig, Ne
 from asyncvmm.device_list import DeviceConfig
 from asyncvmm.errors import ConfigError, DriveBusy, DriveError, MachineError, StateError
 from asyncvmm.machine.base import BootPlan, DriveResource, Resources
-from asyncvmm.machine.qemu.binary import find_qemu
 from asyncvmm.machine.qemu.command import QemuBinary
 from asyncvmm.machine.qemu.machine import QemuMachine
 from asyncvmm.machine.qemu.vhost_user.backend import Backend
 from asyncvmm.storage.overlay import make_overlay
 from asyncvmm.timing.timeline import Timeline
-from tests.support.qemu_machine import PATIENCE_S, holdings, running
-from tests.support.requirements import require
+from tests.support.qemu_machine import DEBUG_EXIT, PATIENCE_S, SOME_TSC_KHZ, holdings, running
 
 pytestmark = pytest.mark.anyio
-
-SOME_TSC_KHZ = 2_000_000
-DEBUG_EXIT = b"\x04"
-
-
-@pytest.fixture(scope="session")
-def qemu() -> QemuBinary:
-    require("qemu")
-    return find_qemu()
 
 
 @pytest.fixture

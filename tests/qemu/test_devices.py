@@ -16,7 +16,7 @@ from typing import Any
 import anyio
 import attrs
 import pytest
-from anyio.abc import ByteReceiveStream, ByteStream
+from anyio.abc import ByteStream
 
 from asyncvmm.balloon import Balloon
 from asyncvmm.device_config import (
@@ -35,6 +35,8 @@ from asyncvmm.machine.base import BootPlan, DriveResource, Resources
 from asyncvmm.machine.qemu.binary import find_qemu
 from asyncvmm.machine.qemu.machine import QemuMachine
 from asyncvmm.vsock.stream import VsockAttribute
+from tests.support.byte_streams import read_exactly, read_until
+from tests.support.guest_agent import PORT, SCRIPT, Agent
 from tests.support.holdings import children
 from tests.support.qemu_machine import PATIENCE_S, Witness, default_image, running, tsc_khz
 from tests.support.requirements import require
@@ -52,18 +54,6 @@ DRIVES = (
     DriveConfig(path="third", id="c_third", cache="none"),
     DriveConfig(path="fourth", id="d", discard=False, cache="unsafe"),
 )
-
-AGENT = r"""
-port() { for p in /sys/class/virtio-ports/*; do [ "$(cat $p/name)" = $1 ] && echo /dev/${p##*/}; done; }
-exec 3<>$(port agent)
-while read -r line <&3; do
-    eval "$line" >/tmp/out 2>&1
-    echo "status=$?" >>/tmp/out
-    wc -c </tmp/out >&3
-    cat /tmp/out >&3
-done
-"""
-"""Runs each line it is sent by the port ``agent``; answers with the output's length, a newline, and the output."""
 
 
 @pytest.fixture(scope="module")
@@ -85,31 +75,13 @@ class Guest:
 
     async def run(self, command: str) -> str:
         """The output of a shell command in the guest, its exit status last."""
-        port = self.machine.ports["agent"]
-        with anyio.fail_after(PATIENCE_S):
-            await port.send(command.encode() + b"\n")
-            size = int((await read_until(port, b"\n")).split()[-1])
-            return (await read_exactly(port, size)).decode().removesuffix("\n")
+        return await Agent(self.machine.ports[PORT]).attempt(command)
 
     def resident(self) -> int:
         """Bytes of host memory behind the guest's: what is resident of the mapping that has its size."""
         mappings = Path(f"/proc/{self.pid}/smaps").read_text()
         (rss,) = re.findall(rf"^Size: +{MEMORY_MIB << 10} kB\n(?:.*\n){{2}}Rss: +(\d+) kB$", mappings, re.MULTILINE)
         return int(rss) << 10
-
-
-async def read_exactly(port: ByteReceiveStream, size: int) -> bytes:
-    data = bytearray()
-    while len(data) < size:
-        data += await port.receive(size - len(data))
-    return bytes(data)
-
-
-async def read_until(port: ByteReceiveStream, end: bytes) -> bytes:
-    data = b""
-    while not data.endswith(end):
-        data += await port.receive(1)
-    return data
 
 
 def make_drives(directory: Path) -> tuple[DriveResource, ...]:
@@ -139,7 +111,7 @@ def plan_of(directory: Path, machine_type: str, net_fd: int) -> BootPlan:
         vcpus=1,
         kernel=image.kernel,
         initrd=image.initrd,
-        appended=workload_archive(("sh", "-c", AGENT), ()) + vsock_program(directory),
+        appended=workload_archive(("sh", "-c", SCRIPT), ()) + vsock_program(directory),
         cmdline="console=ttyS0 8250.nr_uarts=1 panic=-1 quiet",
         tsc_khz=tsc_khz() if machine_type == "microvm" else None,
         devices=DeviceConfig(
@@ -148,7 +120,7 @@ def plan_of(directory: Path, machine_type: str, net_fd: int) -> BootPlan:
             balloon=BalloonConfig(mib=16, free_page_hinting=True),
             rng=RngConfig(),
             vsock=VsockConfig(cid=42, uds_path=directory / "v.sock"),
-            console=ConsoleConfig(ports=("agent", "bulk.1")),
+            console=ConsoleConfig(ports=(PORT, "bulk.1")),
         ),
         resources=Resources(drives=make_drives(directory), net_fd=net_fd, mac=MAC),
     )

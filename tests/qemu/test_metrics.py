@@ -12,11 +12,9 @@ from asyncvmm.device_config import BalloonConfig, ConsoleConfig, DeviceConfig, D
 from asyncvmm.events.types import Metrics
 from asyncvmm.guest.archive import workload_archive
 from asyncvmm.machine.base import BootPlan, DriveResource, Resources
-from asyncvmm.machine.qemu.binary import find_qemu
 from asyncvmm.machine.qemu.command import QemuBinary
 from asyncvmm.metrics.vm_metrics import VmMetrics
 from tests.support.qemu_machine import PATIENCE_S, default_image, running, tsc_khz
-from tests.support.requirements import require
 
 pytestmark = pytest.mark.anyio
 
@@ -30,12 +28,6 @@ head -c 5 /dev/hvc0 >/dev/null
 echo all done
 sleep 1000
 """
-
-
-@pytest.fixture(scope="module")
-def qemu() -> QemuBinary:
-    require("qemu")
-    return find_qemu()
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ import anyio
 import anyio.to_thread
 import attrs
 import pytest
-from anyio.abc import ByteReceiveStream
 
 from asyncvmm.balloon import Balloon
 from asyncvmm.device_config import BalloonConfig, ConsoleConfig, DriveConfig, NetConfig, RngConfig
@@ -27,6 +26,8 @@ from asyncvmm.machine.qemu.machine import QemuMachine
 from asyncvmm.machine.saved import MemoryLayer, RestorePlan, SavedMachine
 from asyncvmm.snapshot.memory_writer import MemoryWriter
 from asyncvmm.timing.timeline import Timeline
+from tests.support.byte_streams import read_until
+from tests.support.guest_agent import PORT, SCRIPT, Agent
 from tests.support.qemu_machine import PATIENCE_S, Witness, default_image, running, tsc_khz
 from tests.support.requirements import require
 
@@ -36,18 +37,9 @@ MIB = 1 << 20
 MEMORY_MIB = 256
 MAC = "02:00:00:00:00:2b"
 
-AGENT = r"""
-port() { for p in /sys/class/virtio-ports/*; do [ "$(cat $p/name)" = $1 ] && echo /dev/${p##*/}; done; }
+COUNTING = r"""
 (while :; do i=$((i+1)); echo $i >/tmp/count.new; mv /tmp/count.new /tmp/count; sleep 0.02; done) &
-exec 3<>$(port agent)
-while read -r line <&3; do
-    eval "$line" >/tmp/out 2>&1
-    echo "status=$?" >>/tmp/out
-    wc -c </tmp/out >&3
-    cat /tmp/out >&3
-done
 """
-"""Counts; runs each line it is sent by the port ``agent`` and answers with the output's length, and the output."""
 
 
 @pytest.fixture(scope="module")
@@ -67,28 +59,10 @@ class Guest:
 
     async def run(self, command: str) -> str:
         """The output of a shell command in the guest, its exit status last."""
-        port = self.machine.ports["agent"]
-        with anyio.fail_after(PATIENCE_S):
-            await port.send(command.encode() + b"\n")
-            size = int((await read_until(port, b"\n")).split()[-1])
-            return (await read_exactly(port, size)).decode().removesuffix("\n")
+        return await Agent(self.machine.ports[PORT]).attempt(command)
 
     async def count(self) -> int:
         return int((await self.run("cat /tmp/count")).split()[0])
-
-
-async def read_exactly(port: ByteReceiveStream, size: int) -> bytes:
-    data = bytearray()
-    while len(data) < size:
-        data += await port.receive(size - len(data))
-    return bytes(data)
-
-
-async def read_until(port: ByteReceiveStream, end: bytes) -> bytes:
-    data = b""
-    while not data.endswith(end):
-        data += await port.receive(1)
-    return data
 
 
 @attrs.frozen
@@ -146,7 +120,7 @@ def plan_of(disk: Path, net_fd: int) -> BootPlan:
         vcpus=2,
         kernel=image.kernel,
         initrd=image.initrd,
-        appended=workload_archive(("sh", "-c", AGENT), ()),
+        appended=workload_archive(("sh", "-c", COUNTING + SCRIPT), ()),
         cmdline="console=ttyS0 8250.nr_uarts=1 panic=-1 quiet",
         tsc_khz=tsc_khz(),
         devices=DeviceConfig(
@@ -154,7 +128,7 @@ def plan_of(disk: Path, net_fd: int) -> BootPlan:
             net=NetConfig(),
             balloon=BalloonConfig(free_page_reporting=True),
             rng=RngConfig(),
-            console=ConsoleConfig(ports=("agent",)),
+            console=ConsoleConfig(ports=(PORT,)),
         ),
         resources=Resources(drives=(DriveResource(drive, disk),), net_fd=net_fd, mac=MAC),
     )

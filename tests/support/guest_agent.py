@@ -5,6 +5,8 @@ from __future__ import annotations
 import anyio
 from anyio.abc import ByteStream
 
+from tests.support.byte_streams import read_exactly, read_until
+
 PORT = "agent"
 PATIENCE_S = 100
 
@@ -25,22 +27,16 @@ class Agent:
 
     def __init__(self, port: ByteStream) -> None:
         self._port = port
-        self._data = b""
 
     async def run(self, line: str) -> str:
         """Have a line of shell carried out, and wait for it."""
-        with anyio.fail_after(PATIENCE_S):
-            await self._port.send(line.encode() + b"\n")
-            size = int(await self._until_newline())
-            while len(self._data) < size:
-                self._data += await self._port.receive()
-        said, self._data = self._data[:size].decode(), self._data[size:]
-        output, _, status = said.removesuffix("\n").rpartition("status=")
+        output, _, status = (await self.attempt(line)).rpartition("status=")
         assert status == "0", f"{line}: status {status}, {output}"
         return output
 
-    async def _until_newline(self) -> bytes:
-        while b"\n" not in self._data:
-            self._data += await self._port.receive()
-        line, _, self._data = self._data.partition(b"\n")
-        return line
+    async def attempt(self, line: str) -> str:
+        """As ``run``, for what may fail: ``status=`` and the exit status come behind what it printed."""
+        with anyio.fail_after(PATIENCE_S):
+            await self._port.send(line.encode() + b"\n")
+            size = int(await read_until(self._port, b"\n"))
+            return (await read_exactly(self._port, size)).decode().removesuffix("\n")

@@ -25,6 +25,14 @@ from tests.support.requirements import require
 
 PATIENCE_S = 60
 
+TOY_MIB = 32
+
+DEBUG_EXIT = b"\x04"
+"""Sent to the toy's console: it writes to the debug-exit port."""
+
+SOME_TSC_KHZ = 2_000_000
+"""For guests that ask for their frequency, and do nothing with it."""
+
 
 @attrs.define
 class Witness:
