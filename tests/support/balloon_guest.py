@@ -6,9 +6,7 @@ import struct
 from typing import Any
 
 from asyncvmm.device_config import BalloonConfig
-from asyncvmm.devices.virtio.balloon.device import (
-    VirtioBalloon,
-)
+from asyncvmm.devices.virtio.balloon.device import VirtioBalloon
 from asyncvmm.devices.virtio.balloon.pages import PAGE_BYTES, Range
 from asyncvmm.metrics.counters import kinds
 from asyncvmm.metrics.groups import BalloonMetrics

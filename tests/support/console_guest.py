@@ -6,17 +6,8 @@ import struct
 from typing import Any
 
 from asyncvmm.device_config import ConsoleConfig
-from asyncvmm.devices.virtio.console.control import (
-    DEVICE_READY,
-    PORT_OPEN,
-    PORT_READY,
-    Control,
-)
-from asyncvmm.devices.virtio.console.device import (
-    CONTROL_RECEIVE,
-    CONTROL_TRANSMIT,
-    VirtioConsole,
-)
+from asyncvmm.devices.virtio.console.control import DEVICE_READY, PORT_OPEN, PORT_READY, Control
+from asyncvmm.devices.virtio.console.device import CONTROL_RECEIVE, CONTROL_TRANSMIT, VirtioConsole
 from asyncvmm.devices.virtio.console.port import ConsolePort
 from asyncvmm.metrics.groups import ConsoleMetrics
 from asyncvmm.testing.driver import Driver

@@ -5,12 +5,7 @@ from __future__ import annotations
 import attrs
 
 from asyncvmm.devices.virtio.device import VirtioDevice
-from asyncvmm.devices.virtio.ids import (
-    STATUS_ACKNOWLEDGE,
-    STATUS_DRIVER,
-    STATUS_DRIVER_OK,
-    STATUS_FEATURES_OK,
-)
+from asyncvmm.devices.virtio.ids import STATUS_ACKNOWLEDGE, STATUS_DRIVER, STATUS_DRIVER_OK, STATUS_FEATURES_OK
 from asyncvmm.devices.virtio.memory import GuestFault
 from asyncvmm.devices.virtio.queue import Chain
 

@@ -4,13 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from asyncvmm.devices.virtio.net import (
-    HEADER_SIZE,
-    RX,
-    VIRTIO_NET_F_MAC,
-    GuestOffloads,
-    VirtioNet,
-)
+from asyncvmm.devices.virtio.net import HEADER_SIZE, RX, VIRTIO_NET_F_MAC, GuestOffloads, VirtioNet
 from asyncvmm.metrics.groups import NetMetrics
 from asyncvmm.testing.driver import Driver
 

@@ -4,14 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from asyncvmm.devices.virtio.net import (
-    MAX_FRAME,
-    RX,
-    TX,
-    VIRTIO_NET_F_MTU,
-    GuestOffloads,
-    VirtioNet,
-)
+from asyncvmm.devices.virtio.net import MAX_FRAME, RX, TX, VIRTIO_NET_F_MTU, GuestOffloads, VirtioNet
 from asyncvmm.errors import ConfigError
 from asyncvmm.metrics.groups import NetMetrics
 from asyncvmm.testing.driver import Driver

@@ -6,11 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from asyncvmm.devices.virtio.net import (
-    HEADER_SIZE,
-    RX,
-    TX,
-)
+from asyncvmm.devices.virtio.net import HEADER_SIZE, RX, TX
 from asyncvmm.testing.driver import Driver
 from tests.support.network_card import NO_HEADER, OTHER, Wire, card, frame, metrics
 

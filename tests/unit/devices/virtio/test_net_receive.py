@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from asyncvmm.devices.virtio.net import (
-    HEADER_SIZE,
-    MAX_FRAME,
-    RX,
-)
+from asyncvmm.devices.virtio.net import HEADER_SIZE, MAX_FRAME, RX
 from asyncvmm.testing.driver import Driver
 from tests.support.network_card import CHECKED, MAC, OTHER, PLAIN_FEATURES, Wire, card, frame, metrics, started
 

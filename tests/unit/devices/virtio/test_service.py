@@ -4,17 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from asyncvmm.devices.virtio.ids import (
-    STATUS_ACKNOWLEDGE,
-    STATUS_DRIVER,
-    STATUS_DRIVER_OK,
-    VIRTIO_F_VERSION_1,
-)
-from asyncvmm.devices.virtio.registers import (
-    INTERRUPT_USED_BUFFER,
-    QUEUE_NOTIFY,
-    STATUS,
-)
+from asyncvmm.devices.virtio.ids import STATUS_ACKNOWLEDGE, STATUS_DRIVER, STATUS_DRIVER_OK, VIRTIO_F_VERSION_1
+from asyncvmm.devices.virtio.registers import INTERRUPT_USED_BUFFER, QUEUE_NOTIFY, STATUS
 from asyncvmm.testing import Driver
 from tests.support.echo_device import UP, Echo
 

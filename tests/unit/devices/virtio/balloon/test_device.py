@@ -27,10 +27,7 @@ from asyncvmm.devices.virtio.balloon.device import (
 from asyncvmm.devices.virtio.balloon.pages import PAGE_BYTES
 from asyncvmm.devices.virtio.ids import STATUS_ACKNOWLEDGE, STATUS_DRIVER, STATUS_DRIVER_OK, STATUS_FEATURES_OK
 from asyncvmm.devices.virtio.queue import DESC_F_WRITE
-from asyncvmm.devices.virtio.registers import (
-    CONFIG,
-    STATUS,
-)
+from asyncvmm.devices.virtio.registers import CONFIG, STATUS
 from asyncvmm.errors import ConfigError
 from asyncvmm.testing.driver import Driver
 from tests.support.balloon_guest import ALL, RAM, balloon, counted, driven, statistics, words

@@ -6,17 +6,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from asyncvmm.devices.virtio.balloon.device import (
-    DEFLATE,
-    FREE_PAGE,
-    INFLATE,
-    REPORTING,
-    STATS,
-)
+from asyncvmm.devices.virtio.balloon.device import DEFLATE, FREE_PAGE, INFLATE, REPORTING, STATS
 from asyncvmm.devices.virtio.balloon.pages import PAGE_BYTES
-from asyncvmm.devices.virtio.registers import (
-    CONFIG,
-)
+from asyncvmm.devices.virtio.registers import CONFIG
 from tests.support.balloon_guest import RAM, driven, words
 
 

@@ -16,12 +16,7 @@ from asyncvmm.devices.virtio.console.control import (
     RESIZE,
     Control,
 )
-from asyncvmm.devices.virtio.console.device import (
-    CONTROL_RECEIVE,
-    CONTROL_TRANSMIT,
-    MAX_NR_PORTS,
-    MOST_CONTROL,
-)
+from asyncvmm.devices.virtio.console.device import CONTROL_RECEIVE, CONTROL_TRANSMIT, MAX_NR_PORTS, MOST_CONTROL
 from asyncvmm.testing.driver import Driver
 from tests.support.console_guest import DATA_TRANSMIT, Linux, console, up
 

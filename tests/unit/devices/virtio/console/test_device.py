@@ -7,16 +7,8 @@ from typing import Any
 import pytest
 
 from asyncvmm.device_config import ConsoleConfig
-from asyncvmm.devices.virtio.console.control import (
-    PORT_OPEN,
-    PORT_READY,
-    Control,
-)
-from asyncvmm.devices.virtio.console.device import (
-    CONTROL_RECEIVE,
-    MOST_BYTES,
-    MOST_CHAINS,
-)
+from asyncvmm.devices.virtio.console.control import PORT_OPEN, PORT_READY, Control
+from asyncvmm.devices.virtio.console.device import CONTROL_RECEIVE, MOST_BYTES, MOST_CHAINS
 from asyncvmm.errors import ConfigError
 from tests.support.console_guest import DATA_RECEIVE, DATA_TRANSMIT, RECEIVE, TRANSMIT, Linux, console, read, up
 

@@ -6,14 +6,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from asyncvmm.devices.virtio.console.control import (
-    PORT_OPEN,
-    PORT_READY,
-)
-from asyncvmm.devices.virtio.console.device import (
-    CONTROL_TRANSMIT,
-    DATA_QUEUE_SIZE,
-)
+from asyncvmm.devices.virtio.console.control import PORT_OPEN, PORT_READY
+from asyncvmm.devices.virtio.console.device import CONTROL_TRANSMIT, DATA_QUEUE_SIZE
 from tests.support.console_guest import DATA_RECEIVE, DATA_TRANSMIT, Linux, console
 
 
