@@ -15,16 +15,19 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import anyio
 import attrs
 import pytest
 
+from asyncvmm import VM, VMConfig
 from asyncvmm.device_list import DeviceConfig
 from asyncvmm.effects import Effect, ExitStatistics, SerialOutput, Stopped
 from asyncvmm.machine.base import BootPlan
 from asyncvmm.machine.kvm.machine import KvmMachine
 from asyncvmm.timing.timeline import Timeline
+from tests.support.memory_guest import Files, New, new_guest
 from tests.support.requirements import require
 
 SOURCES = Path(__file__).parents[1] / "guests" / "kvm"
@@ -281,3 +284,31 @@ def resources() -> Callable[[], Resources]:
 def nothing() -> Resources:
     """What no VM holds."""
     return Resources((), (), 0)
+
+
+# -- machines that are saved -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Iterator[Files]:
+    """Where they are saved."""
+    found = Files(tmp_path)
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def new(guest: Callable[[str], Path]) -> New:
+    """A guest that does with its memory what it is told; its machine is not started."""
+    return lambda **options: new_guest(guest("memory"), **options)
+
+
+@pytest.fixture
+def vm(guest: Callable[[str], Path]) -> Callable[..., VM]:
+    """A VM whose guest does what ``program`` says."""
+
+    def make(program: str, **options: Any) -> VM:
+        options = {"boot_timeout_s": 30.0, "stall_timeout_s": 20.0, **options}
+        return VM(VMConfig(kernel=guest("foreign"), cmdline=program, memory_mib=4, accel="kvm", **options))
+
+    return make

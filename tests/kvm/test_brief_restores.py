@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import anyio
@@ -22,13 +22,6 @@ MEMORY_MIB = 71
 """A size that no other mapping has."""
 RAM = MEMORY_MIB << 20
 New = Callable[[], MemoryGuest]
-
-
-@pytest.fixture
-def files(tmp_path: Path) -> Iterator[Files]:
-    found = Files(tmp_path)
-    yield found
-    found.close()
 
 
 @pytest.fixture

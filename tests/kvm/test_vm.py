@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import anyio
 import orjson
 import pytest
 from jsonschema import Draft202012Validator
 
-from asyncvmm import VM, BootError, GuestStopped, StateError, VMConfig
+from asyncvmm import VM, BootError, GuestStopped, StateError
 from asyncvmm.events.schema import schema
 from asyncvmm.events.types import Event, GuestExit, VmError, VmState
 
@@ -24,17 +23,6 @@ PATIENCE_S = 60
 MOST_RSS_GROWTH = 64 << 20
 
 Make = Callable[..., VM]
-
-
-@pytest.fixture
-def vm(guest: Callable[[str], Path]) -> Make:
-    """A VM whose guest does what ``program`` says."""
-
-    def make(program: str, **options: Any) -> VM:
-        options = {"boot_timeout_s": 30.0, "stall_timeout_s": 20.0, **options}
-        return VM(VMConfig(kernel=guest("foreign"), cmdline=program, memory_mib=4, accel="kvm", **options))
-
-    return make
 
 
 def resident_bytes() -> int:

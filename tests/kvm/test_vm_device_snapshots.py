@@ -19,6 +19,7 @@ from asyncvmm.console import ConsoleReader
 from asyncvmm.device_config import ConsoleConfig, DriveConfig, NetConfig, VsockConfig
 from asyncvmm.errors import SnapshotDamaged, SnapshotFailed, SnapshotMismatch, StateError
 from asyncvmm.snapshot.snapshot import Snapshot
+from tests.support.echoing import echoed
 from tests.support.holdings import Holdings
 
 pytestmark = pytest.mark.anyio
@@ -66,17 +67,6 @@ def new_vm(guest: Callable[[str], Path]) -> NewVm:
         return VM(VMConfig(kernel=guest(kernel), cmdline=program, memory_mib=MEMORY_MIB, accel="kvm", **devices))
 
     return make
-
-
-async def echoed(vm: VM, text: bytes) -> bytes:
-    reader = vm.console.subscribe()
-    await vm.console.write(text)
-    answer = b""
-    with anyio.fail_after(PATIENCE_S):
-        while len(answer) < len(text):
-            answer += await anext(reader)
-    await reader.aclose()
-    return answer
 
 
 # -- taken and restored ------------------------------------------------------------------------------------------------

@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import pytest
 
 from asyncvmm.snapshot.memory_map import Run
-from tests.support.memory_guest import PAGE, Files, MemoryGuest, Save, booted, new_guest, restored
+from tests.support.memory_guest import PAGE, Files, New, Save, booted, restored
 
 pytestmark = pytest.mark.anyio
-
-New = Callable[..., MemoryGuest]
-
-
-@pytest.fixture
-def files(tmp_path: Path) -> Iterator[Files]:
-    found = Files(tmp_path)
-    yield found
-    found.close()
-
-
-@pytest.fixture
-def new(guest: Callable[[str], Path]) -> New:
-    return lambda **options: new_guest(guest("memory"), **options)
 
 
 async def saved_guest(new: New, files: Files) -> Save:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import struct
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import attrs
 
+from asyncvmm.errors import SnapshotFailed
 from asyncvmm.machine.base import BootPlan
 from asyncvmm.machine.kvm.machine import KvmMachine
 from asyncvmm.machine.saved import MemoryLayer, RestorePlan, SavedMachine
@@ -133,6 +134,19 @@ class Save:
         return os.fstat(self.fds[-1]).st_blocks * 512
 
 
+class FullFile(MemoryWriter):
+    """A memory file in which there is room for so many runs."""
+
+    room = 0
+
+    def write_runs(self, memory: memoryview, runs: Iterable[Place]) -> None:
+        for run in runs:
+            self.room -= 1
+            if self.room < 0:
+                raise SnapshotFailed("memory file", expected="room for it", found="none left")
+            super().write_runs(memory, [run])
+
+
 class Files:
     """Memory files without names, all closed by ``close``."""
 
@@ -160,6 +174,10 @@ class Files:
         """All files are gone."""
         while self._fds:
             os.close(self._fds.pop())
+
+
+New = Callable[..., MemoryGuest]
+"""``new_guest`` for the program that runs, with its options."""
 
 
 def new_guest(

@@ -1,0 +1,225 @@
+"""Snapshots of a VM that are refused, closed or cancelled: nothing is left, and the VM is as it was."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import anyio
+import attrs
+import orjson
+import pytest
+
+from asyncvmm import VM, ConfigError, StateError, VMConfig
+from asyncvmm.errors import SnapshotDamaged, SnapshotError, SnapshotFailed, SnapshotMismatch, TriggerImpossible
+from asyncvmm.snapshot.directory import SnapshotDirectory
+from asyncvmm.snapshot.memory_map import MemoryMap
+from asyncvmm.snapshot.memory_writer import MemoryWriter
+from asyncvmm.snapshot.predicates import console
+from asyncvmm.snapshot.snapshot import Snapshot
+from tests.support.echoing import echoed
+
+pytestmark = pytest.mark.anyio
+PATIENCE_S = 60
+Make = Callable[..., VM]
+
+
+# -- closed, and cancelled -------------------------------------------------------------------------------------------
+
+
+async def test_a_closed_snapshot_makes_no_more_vms(vm: Make) -> None:
+    async with vm("RE") as original:
+        await original.boot()
+        snapshot = await original.snapshot()
+        snapshot.close()
+        with pytest.raises(StateError):
+            await VM.restore(snapshot)
+        with pytest.raises(StateError):
+            async with snapshot.clones(2):
+                pass
+        with pytest.raises(StateError):
+            await original.snapshot(base=snapshot)
+
+
+async def test_a_restore_under_way_keeps_the_files_of_a_snapshot_that_is_closed(vm: Make) -> None:
+    async with vm("RE") as original:
+        await original.boot()
+        snapshot = await original.snapshot()
+        async with await VM.restore(snapshot, prepare=lambda new: snapshot.close()) as restored:
+            assert await echoed(restored, b"alive") == b"alive"
+        assert not snapshot.path.exists()
+
+
+async def test_whoever_is_cancelled_leaves_neither_descriptors_nor_directories(vm: Make, tmp_path: Path) -> None:
+    async with vm("RE") as original:
+        await original.boot()
+        (await original.snapshot(out=tmp_path / "s")).close()
+        (await Snapshot.load(tmp_path / "s")).close()
+        before = len(os.listdir("/proc/self/fd"))
+        for turn in range(40):
+            for work in (Snapshot.load(tmp_path / "s"), original.snapshot(out=tmp_path / f"{turn}")):
+                task = asyncio.ensure_future(work)
+                await asyncio.sleep(turn * 0.0003)
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    (await task).close()
+        assert len(os.listdir("/proc/self/fd")) == before
+        assert original.state == "ready"
+        assert [name for name in os.listdir(tmp_path) if not (tmp_path / name / "manifest.json").exists()] == []
+        assert await echoed(original, b"alive") == b"alive"
+
+
+async def test_a_base_that_would_go_before_its_difference_is_refused(vm: Make, tmp_path: Path) -> None:
+    async with vm("RE", track_dirty=True) as original:
+        await original.boot()
+        async with await original.snapshot() as full:
+            with pytest.raises(ConfigError):
+                await original.snapshot(base=full, out=tmp_path / "difference")
+            async with await original.snapshot(base=full) as difference:
+                assert difference.manifest.base is not None
+        assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("asked", [{"when": "now"}, {"base": "dir"}])
+async def test_what_is_no_order_is_refused(vm: Make, asked: dict[str, Any]) -> None:
+    async with vm("RE") as original:
+        await original.boot()
+        with pytest.raises(ConfigError):
+            await original.snapshot(**asked)
+
+
+@pytest.mark.parametrize("snapshot", [None, 3, b"x"])
+async def test_what_is_no_snapshot_cannot_be_restored(snapshot: Any) -> None:
+    with pytest.raises(ConfigError):
+        await VM.restore(snapshot)
+
+
+async def test_a_state_that_says_nothing_of_the_guest_is_damage(vm: Make, tmp_path: Path) -> None:
+    async with vm("RE") as original:
+        await original.boot()
+        async with await original.snapshot(out=tmp_path / "s") as snapshot:
+            sections = {name: data for name, data in snapshot.loaded.sections.items() if name != "guest"}
+            draft = SnapshotDirectory.create(tmp_path / "other")
+            MemoryWriter(draft.memory_fd, snapshot.manifest.memory.size)
+            draft.commit(attrs.evolve(snapshot.manifest, id=draft.id), sections, MemoryMap(size=4 << 20))
+        before = len(os.listdir("/proc/self/fd"))
+        with pytest.raises(SnapshotDamaged):
+            await Snapshot.load(tmp_path / "other")
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_vm_that_does_not_run_cannot_be_saved(vm: Make) -> None:
+    original = vm("RE")
+    with pytest.raises(StateError):
+        await original.snapshot()
+    await original.boot()
+    await original.stop()
+    with pytest.raises(StateError):
+        await original.snapshot()
+
+
+async def test_two_snapshots_at_once_are_one_too_many(vm: Make) -> None:
+    outcomes: list[object] = []
+
+    async def take(original: VM) -> None:
+        try:
+            outcomes.append(await original.snapshot())
+        except StateError as error:
+            outcomes.append(error)
+
+    async with vm("RE") as original:
+        await original.boot()
+        async with anyio.create_task_group() as group:
+            group.start_soon(take, original)
+            group.start_soon(take, original)
+        assert await echoed(original, b"alive") == b"alive"
+    taken = [outcome for outcome in outcomes if isinstance(outcome, Snapshot)]
+    assert len(outcomes) == 2
+    assert taken
+    for snapshot in taken:
+        snapshot.close()
+
+
+async def test_a_path_that_is_taken_is_refused_before_anything_is_waited_for(vm: Make, tmp_path: Path) -> None:
+    async with vm("RE") as original:
+        await original.boot()
+        with pytest.raises(SnapshotFailed):
+            await original.snapshot(console(rb"never"), out=tmp_path)
+        assert await echoed(original, b"alive") == b"alive"
+
+
+async def test_a_difference_of_a_vm_that_keeps_no_account_is_refused(vm: Make) -> None:
+    async with vm("RE") as original:
+        await original.boot()
+        async with await original.snapshot() as full:
+            with pytest.raises(SnapshotFailed):
+                await original.snapshot(base=full)
+        assert original.state == "ready"
+        assert await echoed(original, b"alive") == b"alive"
+
+
+async def test_a_cancelled_snapshot_leaves_nothing_and_the_vm_as_it_was(vm: Make, tmp_path: Path) -> None:
+    async with vm("RE") as original:
+        await original.boot()
+        with anyio.move_on_after(0.05):
+            await original.snapshot(console(rb"never"), out=tmp_path / "s")
+        assert os.listdir(tmp_path) == []
+        assert await echoed(original, b"alive") == b"alive"
+
+
+async def test_stop_ends_a_snapshot_that_waits(vm: Make, tmp_path: Path) -> None:
+    original = vm("RE")
+    await original.boot()
+    async with anyio.create_task_group() as group:
+
+        async def take() -> None:
+            with pytest.raises((StateError, TriggerImpossible)):
+                await original.snapshot(console(rb"never"), out=tmp_path / "s")
+
+        group.start_soon(take)
+        await anyio.sleep(0.02)
+        await original.stop()
+    assert os.listdir(tmp_path) == []
+
+
+async def test_a_damaged_snapshot_is_refused_with_nothing_started(vm: Make, tmp_path: Path) -> None:
+    async with vm("RE") as original:
+        await original.boot()
+        (await original.snapshot(out=tmp_path / "s")).close()
+    state = tmp_path / "s" / "state.bin"
+    state.write_bytes(state.read_bytes()[:-1])
+    with pytest.raises(SnapshotDamaged):
+        await VM.restore(tmp_path / "s")
+    with pytest.raises(SnapshotError):
+        await VM.restore(tmp_path / "nothing")
+
+
+async def test_another_machine_is_no_place_to_restore_it(vm: Make, tmp_path: Path) -> None:
+    async with vm("RE") as original:
+        await original.boot()
+        async with await original.snapshot() as snapshot:
+            with pytest.raises(ConfigError):
+                await VM.restore(snapshot, configure=lambda config: VMConfig(memory_mib=8))
+            with pytest.raises(ConfigError), anyio.fail_after(PATIENCE_S):
+                async with snapshot.clones(0):
+                    pass
+            with pytest.raises(ConfigError):
+                async with snapshot.clones(100_000):
+                    pass
+
+
+async def test_another_format_is_another_version(vm: Make, tmp_path: Path) -> None:
+    async with vm("RE") as original:
+        await original.boot()
+        (await original.snapshot(out=tmp_path / "s")).close()
+    manifest = tmp_path / "s" / "manifest.json"
+    manifest.write_bytes(orjson.dumps({**orjson.loads(manifest.read_bytes()), "format": 99}))
+    with pytest.raises(SnapshotMismatch):
+        await VM.restore(tmp_path / "s")
