@@ -258,12 +258,19 @@ class VM(TimingProperties, SnapshotCalls):
         self._report.tell_phases()
         return choice
 
+    def _begin_at(self, begin_ns: int) -> None:
+        """Its time began, CLOCK_MONOTONIC ns, before it was made. Before anybody is told of it."""
+        self._epoch_ns += begin_ns - self.timeline.start_ns
+        self.timeline.start_ns = begin_ns
+
     async def _become(self, restoring: Restoring) -> None:
         """Instead of booting: become the VM that was saved."""
         self._go("starting")
         self._restoring = restoring
         async with self._freed_unless_done("restore"):
-            with self.timeline.phase("total"):
+            total = self.timeline.phase("total")
+            with total:
+                total.start_ns = restoring.begin_ns
                 self._attempt = attempt = await restoring.attempt(self.config, self.name)
                 self._watch = self._new_watch()
                 machine = await attempt.make(restoring.sink(self._watch), self.metrics.groups)
@@ -273,6 +280,11 @@ class VM(TimingProperties, SnapshotCalls):
             self._go("paused")
             await restoring.let_run(machine, self._let_run)
             self._poll_balloon()
+
+    def _goes_on(self) -> None:
+        """It was restored, and its guest let go ahead."""
+        if self._state == "paused" and not self._ended:
+            self._go("ready")
 
     async def _attempt_boot(self, choice: AccelChoice) -> AccelName:
         with self.timeline.phase("setup"):

@@ -109,7 +109,8 @@ class SnapshotCalls(ABC):
         Raises SnapshotDamaged, SnapshotMismatch, ConfigError, HostError, MachineError. Cancelled or failed, it leaves
         nothing behind.
         """
-        from asyncvmm.snapshot.restoring import RestoreOptions, restored
+        from asyncvmm.snapshot.launching import RestoreOptions
+        from asyncvmm.snapshot.restoring import restored
 
         options = RestoreOptions(prefetch=prefetch, track_dirty=track_dirty, paused=paused, shells=shells)
         return await restored(cast("type[VM]", cls), snapshot, options, name=name, prepare=prepare, configure=configure)

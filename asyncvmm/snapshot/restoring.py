@@ -25,30 +25,20 @@ from asyncvmm.machine.base import EffectSink, Machine
 from asyncvmm.machine.waiting import wait_out
 from asyncvmm.snapshot.attempt import RestoreAttempt, choose_machine
 from asyncvmm.snapshot.handshake import Answer, go_lines
+from asyncvmm.snapshot.launching import Preparation, RestoreOptions, begin, enters_ahead
 from asyncvmm.snapshot.snapshot import Snapshot
 from asyncvmm.snapshot.working_set import WorkingSet
 from asyncvmm.watch import GuestWatch
 
 if TYPE_CHECKING:
+    from asyncvmm.machine.kvm.launch import Launch
     from asyncvmm.machine.kvm.machine import KvmMachine
     from asyncvmm.machine.kvm.marks import RestoreMarks
-    from asyncvmm.snapshot.shell_pool import ShellPool
     from asyncvmm.vm import VM
 
 _log = logging.getLogger("asyncvmm.snapshot")
 
 Configure = Callable[[VMConfig], VMConfig]
-
-
-@attrs.frozen(kw_only=True)
-class RestoreOptions:
-    """How to restore. prefetch: make the working set present ahead, where it is known. track_dirty: differences are to
-    be saved of it. paused: leave its vCPUs held. shells: take a VM that was made ahead from there."""
-
-    prefetch: bool = True
-    track_dirty: bool = False
-    paused: bool = False
-    shells: ShellPool | None = None
 
 
 def saved_config(snapshot: Snapshot, name: str | None, configure: Configure | None) -> VMConfig:
@@ -71,13 +61,17 @@ def saved_config(snapshot: Snapshot, name: str | None, configure: Configure | No
 
 
 class Restoring:
-    """One restore, as ``vm`` undergoes it. ``begin_ns``: when it was called for."""
+    """One restore, as ``vm`` undergoes it. ``begin_ns``: when it was called for. ``launch``: where it is under way."""
 
-    def __init__(self, vm: VM, snapshot: Snapshot, options: RestoreOptions, begin_ns: int) -> None:
+    def __init__(
+        self, vm: VM, snapshot: Snapshot, options: RestoreOptions, begin_ns: int, launch: Launch | None = None
+    ) -> None:
         self.snapshot = snapshot
         self.options = options
+        self.begin_ns = begin_ns
         self._vm = vm
-        self._begin_ns = begin_ns
+        self._launch = launch
+        self._preparing: Preparation | None = None
         self._running = False
         self._heard = False
         self._told = False
@@ -122,17 +116,24 @@ class Restoring:
         if self.options.track_dirty:
             machine.saved_as(self.snapshot.id)
         if vm.events.listening:
-            vm.events.publish(RestoreMapped(self._now(), self._since_call(), self.snapshot.id))
+            marks = None if self._kvm is None else self._kvm.restored
+            mapped_ns = vm.timeline.clock() if marks is None else marks.mapped_ns
+            since_start, since_call = mapped_ns - vm.timeline.start_ns, mapped_ns - self.begin_ns
+            vm.events.publish(RestoreMapped(since_start, since_call, self.snapshot.id))
 
     async def _restore(self, machine: Machine) -> None:
         options = self.options
-        plan = self.snapshot.restore_plan(prefetch=options.prefetch, track_dirty=options.track_dirty)
+        plan = options.plan(self.snapshot)
         if machine.accel == "qemu":
             await machine.restore(plan)
             return
         kvm = self._kvm = cast("KvmMachine", machine)
         kvm.on_first_exit(self._tell_first_exit)
-        await kvm.restore(plan, shell=None if options.shells is None else await options.shells.take(plan))
+        if self._launch is not None:
+            await kvm.restore(plan, launch=self._launch)
+        else:
+            await kvm.restore(plan, shell=None if options.shells is None else await options.shells.take(plan))
+        self._preparing = Preparation(self.snapshot, options)
 
     async def let_run(self, machine: Machine, resume: Callable[[], Awaitable[None]]) -> None:
         """Have the guest go on, and PID 1 told what makes it another one than all others: fresh entropy, the time.
@@ -149,7 +150,7 @@ class Restoring:
             if self.options.paused:
                 return
             try:
-                await resume()
+                await self._let_go(resume)
             except StateError:
                 if not self._vm.events.stopped.done:
                     raise
@@ -171,10 +172,16 @@ class Restoring:
         for step in ("entropy", "clock") if answered else ("unanswered",):
             self._step(step, begin_ns)
 
+    async def _let_go(self, resume: Callable[[], Awaitable[None]]) -> None:
+        if self._kvm is not None and self._kvm.is_running:
+            self._vm._goes_on()
+        else:
+            await resume()
+
     def _tell_first_exit(self, marks: RestoreMarks) -> None:
         vm = self._vm
         if marks.first_exit_ns is not None and vm.events.listening:
-            duration_ns = marks.first_exit_ns - self._begin_ns
+            duration_ns = marks.first_exit_ns - self.begin_ns
             vm.events.publish(RestoreFirstExit(marks.first_exit_ns - vm.timeline.start_ns, duration_ns))
         self._tell_profile()
 
@@ -205,6 +212,8 @@ class Restoring:
     async def aclose(self) -> None:
         """The VM ends: tell what was not told yet."""
         self._tell_profile()
+        if self._preparing is not None:
+            await self._preparing.aclose()
         if self._looking is not None:
             await wait_out(self._looking)
 
@@ -216,7 +225,7 @@ class Restoring:
         return self._vm.timeline.clock() - self._vm.timeline.start_ns
 
     def _since_call(self) -> int:
-        return self._vm.timeline.clock() - self._begin_ns
+        return self._vm.timeline.clock() - self.begin_ns
 
 
 async def restored(
@@ -230,6 +239,7 @@ async def restored(
 ) -> VM:
     """VM.restore."""
     begin_ns = time.monotonic_ns()
+    options.check()
     if not isinstance(snapshot, Snapshot):
         async with await Snapshot.load(snapshot) as opened:
             return await _restored(kind, opened, options, begin_ns, name, prepare, configure)
@@ -246,12 +256,20 @@ async def _restored(
     configure: Configure | None,
 ) -> VM:
     with snapshot.in_use():
-        vm = kind(saved_config(snapshot, name, configure))
+        launch = begin(snapshot, options, at_once=prepare is None)
         try:
-            if prepare is not None:
-                prepare(vm)
-            await vm._become(Restoring(vm, snapshot, options, begin_ns))
-        except BaseException:
-            await vm.stop()
-            raise
+            vm = kind(saved_config(snapshot, name, configure))
+            try:
+                vm._begin_at(begin_ns)
+                if prepare is not None:
+                    prepare(vm)
+                    if launch is not None:
+                        launch.decide(enters_ahead(snapshot, options))
+                await vm._become(Restoring(vm, snapshot, options, begin_ns, launch))
+            except BaseException:
+                await vm.stop()
+                raise
+        finally:
+            if launch is not None:
+                await launch.aclose()
     return vm

@@ -18,7 +18,8 @@ from asyncvmm.machine.waiting import in_thread, wait_out
 from asyncvmm.timing.timeline import Timeline
 
 if TYPE_CHECKING:
-    from asyncvmm.machine.kvm.restoring import Shell, ShellShape
+    from asyncvmm.machine.kvm.restore_chains import ShellShape
+    from asyncvmm.machine.kvm.restoring import Shell
     from asyncvmm.machine.saved import RestorePlan
     from asyncvmm.snapshot.snapshot import Snapshot
 
@@ -45,6 +46,7 @@ class ShellPool:
         self.size = size
         self.error: AsyncVMMError | None = None
         self._shape = _shape(snapshot, track_dirty)
+        self._fits: RestorePlan | None = None
         self._shells: deque[Shell] = deque()
         self._filling: asyncio.Task[None] | None = None
         self._later: asyncio.TimerHandle | None = None
@@ -70,18 +72,28 @@ class ShellPool:
 
         Raises ConfigError if the plan is of another shape, StateError once the pool is closed, HostError.
         """
+        return self.take_ready(plan) or await self._made()
+
+    def take_ready(self, plan: RestorePlan) -> Shell | None:
+        """The same; None if none waits to be taken."""
         if self._closed:
             raise StateError("shells", expected="an open pool", state="closed")
+        self._check(plan)
+        shell = self._shells.popleft() if self._shells else None
+        if self._later is None:
+            self._later = asyncio.get_running_loop().call_later(REFILL_AFTER_S, self._refill)
+        return shell
+
+    def _check(self, plan: RestorePlan) -> None:
+        if plan is self._fits:
+            return
         saved = plan.saved
         found = attrs.evolve(
             self._shape, memory_bytes=saved.memory.size, vcpus=saved.vcpus, track_dirty=plan.track_dirty
         )
         if found != self._shape:
             raise ConfigError("shells", expected=f"a snapshot of the shape {self._shape}", found=found)
-        shell = self._shells.popleft() if self._shells else await self._made()
-        if self._later is None and not self._closed:
-            self._later = asyncio.get_running_loop().call_later(REFILL_AFTER_S, self._refill)
-        return shell
+        self._fits = plan
 
     def _refill(self) -> None:
         self._rest()
@@ -142,7 +154,7 @@ class ShellPool:
 
 
 def _shape(snapshot: Snapshot, track_dirty: bool) -> ShellShape:
-    from asyncvmm.machine.kvm.restoring import ShellShape
+    from asyncvmm.machine.kvm.restore_chains import ShellShape
 
     manifest = snapshot.manifest
     return ShellShape(

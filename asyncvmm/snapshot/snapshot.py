@@ -31,10 +31,16 @@ from asyncvmm.snapshot.manifest import Manifest
 from asyncvmm.snapshot.working_set import WorkingSet, keep_working_set, read_working_set
 
 if TYPE_CHECKING:
+    from asyncvmm.machine.kvm.launch import PreparedLaunch
     from asyncvmm.vm import VM
 
 OWN_PREFIX = "asyncvmm-snapshot-"
 """How the directories are named that snapshots get which nobody gives a place."""
+
+_NOTHING_KNOWN = WorkingSet()
+
+LaunchKind = tuple[bool, bool, bool]
+"""Whether restores prefetch, whether they keep account of what is written, and whether they are done in shells."""
 
 
 class Snapshot:
@@ -50,6 +56,9 @@ class Snapshot:
         self.guest = _guest(loaded)
         self.working_set = working_set
         self.unanswering = False
+        self.prepared: dict[LaunchKind, PreparedLaunch] = {}
+        """Restores that can be launched at once; see launching.py."""
+        self._plans: dict[tuple[bool, bool], RestorePlan] = {}
         self._users = 0
         self._closed = False
         self._doomed: list[Path] = []
@@ -118,15 +127,18 @@ class Snapshot:
                 self._close()
 
     def restore_plan(self, *, prefetch: bool = True, track_dirty: bool = False) -> RestorePlan:
-        """What a machine restores."""
-        known = self.working_set if prefetch else WorkingSet()
-        return RestorePlan(
-            saved=self.loaded.saved,
-            layers=self.loaded.layers,
-            touched=known.touched,
-            written=known.written,
-            track_dirty=track_dirty,
-        )
+        """What a machine restores: the same object, for as long as it is the same."""
+        known = self.working_set if prefetch else _NOTHING_KNOWN
+        kept = self._plans.get((prefetch, track_dirty))
+        if kept is None or kept.touched is not known.touched:
+            kept = self._plans[prefetch, track_dirty] = RestorePlan(
+                saved=self.loaded.saved,
+                layers=self.loaded.layers,
+                touched=known.touched,
+                written=known.written,
+                track_dirty=track_dirty,
+            )
+        return kept
 
     def clones(
         self,
@@ -157,6 +169,7 @@ class Snapshot:
         """What a restored guest was found to need first, for the next ones."""
         if not self.working_set:
             self.working_set = found
+            self.prepared.clear()
             await in_thread(lambda: keep_working_set(self.path, found))
 
     def remove_when_closed(self) -> None:

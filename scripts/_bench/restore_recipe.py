@@ -13,7 +13,8 @@ import attrs
 
 from asyncvmm.machine.kvm.abi import Request
 from asyncvmm.machine.kvm.fastpath.chain import ARGUMENTS, NOTHING, STEP, Chain, Program, SystemCall
-from asyncvmm.machine.kvm.restoring import RestoreBlueprint, _set_state, _tsc_plan
+from asyncvmm.machine.kvm.restore_chains import set_state
+from asyncvmm.machine.kvm.restoring import RestoreBlueprint, _tsc_plan
 from asyncvmm.snapshot.manifest import MEMORY
 from asyncvmm.snapshot.snapshot import Snapshot
 
@@ -47,7 +48,7 @@ def write_restore_recipe(path: Path, snapshot: Snapshot, plan: RestoreBlueprint)
     """Write the recipe of a snapshot with one vCPU and one memory file, and give its path back."""
     chain = Chain(given=4)
     vm, vcpu = chain.given(_VM - 1), chain.given(_VCPU - 1)
-    _set_state(chain, plan.shape, _tsc_plan(plan.state), vm, [vcpu])
+    set_state(chain, plan.shape, _tsc_plan(plan.state), vm, [vcpu])
     program = chain.program()
     arena = plan.state.arena + bytes(-len(plan.state.arena) % _PADDING)
     settings = [setting.packed() for setting in _settings(program, len(arena))]
@@ -56,7 +57,7 @@ def write_restore_recipe(path: Path, snapshot: Snapshot, plan: RestoreBlueprint)
         _PIECE.pack(piece.offset, piece.size, -1 if piece.layer is None else piece.offset)
         for piece in plan.shape.pieces
     ]
-    offset = plan._offsets()[0] % (1 << 64)
+    offset = plan.offsets()[0] % (1 << 64)
     memory = str(snapshot.path / MEMORY).encode()
     header = _HEADER.pack(len(pieces), len(settings), len(state), offset, memory)
     path.write_bytes(header + b"".join([*pieces, *settings]) + state)

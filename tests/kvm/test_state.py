@@ -15,7 +15,7 @@ import pytest
 
 from asyncvmm.errors import SnapshotMismatch
 from asyncvmm.machine.host_clock import clock_sample
-from asyncvmm.machine.kvm import creation, restoring
+from asyncvmm.machine.kvm import creation, restore_chains, restoring
 from asyncvmm.machine.kvm.abi import (
     KvmClockData,
     KvmDebugregs,
@@ -240,8 +240,8 @@ def fresh_chains(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Chains are written down anew, and what was learned of this host is forgotten again."""
 
     def forget() -> None:
-        restoring._restoration.cache_clear()
-        restoring._filling.cache_clear()
+        restore_chains.restoration.cache_clear()
+        restore_chains.filling.cache_clear()
         restoring._Host.takes_offsets = True
 
     forget()

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import attrs
 
+from asyncvmm.machine.kvm.runner import IDLE_NAME
+
 _OF_A_VM = re.compile(r"kvm|memfd|/dev/zero \(deleted\)|asyncvmm")
-_IDLE_WORKER = "AnyIO worker thread"
+_IDLE = ("AnyIO worker thread", IDLE_NAME)
 
 
 @attrs.frozen
@@ -29,9 +31,9 @@ class Holdings:
 
     @classmethod
     def now(cls, ram: int = 0) -> Holdings:
-        """Count. anyio keeps idle worker threads for the next call: they are nobody's."""
+        """Count. anyio keeps idle worker threads for the next call, we idle runners: they are nobody's."""
         return cls(
-            tuple(sorted(thread.name for thread in threading.enumerate() if thread.name != _IDLE_WORKER)),
+            tuple(sorted(thread.name for thread in threading.enumerate() if thread.name not in _IDLE)),
             len(asyncio.all_tasks()),
             _descriptors(),
             _mappings(ram),

@@ -28,8 +28,10 @@ from asyncvmm.timing.timeline import Timeline
 
 if TYPE_CHECKING:
     from asyncvmm.machine.kvm.devices import DeviceSet
+    from asyncvmm.machine.kvm.launch import Launch
     from asyncvmm.machine.kvm.restoring import RestoreBlueprint, Shell
     from asyncvmm.machine.kvm.state.board import BoardState
+    from asyncvmm.machine.kvm.vcpu import FirstRun, Vcpu
     from asyncvmm.machine.saved import RestorePlan, SavedMachine
     from asyncvmm.snapshot.memory_map import Run
 
@@ -41,7 +43,7 @@ MOST_LATE = 2
 class Joints:
     """What a machine joins to its parts. outlets: the board's. halt: is told why a vCPU cannot run on."""
 
-    outlets: Callable[[KvmVm], Outlets]
+    outlets: Callable[[], Outlets]
     halt: Callable[[Stopped], None]
     output: Output
     devices: DeviceSet | None
@@ -64,6 +66,7 @@ class Building:
         self._joints = joints
         self._prepared: Prepared | None = None
         self._blueprint: RestoreBlueprint | None = None
+        self._serves: Callable[[FirstRun | None], None] | None = None
         self.given_up = False
         self._lock = threading.Lock()
 
@@ -134,8 +137,7 @@ class Building:
             _check_size(plan.saved, self._plan)
             blueprint = self._blueprint = restore_blueprint(plan, self._plan.devices.count)
             vm = self.vm = blueprint.fill(shell, self._timeline) if shell else blueprint.run(self._timeline)
-            self.tracked, self.held = plan.track_dirty, [run for layer in plan.layers for run in layer.map.data]
-            self.log = _log(vm, is_on=self.tracked)
+            self._keep_account(vm, plan)
             if plan.touched or plan.written:
                 with self._timeline.phase("memory_state_write"):
                     prefetch(vm.memory, plan.touched, plan.written)
@@ -149,6 +151,47 @@ class Building:
                 for vcpu in self.vm.vcpus:
                     vcpu.order("pause")
                 self._start_vcpus(self.vm, late=len(self.vm.vcpus) <= MOST_LATE)
+
+    def expect(self, launch: Launch, plan: RestorePlan) -> None:
+        """Make for a VM that is being launched what can be made before it is there. On the loop.
+
+        Raises SnapshotMismatch.
+        """
+        _check_size(plan.saved, self._plan)
+        with self._timeline.phase("device_state_restore"):
+            self._make_board(launch.blueprint.board)
+
+    def adopt(self, launch: Launch, plan: RestorePlan) -> None:
+        """Make it this machine's VM once it is mapped; its vCPU waits, unless its guest runs. On the loop.
+
+        Raises as Launch.take does.
+        """
+        with self._lock:
+            vm = self.vm = launch.take(self._timeline)
+            self._serves = self._adopt_vcpu(vm.vcpus[0], launch)
+            self._keep_account(vm, plan)
+            with self._timeline.phase("device_state_restore"):
+                self.guest_tsc = GuestTsc.at_offset(launch.tsc_offset)
+                board = self._join_board(vm)
+                if not launch.opened:
+                    board.change_generation(vm.memory.write)
+
+    def forget(self) -> None:
+        """What was made for a VM that did not come."""
+        self.board = self.fastpath = self.guest_tsc = None
+
+    def serve(self, launch: Launch) -> None:
+        """Answer the exits of its guest from now on, or hold it. On the loop."""
+        assert self.vm is not None
+        assert self._serves is not None
+        launch.hand_over(_thread_name(self._plan, self.vm.vcpus[0]), self._serves)
+        self._serves = None
+
+    def _adopt_vcpu(self, vcpu: Vcpu, launch: Launch) -> Callable[[FirstRun | None], None]:
+        assert self.board is not None
+        if not launch.opened:
+            vcpu.order("pause")
+        return vcpu.adopt(launch, launch.ident, launch.faults, self.board.bus, self._joints.halt, self.fastpath)
 
     def end_threads(self) -> KvmVm | None:
         """End what is being built or runs."""
@@ -167,24 +210,36 @@ class Building:
         if prepared is not None:
             prepared.close()
 
-    def _join_board(self, vm: KvmVm, state: BoardState | None = None) -> Board:
+    def _keep_account(self, vm: KvmVm, plan: RestorePlan) -> None:
+        self.tracked, self.held = plan.track_dirty, [run for layer in plan.layers for run in layer.map.data]
+        self.log = _log(vm, is_on=self.tracked)
+
+    def _make_board(self, state: BoardState | None = None) -> Board:
         library = load_library()
         if library is not None:
             self.fastpath = Fastpath(library, self._joints.output.posted_fd)
-        board = self.board = Board(self._joints.outlets(vm), self.fastpath, state)
+        board = self.board = Board(self._joints.outlets(), self.fastpath, state)
         self._joints.output.connect(board, self.fastpath)
+        return board
+
+    def _join_board(self, vm: KvmVm, state: BoardState | None = None) -> Board:
+        board = self.board or self._make_board(state)
         board.announce_output()
         if self._joints.devices is not None:
             with self._timeline.phase("device_attach"):
                 self._joints.devices.attach(vm, board.bus)
-        self.guest_tsc = GuestTsc.of([vcpu.fd for vcpu in vm.vcpus])
+        if self.guest_tsc is None:
+            self.guest_tsc = GuestTsc.of([vcpu.fd for vcpu in vm.vcpus])
         return board
 
     def _start_vcpus(self, vm: KvmVm, *, late: bool = False) -> None:
         assert self.board is not None
         for vcpu in vm.vcpus:
-            name = f"{self._plan.name}-vcpu{vcpu.index}"
-            vcpu.start(name, self.board.bus, self._joints.halt, self.fastpath, late=late)
+            vcpu.start(_thread_name(self._plan, vcpu), self.board.bus, self._joints.halt, self.fastpath, late=late)
+
+
+def _thread_name(plan: BootPlan, vcpu: Vcpu) -> str:
+    return f"{plan.name}-vcpu{vcpu.index}"
 
 
 def device_section(saved: SavedMachine) -> bytes:

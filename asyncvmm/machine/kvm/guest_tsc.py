@@ -42,6 +42,12 @@ class GuestTsc:
         offset = common_offset([tsc_offset(fd) for fd in vcpu_fds])
         return None if first is None or offset is None else cls(offset, first)
 
+    @classmethod
+    def at_offset(cls, offset: int) -> GuestTsc | None:
+        """For vCPUs that were given this offset."""
+        first = clock_sample()
+        return None if first is None else cls(TscOffset.of(offset % (1 << 64)), first)
+
     def instant(self, tsc: int) -> tuple[int, int] | None:
         """CLOCK_MONOTONIC ns when the guest's TSC was ``tsc``, and the error in ns; None if that was never."""
         now = clock_sample()

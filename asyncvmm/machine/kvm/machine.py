@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     from asyncvmm.balloon import BalloonBackend
     from asyncvmm.machine.kvm.faults import Faults
+    from asyncvmm.machine.kvm.launch import Launch
     from asyncvmm.machine.kvm.marks import RestoreMarks
     from asyncvmm.machine.kvm.restoring import Shell
     from asyncvmm.machine.kvm.saving import Saving
@@ -140,12 +141,13 @@ class KvmMachine:
         self._require_new("start")
         await self._begin(self._boot)
 
-    async def restore(self, plan: RestorePlan, *, shell: Shell | None = None) -> None:
+    async def restore(self, plan: RestorePlan, *, shell: Shell | None = None, launch: Launch | None = None) -> None:
         """Create the VM as it was saved, its vCPUs' threads waiting. ``shell``: a VM made ahead to do it in; it is used
-        up, whatever comes of it."""
+        up, whatever comes of it. ``launch``: the VM that is under way already, whose guest runs if that was opened; if
+        this fails, it is still the caller's."""
         try:
             self._require_new("restore")
-            await self._begin(lambda: self._restore(plan, shell))
+            await self._begin(lambda: self._restore(plan, shell, launch))
         finally:
             await close_shell(shell)
 
@@ -173,10 +175,15 @@ class KvmMachine:
                 await anyio.to_thread.run_sync(building.launch)
         self._started("running")
 
-    async def _restore(self, plan: RestorePlan, shell: Shell | None) -> None:
-        await self._snapshots.restore(plan, shell, self._device_failed)
-        self._started("paused")
-        self._snapshots.mark(self._running_vm(), lambda: self._mailbox.post(_FirstExit()))
+    async def _restore(self, plan: RestorePlan, shell: Shell | None, launch: Launch | None) -> None:
+        if launch is not None and not await self._snapshots.adopt(plan, launch):
+            launch = None
+        if launch is None:
+            await self._snapshots.restore(plan, shell, self._device_failed)
+        self._started("running" if launch is not None and launch.opened else "paused")
+        self._snapshots.mark(self._running_vm(), lambda: self._mailbox.post(_FirstExit()), launch)
+        if launch is not None:
+            self._building.serve(launch)
 
     def _device_failed(self, error: Exception) -> None:
         """A device of ours went wrong: the guest cannot be served any more."""
@@ -238,6 +245,11 @@ class KvmMachine:
     def saved_as(self, name: str) -> None:
         """See Machine. Of a machine that was restored and not saved yet: the name of what it was restored from."""
         self._snapshots.saved_as(name)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether its vCPUs may run."""
+        return self._state == "running"
 
     @property
     def restored(self) -> RestoreMarks | None:
@@ -353,15 +365,19 @@ class KvmMachine:
         if self._state == "new":
             self._state = state
 
-    def _outlets(self, vm: KvmVm) -> Outlets:
+    def _outlets(self) -> Outlets:
         return Outlets(
-            irq=vm.set_irq_line,
+            irq=self._set_irq_line,
             output_pending=self._announce_output,
             room=self._announce_room,
             shutdown=lambda: self._halt(self._stopped("shutdown")),
             reset=lambda: self._halt(self._stopped("reset")),
             debug_exit=lambda code: self._halt(attrs.evolve(self._stopped("debug-exit"), code=code)),
         )
+
+    def _set_irq_line(self, irq: int, level: bool) -> None:
+        if (vm := self._building.vm) is not None:
+            vm.set_irq_line(irq, level)
 
     def _stopped(self, reason: Literal["shutdown", "reset", "debug-exit"]) -> Stopped:
         return Stopped(reason, detail=f"the guest asked for {reason}", last_exit="IO", t_ns=time.monotonic_ns())

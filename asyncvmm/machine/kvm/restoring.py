@@ -18,40 +18,31 @@ import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import islice
 
 import attrs
 
 from asyncvmm.errors import AsyncVMMError, MemorySizeError, SnapshotDamaged, SnapshotMismatch, VcpuCountError
 from asyncvmm.machine.host_clock import clock_sample
-from asyncvmm.machine.kvm.abi import KVM_PIT_SPEAKER_DUMMY, KvmPitConfig, Request
-from asyncvmm.machine.kvm.creation import (
-    Creation,
-    create_vcpu,
-    create_vm,
-    expect_tsc_khz,
-    seen_tsc_khz,
-    show_registers,
-)
-from asyncvmm.machine.kvm.fastpath.chain import Argument, At, Chain, Failure, Made, Program
+from asyncvmm.machine.kvm.creation import Creation, expect_tsc_khz, seen_tsc_khz
+from asyncvmm.machine.kvm.fastpath.chain import Failure, Made, Program
 from asyncvmm.machine.kvm.layers import Piece, arrange
 from asyncvmm.machine.kvm.mapped import Pinned
-from asyncvmm.machine.kvm.memory import MAP_SAVED, READ_SAVED, map_memory, map_saved, register_memory
+from asyncvmm.machine.kvm.memory import MAP_SAVED, READ_SAVED
+from asyncvmm.machine.kvm.restore_chains import MOST_KEPT, Shape, ShellShape, filling, restoration, shell_chain
 from asyncvmm.machine.kvm.state.arena import Arena, VcpuPlaces, VmPlaces
 from asyncvmm.machine.kvm.state.board import BoardState
 from asyncvmm.machine.kvm.state.cpu_check import check_cpu, check_tsc, cpu_facts, same_tsc
 from asyncvmm.machine.kvm.state.host import host_state
-from asyncvmm.machine.kvm.state.setting import TSC_OFFSET_STEP, TscPlan, set_cpuid, set_vcpu, set_vm, setting_error
+from asyncvmm.machine.kvm.state.setting import TSC_OFFSET_STEP, TscPlan, setting_error
 from asyncvmm.machine.kvm.state.vcpu import VcpuState
 from asyncvmm.machine.kvm.state.vm import VmState
-from asyncvmm.machine.kvm.system import open_system
 from asyncvmm.machine.kvm.vm import KvmVm, creation_error
+from asyncvmm.machine.kvm.working_set import advices
 from asyncvmm.machine.saved import RestorePlan, SavedMachine
 from asyncvmm.snapshot.memory_map import MemoryMap
 from asyncvmm.timing.timeline import Timeline
 from asyncvmm.x86.layout import ram_regions
-
-MOST_KEPT = 16
-"""Chains, decoded states, and blueprints, kept for coming VMs."""
 
 MOST_VCPUS = 1024
 """What a chain has room for, some times over."""
@@ -59,29 +50,13 @@ MOST_VCPUS = 1024
 BRIEF_VCPUS, BRIEF_PIECES = 4, 64
 """Up to which filling a shell is brief: well under a millisecond, some 50 us a vCPU and 3 us a mapping."""
 
+MOST_AHEAD = 1024
+"""Runs of memory that a launch makes present; the rest is left to the guest's faults."""
+
+OFFSET_SLOT = 2
+"""Where the chains for one vCPU are given its TSC offset."""
+
 _WORD = 1 << 64
-
-
-@attrs.frozen(kw_only=True)
-class ShellShape:
-    """What a VM is before it has any state. Hashable."""
-
-    memory_bytes: int
-    vcpus: int
-    devices: int = 0
-    track_dirty: bool = False
-
-
-@attrs.frozen(kw_only=True)
-class Shape:
-    """What VMs restored alike have in common. Hashable. ``high``: interrupt lines that are raised."""
-
-    shell: ShellShape
-    pieces: tuple[Piece, ...]
-    layers: int
-    vcpus: tuple[VcpuPlaces, ...]
-    vm: VmPlaces
-    high: tuple[int, ...]
 
 
 @attrs.frozen(eq=False, kw_only=True)
@@ -102,7 +77,7 @@ class Shell:
     def __init__(self, shape: ShellShape, timeline: Timeline) -> None:
         """Make it. Raises KvmUnavailable, KvmIoctlError, MemorySizeError, VcpuCountError."""
         self.shape = shape
-        self.steps = _shell(shape)
+        self.steps = shell_chain(shape)
         self.made: Made | None = _run(self.steps.program, (), timeline, shape.vcpus, ())
 
     def take(self) -> Made:
@@ -118,6 +93,28 @@ class Shell:
             self.take().undo()
 
 
+@attrs.frozen(eq=False, kw_only=True)
+class LaunchChain:
+    """What a launch makes: the program, what it is given but for what a shell holds, and the slots of its vCPU's
+    descriptor, and of the TSC offset, which lacks the host's TSC still; 0 if it is complete.
+
+    steps: where the chain leaves what, or, in a shell, the shell's.
+    """
+
+    steps: Creation
+    program: Program
+    vcpu: int
+    clock: int
+    tsc: TscPlan
+    given: tuple[int, ...]
+    _pinned: Pinned
+
+    @property
+    def address(self) -> int:
+        """Where the steps are, as bytes."""
+        return self._pinned.address
+
+
 @attrs.frozen(eq=False)
 class RestoreBlueprint:
     """A VM to be restored, as often as wanted, for as long as the layers are open. Nothing is made yet."""
@@ -125,6 +122,7 @@ class RestoreBlueprint:
     shape: Shape
     state: State
     fds: tuple[int, ...]
+    _arena: Pinned
 
     @property
     def board(self) -> BoardState:
@@ -145,8 +143,8 @@ class RestoreBlueprint:
         """
 
         def once(tsc: TscPlan) -> KvmVm:
-            steps = _restoration(self.shape, tsc)
-            given = (pinned.address, *self._offsets(), *self.fds)
+            steps = restoration(self.shape, tsc)
+            given = (self._arena.address, *self.offsets(), *self.fds)
             made = _run(steps.program, given, timeline, len(steps.vcpus), self.state.vcpus)
             try:
                 _check_tsc_after(steps, made, self.state, tsc)
@@ -155,7 +153,6 @@ class RestoreBlueprint:
                 made.undo()
                 raise
 
-        pinned = Pinned(self.state.arena)
         return _with_tsc(self.state, once)
 
     def fill(self, shell: Shell, timeline: Timeline) -> KvmVm:
@@ -164,26 +161,61 @@ class RestoreBlueprint:
         if shell.shape != self.shape.shell:
             raise ValueError(f"a shell of {shell.shape}, not {self.shape.shell}")
         made, steps = shell.take(), shell.steps
-        held = (made[steps.vm], made[steps.memory], *(made[vcpu.fd] for vcpu in steps.vcpus))
+        held = held_in(made, steps)
 
         def once(tsc: TscPlan) -> KvmVm:
-            given = (pinned.address, *self._offsets(), *self.fds, *held)
-            _run(_filling(self.shape, tsc), given, timeline, len(steps.vcpus), self.state.vcpus)
+            given = (self._arena.address, *self.offsets(), *self.fds, *held)
+            _run(filling(self.shape, tsc), given, timeline, len(steps.vcpus), self.state.vcpus)
             _check_tsc_after(steps, made, self.state, tsc)
             return KvmVm.adopt(steps, made, "private-file")
 
-        pinned = Pinned(self.state.arena)
         try:
             return _with_tsc(self.state, once)
         except BaseException:
             made.undo()
             raise
 
-    def _offsets(self) -> list[int]:
+    def offsets(self) -> list[int]:
         """KVM_VCPU_TSC_OFFSET for each vCPU: its TSC goes on from where it stood, in step with the others."""
         now, then = clock_sample(), self.state.vm.host_tsc
         ahead = (then - now.tsc) if now is not None and then is not None else 0
         return [_signed((vcpu.tsc_offset or 0) + ahead) for vcpu in self.state.vcpus]
+
+    # -- for launches, see launch.py -----------------------------------------------------------------------------------
+
+    def launch_chain(self, plan: RestorePlan, *, in_shell: bool) -> LaunchChain | None:
+        """What a launch makes, if it can be made so. Blocks. Raises SnapshotMismatch."""
+        tsc = _tsc_plan(self.state)
+        if not tsc.by_offset or seen_tsc_khz() is None or not self.fills_briefly:
+            return None
+        ahead = tuple(islice(advices(plan.saved.memory.size, plan.touched, plan.written), MOST_AHEAD))
+        if in_shell:
+            steps, program = shell_chain(self.shape.shell), filling(self.shape, tsc, ahead)
+            vcpu = program.first - len(steps.vcpus)
+        else:
+            steps = restoration(self.shape, tsc, ahead)
+            program, vcpu = steps.program, steps.vcpus[0].fd.slot
+        offset, then = self.state.vcpus[0].tsc_offset or 0, self.state.vm.host_tsc
+        return LaunchChain(
+            steps=steps,
+            program=program,
+            vcpu=vcpu,
+            clock=OFFSET_SLOT if then is not None else 0,
+            tsc=tsc,
+            given=(self._arena.address, _signed(offset + (then or 0)), *self.fds),
+            pinned=Pinned(program.steps),
+        )
+
+    def launched(self, chain: LaunchChain, made: Made, held: Made | None) -> KvmVm:
+        """The VM that was made so. Raises LearnedError if it is not what it was to be."""
+        whole = made if held is None else held
+        _check_tsc_after(chain.steps, whole, self.state, chain.tsc)
+        return KvmVm.adopt(chain.steps, whole, "private-file")
+
+    def launch_error(self, made: Made) -> Exception:
+        """What it means that it failed."""
+        assert made.failure is not None
+        return _error_of(made.failure, 1, self.state.vcpus)
 
 
 @attrs.frozen(eq=False)
@@ -241,7 +273,7 @@ def _blueprint(plan: RestorePlan, devices: int, tsc_khz: int | None) -> RestoreB
         vm=state.vm_places,
         high=tuple(state.board.high),
     )
-    return RestoreBlueprint(shape, state, tuple(layer.fd for layer in plan.layers))
+    return RestoreBlueprint(shape, state, tuple(layer.fd for layer in plan.layers), Pinned(state.arena))
 
 
 def _check_count(vcpus: int) -> None:
@@ -291,83 +323,10 @@ def _state(vm: bytes, board: bytes, *vcpus: bytes) -> State:
     )
 
 
-# -- chains ------------------------------------------------------------------------------------------------------------
-
-
-@lru_cache(MOST_KEPT)
-def _shell(shape: ShellShape) -> Creation:
-    chain = Chain()
-    return _finish(chain, _make_shell(chain, shape))
-
-
-@lru_cache(MOST_KEPT)
-def _restoration(shape: Shape, tsc: TscPlan) -> Creation:
-    """The whole chain; it is given the arena's address, a TSC offset for each vCPU, and the layers' descriptors."""
-    vcpus = shape.shell.vcpus
-    chain = Chain(given=1 + vcpus + shape.layers)
-    layers = [chain.given(1 + vcpus + index) for index in range(shape.layers)]
-    steps = _make_shell(chain, shape.shell, (shape.pieces, layers))
-    _set_state(chain, shape, tsc, steps.vm, [vcpu.fd for vcpu in steps.vcpus])
-    return _finish(chain, steps)
-
-
-@lru_cache(MOST_KEPT)
-def _filling(shape: Shape, tsc: TscPlan) -> Program:
-    """What a shell still lacks; it is given what ``_restoration`` is, and the VM, its memory, and the vCPUs."""
-    vcpus, first = shape.shell.vcpus, 1 + shape.shell.vcpus
-    held = first + shape.layers
-    chain = Chain(given=held + 2 + vcpus)
-    with chain.phase("memory_state_write"):
-        map_saved(chain, chain.given(held + 1), shape.pieces, [chain.given(first + n) for n in range(shape.layers)])
-    _set_state(chain, shape, tsc, chain.given(held), [chain.given(held + 2 + n) for n in range(vcpus)])
-    return chain.program()
-
-
-def _make_shell(chain: Chain, shape: ShellShape, saved: tuple[Sequence[Piece], Sequence[At]] | None = None) -> Creation:
-    """Memslots come before the interrupt controllers, as in creation.py, and the snapshot's pages before both."""
-    regions = ram_regions(shape.memory_bytes)
-    with chain.phase("kvm_open"):
-        system = open_system(chain, vcpus=shape.vcpus)
-    vm = create_vm(chain, system)
-    with chain.phase("memory_alloc"):
-        memory = map_memory(chain, regions)
-    if saved is not None:
-        with chain.phase("memory_state_write"):
-            map_saved(chain, memory, *saved)
-    with chain.phase("memory_register"):
-        register_memory(chain, vm, memory, regions, track_dirty=shape.track_dirty)
-        registers = show_registers(chain, vm, len(regions), shape.devices) if shape.devices else None
-    with chain.phase("irqchip_create"):
-        chain.ioctl(Request.KVM_CREATE_IRQCHIP, vm)
-        chain.ioctl(Request.KVM_CREATE_PIT2, vm, chain.data(KvmPitConfig(KVM_PIT_SPEAKER_DUMMY)))
-    with chain.phase("vcpu_create"):
-        vcpus = tuple(create_vcpu(chain, vm, index, system) for index in range(shape.vcpus))
-        tsc_khz = chain.ioctl(Request.KVM_GET_TSC_KHZ, vcpus[0].fd)
-    return Creation(_NO_PROGRAM, regions, system, vm, memory, vcpus, tsc_khz, None, (), registers, shape.devices)
-
-
-_NO_PROGRAM = Chain().program()
-
-
-def _finish(chain: Chain, steps: Creation) -> Creation:
-    return attrs.evolve(steps, program=chain.program())
-
-
-def _set_state(chain: Chain, shape: Shape, tsc: TscPlan, vm: Argument, fds: Sequence[Argument]) -> None:
-    arena = chain.given(0)
-    with chain.phase("cpuid_config"):
-        set_cpuid(chain, fds, arena, shape.vcpus)
-    with chain.phase("vcpu_state_restore"):
-        for index, (fd, places) in enumerate(zip(fds, shape.vcpus, strict=True)):
-            set_vcpu(chain, index, fd, arena, places, tsc, chain.given(1 + index))
-    with chain.phase("device_state_restore"):
-        set_vm(chain, vm, arena, shape.vm, shape.high)
-
-
 # -- running them ------------------------------------------------------------------------------------------------------
 
 
-class _LearnedError(Exception):
+class LearnedError(Exception):
     """This host's time stamp counters are not as was assumed; ``_tsc_plan`` knows now."""
 
 
@@ -390,7 +349,7 @@ def _with_tsc(state: State, once: Callable[[TscPlan], KvmVm]) -> KvmVm:
     while True:
         try:
             return once(_tsc_plan(state))
-        except _LearnedError:
+        except LearnedError:
             continue
 
 
@@ -401,10 +360,14 @@ def _run(program: Program, given: Sequence[int], timeline: Timeline, count: int,
     if made.failure is None:
         return made
     made.undo()
-    if made.failure.name.startswith(TSC_OFFSET_STEP):
+    raise _error_of(made.failure, count, vcpus)
+
+
+def _error_of(failure: Failure, count: int, vcpus: Sequence[VcpuState]) -> Exception:
+    if failure.name.startswith(TSC_OFFSET_STEP):
         _Host.takes_offsets = False
-        raise _LearnedError
-    raise setting_error(made.failure, vcpus) or _memory_error(made.failure) or creation_error(made.failure, count)
+        return LearnedError()
+    return setting_error(failure, vcpus) or _memory_error(failure) or creation_error(failure, count)
 
 
 def _memory_error(failure: Failure) -> AsyncVMMError | None:
@@ -420,7 +383,12 @@ def _check_tsc_after(steps: Creation, made: Made, state: State, tsc: TscPlan) ->
     """The first VM of a process shows what frequency this host's TSC has. Raises as _tsc_plan does."""
     expect_tsc_khz(made[steps.tsc_khz])
     if _tsc_plan(state) != tsc:
-        raise _LearnedError
+        raise LearnedError
+
+
+def held_in(made: Made, steps: Creation) -> tuple[int, ...]:
+    """What a chain is told of a shell."""
+    return (made[steps.vm], made[steps.memory], *(made[vcpu.fd] for vcpu in steps.vcpus))
 
 
 def _signed(value: int) -> int:

@@ -22,6 +22,7 @@ from asyncvmm.machine.waiting import in_thread
 from asyncvmm.timing.timeline import Timeline
 
 if TYPE_CHECKING:
+    from asyncvmm.machine.kvm.launch import Launch
     from asyncvmm.machine.kvm.restoring import Shell
     from asyncvmm.machine.kvm.saving import Saving
     from asyncvmm.machine.saved import RestorePlan
@@ -64,10 +65,30 @@ class Snapshots:
                 devices.fit(building.vm, fail, state=section)
             await anyio.to_thread.run_sync(building.hold)
 
-    def mark(self, vm: KvmVm, tell: Callable[[], object]) -> None:
+    async def adopt(self, plan: RestorePlan, launch: Launch) -> bool:
+        """Build the machine around a VM that is being launched. False if this host was not known well enough for that:
+        nothing is built then. Raises as ``restore``, and StateError if the machine is stopped meanwhile."""
+        from asyncvmm.machine.kvm.restoring import LearnedError
+
+        building = self._building
+        building.expect(launch, plan)
+        try:
+            await launch.mapped()
+            if building.given_up:
+                raise StateError("start", expected="a machine that nobody stops meanwhile", state="closed")
+            building.adopt(launch, plan)
+        except LearnedError:
+            await launch.aclose()
+            building.forget()
+            return False
+        return True
+
+    def mark(self, vm: KvmVm, tell: Callable[[], object], launch: Launch | None = None) -> None:
         """It is restored. ``tell`` is called on a vCPU's thread, at the first exit."""
-        self.marks = RestoreMarks(time.monotonic_ns())
-        self.marks.watch(vm.vcpus, tell)
+        self.marks = marks = RestoreMarks(time.monotonic_ns() if launch is None else launch.mapped_ns)
+        if launch is not None and launch.opened:
+            marks.resumed_ns = marks.mapped_ns
+        marks.watch(vm.vcpus, tell)
 
     def first_exit(self) -> None:
         """It was told."""

@@ -18,7 +18,9 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cached_property
-from typing import Literal
+from typing import Literal, Protocol
+
+import attrs
 
 from asyncvmm.bus import Bus
 from asyncvmm.effects import Stopped, StopReason
@@ -55,9 +57,31 @@ FirstExit = Callable[[int, int, Faults], None]
 the page faults in between."""
 
 
+@attrs.frozen
+class FirstRun:
+    """How a guest that was entered ahead came out: KVM_RUN's result, 0 or -errno; CLOCK_MONOTONIC ns; the thread's page
+    faults in between."""
+
+    result: int
+    entered_ns: int
+    left_ns: int
+    faults: Faults
+
+
+class VcpuThread(Protocol):
+    """What a vCPU runs on: a Thread, or a Launch."""
+
+    @property
+    def native_id(self) -> int | None:
+        """Its number in the kernel."""
+
+    def join(self) -> None:
+        """Wait until it is done with the vCPU."""
+
+
 class Vcpu:
-    """A created vCPU. ``start`` gives it its thread; ``order`` steers it; ``close`` ends it once the thread
-    ended."""
+    """A created vCPU. ``start`` or ``adopt`` gives it its thread; ``order`` steers it; ``close`` ends it once the
+    thread ended."""
 
     def __init__(self, index: int, fd: int, run_address: int, run_size: int) -> None:
         """A vCPU that was made: its descriptor, and its kvm_run page as it was mapped."""
@@ -74,7 +98,8 @@ class Vcpu:
         self._parked = False
         self._kickable: int | None = None
         self._kicked = False
-        self._thread: threading.Thread | None = None
+        self._thread: VcpuThread | None = None
+        self._faults_before = NO_FAULTS
         self._unstarted: threading.Thread | None = None
         self._starting = threading.Lock()
 
@@ -110,6 +135,27 @@ class Vcpu:
         self._unstarted = threading.Thread(target=self._main, args=main, name=name, daemon=True)
         if not late:
             self._start_thread()
+
+    def adopt(
+        self,
+        thread: VcpuThread,
+        ident: int,
+        faults: Faults,
+        bus: Bus,
+        halt: Halt,
+        fastpath: Fastpath | None = None,
+        clock: Callable[[], int] = time.monotonic_ns,
+    ) -> Callable[[FirstRun | None], None]:
+        """Be run by a thread that is there: it calls what this gives, with how its first run of the guest ended, None
+        if it did not enter it. ``ident``: where it is kicked; it has blocked the signal. ``faults``: its own so far."""
+        dispatcher = Dispatcher(bus, self.run, self.counters, clock)
+        self._fastpath, self._thread, self._kickable, self._faults_before = fastpath, thread, ident, faults
+
+        def serve(first: FirstRun | None) -> None:
+            begin = None if first is None else lambda: self._go_on(first, dispatcher)
+            self._serve(dispatcher, halt, clock, begin)
+
+        return serve
 
     def order(self, order: Order) -> None:
         """Say what the vCPU shall do, and make it look. Returns at once, but for the thread that comes late."""
@@ -162,7 +208,7 @@ class Vcpu:
     def faults(self) -> Faults:
         """Page faults of its thread so far, Python's own among them."""
         native_id = None if self._thread is None else self._thread.native_id
-        return NO_FAULTS if native_id is None else faults_of(native_id)
+        return NO_FAULTS if native_id is None else faults_of(native_id) - self._faults_before
 
     def tell_it_was_held(self) -> None:
         """KVM_KVMCLOCK_CTRL: time has gone by in which it could do nothing, so that a guest's watchdogs need not bark.
@@ -185,11 +231,15 @@ class Vcpu:
     # What follows runs on the vCPU's thread.
 
     def _main(self, dispatcher: Dispatcher, halt: Halt, clock: Callable[[], int]) -> None:
+        self._serve(dispatcher, halt, clock, self._be_kickable)
+
+    def _serve(
+        self, dispatcher: Dispatcher, halt: Halt, clock: Callable[[], int], begin: Callable[[], Stopped | None] | None
+    ) -> None:
         try:
-            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {KICK_SIGNAL})
-            self._block_inside_kvm_run(blocked - {KICK_SIGNAL})
-            with self._changed:
-                self._kickable = threading.get_ident()
+            ended = None if begin is None else begin()
+            if ended is not None:
+                halt(ended)
             while self._obey():
                 ended = self._run(dispatcher, clock)
                 if ended is not None:
@@ -200,6 +250,22 @@ class Vcpu:
             with self._changed:
                 self._order, self._parked, self._kickable = "stop", True, None
                 self._changed.notify_all()
+
+    def _be_kickable(self) -> None:
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {KICK_SIGNAL})
+        self._block_inside_kvm_run(blocked - {KICK_SIGNAL})
+        with self._changed:
+            self._kickable = threading.get_ident()
+
+    def _go_on(self, first: FirstRun, dispatcher: Dispatcher) -> Stopped | None:
+        """Where the guest came out when it was entered ahead."""
+        if first.result:
+            self._take_kick(-first.result)
+            return None
+        told, self.on_first_exit = self.on_first_exit, None
+        if told is not None:
+            told(first.entered_ns, first.left_ns, first.faults)
+        return self._slow(dispatcher)
 
     def _block_inside_kvm_run(self, blocked: set[int]) -> None:
         bits = sum(1 << (number - 1) for number in blocked)

@@ -7,7 +7,7 @@ fraction of as many faults. What is to be written is copied then, too.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from asyncvmm.machine.kvm.memory import GuestMemory
@@ -22,6 +22,9 @@ _GAP_BYTES: Final = 16 * PAGE_BYTES
 """Pages between two runs that are read that it is cheaper to take along than to ask twice. Of runs to be written none:
 each page of them is copied."""
 
+Advice = tuple[int, int, int]
+"""One madvise(2): what is advised, and offset and size within guest memory."""
+
 _madvise = ctypes.CDLL(None, use_errno=True).madvise
 _madvise.argtypes, _madvise.restype = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int), ctypes.c_int
 
@@ -34,7 +37,13 @@ def working_set(memory: GuestMemory) -> tuple[tuple[Run, ...], tuple[Run, ...]]:
 
 def prefetch(memory: GuestMemory, touched: Sequence[Run], written: Sequence[Run]) -> None:
     """Make runs present, and those ``written`` this VM's own. Blocks; what cannot be is left to the guest's faults."""
+    for advice, offset, size in advices(memory.size, touched, written):
+        _madvise(memory.host_address + offset, size, advice)
+
+
+def advices(memory_bytes: int, touched: Sequence[Run], written: Sequence[Run]) -> Iterator[Advice]:
+    """What ``prefetch`` asks for, of the runs that are within memory."""
     for advice, runs in ((_MADV_POPULATE_WRITE, written), (_MADV_POPULATE_READ, touched)):
         for offset, size in runs:
-            if offset >= 0 and offset + size <= memory.size:
-                _madvise(memory.host_address + offset, size, advice)
+            if offset >= 0 and offset + size <= memory_bytes:
+                yield advice, offset, size

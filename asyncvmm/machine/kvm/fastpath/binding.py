@@ -10,7 +10,20 @@ import ctypes
 import mmap
 import threading
 from collections.abc import Callable
-from ctypes import POINTER, Structure, byref, c_char_p, c_int, c_long, c_uint8, c_uint32, c_uint64, c_void_p, sizeof
+from ctypes import (
+    POINTER,
+    Structure,
+    byref,
+    c_char_p,
+    c_int,
+    c_int64,
+    c_long,
+    c_uint8,
+    c_uint32,
+    c_uint64,
+    c_void_p,
+    sizeof,
+)
 from functools import cache
 from pathlib import Path
 
@@ -56,9 +69,34 @@ class FastpathData(Structure):
     ]
 
 
+class Errand(Structure):
+    """struct errand of runner.c."""
+
+    _fields_ = [
+        ("state", c_uint32),
+        ("gate", c_uint32),
+        ("steps", c_uint64),
+        ("slots", c_uint64),
+        ("count", c_uint32),
+        ("given", c_uint32),
+        ("vcpu", c_uint32),
+        ("clock", c_uint32),
+        ("event_fd", c_int),
+        ("rung", c_uint32),
+        ("mask", c_uint64),
+        ("done", c_uint32),
+        ("entered", c_uint32),
+        ("result", c_int64),
+        ("entered_ns", c_uint64),
+        ("left_ns", c_uint64),
+        ("faults", c_uint64 * 2),
+        ("left_faults", c_uint64 * 2),
+    ]
+
+
 class Library:
-    """The library's functions. ``run`` and ``chain`` release the GIL, the others keep it: they take well under a
-    microsecond."""
+    """The library's functions. ``run``, ``chain`` and ``wait`` release the GIL, the others keep it: they take a
+    microsecond at the most, ``decide`` some when it wakes a thread."""
 
     def __init__(self) -> None:
         released, kept = ctypes.CDLL(str(LIBRARY)), ctypes.PyDLL(str(LIBRARY))
@@ -70,7 +108,12 @@ class Library:
         self.set.argtypes, self.set.restype = (POINTER(FastpathData), c_int, c_uint32, c_uint32, c_uint32), None
         self.take = kept.fastpath_take
         self.take.argtypes, self.take.restype = (POINTER(FastpathData), c_void_p, c_void_p, POINTER(c_uint32)), c_uint32
-        if kept.fastpath_size() != sizeof(FastpathData) or kept.chain_step_size() != STEP_BYTES:
+        self.wait: Callable[[int], int] = released.runner_wait
+        released.runner_wait.argtypes, released.runner_wait.restype = (c_void_p,), c_uint32
+        self.decide: Callable[[int, int], int] = kept.runner_decide
+        kept.runner_decide.argtypes, kept.runner_decide.restype = (c_void_p, c_uint32), c_uint32
+        sizes = (kept.fastpath_size(), kept.chain_step_size(), kept.runner_size())
+        if sizes != (sizeof(FastpathData), STEP_BYTES, sizeof(Errand)):
             raise OSError("fastpath.so was built from other sources")
 
 

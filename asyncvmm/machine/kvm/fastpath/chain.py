@@ -236,6 +236,16 @@ class Program:
 
     def run(self, *given: int, execute: Executor | None = None) -> Made:
         """Make the steps; what they acquire is the caller's to ``undo``, also of a chain that failed half-way."""
+        slots = self.lay_out(*given)
+        address, _ = slots.buffer_info()
+        return Made(self, slots, (execute or executor())(self.steps, len(self.names), address, self.first))
+
+    def made(self, slots: array[int], done: int) -> Made:
+        """A run of it that somebody else has made, whose first ``done`` steps did not fail."""
+        return Made(self, slots, done)
+
+    def lay_out(self, *given: int) -> array[int]:
+        """The slots of a run that begins now."""
         first = self.first
         if len(given) != first - 1:
             raise ValueError(f"{len(given)} given values, not {first - 1}")
@@ -245,7 +255,7 @@ class Program:
         for index, value in enumerate(given, 1):
             slots[_SLOT_WORDS * index] = value
         slots[1] = time.monotonic_ns()
-        return Made(self, slots, (execute or executor())(self.steps, len(self.names), address, first))
+        return slots
 
 
 class Made:

@@ -1,0 +1,159 @@
+/* A thread that waits, outside of the interpreter, for a VM to make: it makes the chain and enters the guest at once.
+ *
+ * So from the moment it is sent until the guest's first exit it needs no interpreter, which meanwhile is busy with the
+ * VM's other half. Who sends it decides at the gate whether the guest is entered, before or while the thread gets there;
+ * the eventfd is rung when the chain is made, before the gate. A signal that the thread has blocked, and KVM_RUN lets
+ * through, ends the first run as any other; one that comes too early is still pending then.
+ *
+ * Where a processor is to be shared with the loop's thread, the runner goes first: until the guest is out it asks for short
+ * slices of time, for which it is let in soon (sched(7), Linux 6.12; older kernels take no notice).
+ *
+ * Freestanding as fastpath.c is. `state` and `gate` are futexes.
+ */
+
+#define EXPORTED __attribute__((visibility("default")))
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long s64;
+
+enum { KVM_RUN = 0xAE80, KVM_SET_SIGNAL_MASK = 0x4004AE8B };
+enum { SYS_WRITE = 1, SYS_IOCTL = 16, SYS_GETRUSAGE = 98, SYS_FUTEX = 202, SYS_CLOCK_GETTIME = 228 };
+enum { SYS_SCHED_SETATTR = 314, SYS_SCHED_GETATTR = 315, SCHED_OTHER = 0, SHORT_SLICE_NS = 100000, USUAL_SLICE = 0 };
+enum { CLOCK_MONOTONIC = 1, RUSAGE_THREAD = 1, FUTEX_WAIT_PRIVATE = 128, FUTEX_WAKE_PRIVATE = 129 };
+enum { IDLE = 0 };
+enum { UNDECIDED = 0, OPEN = 1 };
+enum { RUSAGE_WORDS = 18, RUSAGE_MINFLT = 8, RUSAGE_MAJFLT = 9 };
+
+struct slot {
+    s64 value;
+    u64 end_ns;
+};
+
+struct errand {
+    u32 state;         /* IDLE until it is sent; what it is then is the sender's affair */
+    u32 gate;          /* UNDECIDED until it is OPEN, or shut by any other value */
+    const void *steps; /* the chain, see chain.c */
+    struct slot *slots;
+    u32 count, given;
+    u32 vcpu;          /* the slot that has the vCPU's descriptor */
+    u32 clock;         /* the slot that the time stamp counter is taken off, 0 for none */
+    int event_fd;      /* may be told late: who tells it looks then whether it would have been rung */
+    u32 rung;
+    u64 mask;          /* the signals that are blocked in the guest */
+    u32 done;          /* steps of the chain that did not fail */
+    u32 entered;       /* whether the guest was entered, and the following is known */
+    s64 result;        /* of KVM_RUN, 0 or -errno; of KVM_SET_SIGNAL_MASK if that failed */
+    u64 entered_ns, left_ns;
+    u64 faults[2];     /* minor and major page faults of this thread when the chain was made */
+    u64 left_faults[2];
+};
+
+u32 chain_run(const void *steps, u32 count, struct slot *slots, u32 given);
+
+static s64 syscall4(long number, long a, long b, long c, long d)
+{
+    s64 result;
+    register long r10 __asm__("r10") = d;
+    __asm__ volatile("syscall" : "=a"(result) : "a"(number), "D"(a), "S"(b), "d"(c), "r"(r10) : "rcx", "r11", "memory");
+    return result;
+}
+
+static u64 monotonic_ns(void)
+{
+    s64 now[2] = {0, 0};
+    syscall4(SYS_CLOCK_GETTIME, CLOCK_MONOTONIC, (long)now, 0, 0);
+    return (u64)now[0] * 1000000000u + (u64)now[1];
+}
+
+static u32 wait_while(u32 *word, u32 value)
+{
+    u32 found;
+    while ((found = __atomic_load_n(word, __ATOMIC_ACQUIRE)) == value)
+        syscall4(SYS_FUTEX, (long)word, FUTEX_WAIT_PRIVATE, value, 0);
+    return found;
+}
+
+struct sched_attr {
+    u32 size, policy;
+    u64 flags;
+    int nice;
+    u32 priority;
+    u64 runtime, deadline, period;
+};
+
+static void ask_for_slices(u64 ns)
+{
+    struct sched_attr attr = {.size = sizeof attr};
+    if (syscall4(SYS_SCHED_GETATTR, 0, (long)&attr, sizeof attr, 0) < 0 || attr.policy != SCHED_OTHER)
+        return;
+    attr.runtime = ns;
+    syscall4(SYS_SCHED_SETATTR, 0, (long)&attr, 0, 0);
+}
+
+static s64 let_signals_through(const struct errand *errand, int vcpu)
+{
+    struct __attribute__((packed)) { u32 size; u64 mask; } mask = {sizeof errand->mask, errand->mask};
+    return syscall4(SYS_IOCTL, vcpu, KVM_SET_SIGNAL_MASK, (long)&mask, 0);
+}
+
+static void count_faults(u64 faults[2])
+{
+    u64 usage[RUSAGE_WORDS] = {0};
+    syscall4(SYS_GETRUSAGE, RUSAGE_THREAD, (long)usage, 0, 0);
+    faults[0] = usage[RUSAGE_MINFLT];
+    faults[1] = usage[RUSAGE_MAJFLT];
+}
+
+static void enter(struct errand *errand, int vcpu)
+{
+    errand->entered_ns = monotonic_ns();
+    errand->result = syscall4(SYS_IOCTL, vcpu, KVM_RUN, 0, 0);
+    errand->left_ns = monotonic_ns();
+    count_faults(errand->left_faults);
+    errand->entered = 1;
+}
+
+static void run(struct errand *errand)
+{
+    u64 one = 1;
+    if (errand->clock)
+        errand->slots[errand->clock].value -= (s64)__builtin_ia32_rdtsc();
+    errand->done = chain_run(errand->steps, errand->count, errand->slots, errand->given);
+    if (errand->done < errand->count)
+        return;
+    int vcpu = (int)errand->slots[errand->vcpu].value;
+    errand->result = let_signals_through(errand, vcpu);
+    count_faults(errand->faults);
+    __atomic_store_n(&errand->rung, 1, __ATOMIC_SEQ_CST);
+    int event_fd = __atomic_load_n(&errand->event_fd, __ATOMIC_SEQ_CST);
+    if (event_fd >= 0)
+        syscall4(SYS_WRITE, event_fd, (long)&one, sizeof one, 0);
+    if (!errand->result && wait_while(&errand->gate, UNDECIDED) == OPEN)
+        enter(errand, vcpu);
+}
+
+/* Wait until it is sent, and run, if there are steps. Returns the state it was sent with. */
+EXPORTED u32 runner_wait(struct errand *errand)
+{
+    ask_for_slices(SHORT_SLICE_NS);
+    u32 state = wait_while(&errand->state, IDLE);
+    if (errand->count)
+        run(errand);
+    ask_for_slices(USUAL_SLICE);
+    return state;
+}
+
+/* Decide a state or a gate that is 0 still; returns what it was. A full fence in any case. */
+EXPORTED u32 runner_decide(u32 *word, u32 value)
+{
+    u32 found = 0;
+    if (__atomic_compare_exchange_n(word, &found, value, 0, __ATOMIC_RELEASE, __ATOMIC_ACQUIRE))
+        syscall4(SYS_FUTEX, (long)word, FUTEX_WAKE_PRIVATE, 1, 0);
+    return found;
+}
+
+EXPORTED u32 runner_size(void)
+{
+    return sizeof(struct errand);
+}

@@ -1,0 +1,270 @@
+"""Launch: a restore under way on a runner's thread, while the loop makes the VM's other half.
+
+    prepared = prepare_launch(plan, in_shell=False)
+
+    launch = prepared.begin(None)            nothing but this is between the call and the chain of calls
+    launch.decide(True)                  the guest may be entered as soon as its state is there
+    await launch.mapped()                it is; the guest may run already
+    vm = launch.take(timeline)
+    launch.hand_over(...)                from here on its exits are answered
+
+What a guest does before its first exit is answered nobody else can see: a launch can be given up until then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
+
+import attrs
+
+from asyncvmm.machine.kvm.fastpath.binding import load
+from asyncvmm.machine.kvm.fastpath.chain import At
+from asyncvmm.machine.kvm.faults import NO_FAULTS, Faults
+from asyncvmm.machine.kvm.restoring import (
+    OFFSET_SLOT,
+    LaunchChain,
+    RestoreBlueprint,
+    Shell,
+    held_in,
+    restore_blueprint,
+)
+from asyncvmm.machine.kvm.runner import IDLE_NAME, Runner, give_back, take
+from asyncvmm.machine.kvm.vcpu import KICK_SIGNAL, FirstRun
+from asyncvmm.machine.waiting import in_thread
+
+if TYPE_CHECKING:
+    from asyncvmm.machine.kvm.fastpath.chain import Made
+    from asyncvmm.machine.kvm.vm import KvmVm
+    from asyncvmm.machine.saved import RestorePlan
+    from asyncvmm.timing.timeline import Timeline
+
+_OPEN: Final = 1
+_SHUT: Final = 2
+
+
+class Launch:
+    """``blueprint`` is what is restored. All but ``join`` and ``native_id`` is for the loop."""
+
+    def __init__(
+        self, blueprint: RestoreBlueprint, chain: LaunchChain, runner: Runner, shell: Shell | None, enters: bool | None
+    ) -> None:
+        """Send the runner, which is the launch's from now on. ``enters``: whether the guest is, None if ``open`` or
+        ``shut`` will say."""
+        self.blueprint = blueprint
+        self._runner = runner
+        self._handed, self._over, self._lock = threading.Lock(), threading.Lock(), threading.Lock()
+        self._handed.acquire()
+        self._over.acquire()
+        self._taken = self._given_up = False
+        self._kickable = True
+        self._serves: Callable[[FirstRun | None], None] | None = None
+        self._chain = chain
+        self._held = None if shell is None else shell.take()
+        given = chain.given if self._held is None else (*chain.given, *held_in(self._held, chain.steps))
+        self._slots = chain.program.lay_out(*given)
+        self._loop = asyncio.get_running_loop()
+        self._mapped: asyncio.Future[None] = self._loop.create_future()
+        self._event_fd = -1
+        self.opened = False
+        if enters is not None:
+            self.decide(enters)
+        runner.send(chain.program, chain.address, self._slots, chain.vcpu, chain.clock, self._serve)
+        os.sched_yield()  # where there is no other processor to be had, the runner goes first
+        self._listen()
+
+    def _listen(self) -> None:
+        try:
+            self._event_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            self._loop.add_reader(self._event_fd, self._on_mapped)
+        except OSError as error:
+            self._on_failure(error)
+            return
+        with self._lock:
+            if self._kickable and self._runner.ring(self._event_fd):
+                self._loop.call_soon(self._on_mapped)
+
+    # -- on the loop -------------------------------------------------------------------------------------------------
+
+    def decide(self, enters: bool) -> None:
+        """Let the guest be entered, unless something must be done to its memory before; or have the vCPU held. Once."""
+        self.opened = enters and not self.blueprint.board.ged.heeds_generation
+        self._decide(_OPEN if self.opened else _SHUT)
+
+    def _decide(self, gate: int) -> None:
+        with self._lock:
+            if self._kickable:  # else it serves another launch by now
+                self._runner.decide(gate)
+
+    async def mapped(self) -> None:
+        """Wait until memory and state are in place.
+
+        Raises as RestoreBlueprint.run does, and LearnedError where it must be done the other way.
+        """
+        await self._mapped
+
+    def take(self, timeline: Timeline) -> KvmVm:
+        """The VM, once it is mapped, the caller's from now on; its vCPU waits for ``hand_over``. The chain's phases go
+        to ``timeline``. Raises as ``mapped`` does."""
+        made = self._made(len(self._chain.program.names))
+        timeline.record_later(made.spans)
+        vm = self.blueprint.launched(self._chain, made, self._held)
+        self._taken = True
+        return vm
+
+    def hand_over(self, name: str, serves: Callable[[FirstRun | None], None]) -> None:
+        """Have the vCPU of the VM that was taken served so, on its thread, with how its first run ended if it was
+        entered. Raises nothing."""
+        self._runner.thread.name = name
+        self._serves = serves
+        self._release()
+
+    @property
+    def mapped_ns(self) -> int:
+        """When memory and state were in place, CLOCK_MONOTONIC."""
+        program = self._chain.program
+        return self._made(len(program.names)).ended_ns(len(program.names) - 1)
+
+    @property
+    def tsc_offset(self) -> int:
+        """KVM_VCPU_TSC_OFFSET as it was set."""
+        return self._made(0)[At(OFFSET_SLOT)]
+
+    @property
+    def faults(self) -> Faults:
+        """Page faults of the thread before the guest was entered."""
+        return Faults(*self._runner.errand.faults)
+
+    async def aclose(self) -> None:
+        """Give it up, unless it was taken: nothing is left of it. May be called again."""
+        if not self._taken and not self._given_up:
+            self._given_up = True
+            self._decide(_SHUT)
+            self._kick()
+            try:
+                await in_thread(self.join)
+            finally:
+                self._deaf()
+
+    def _on_mapped(self) -> None:
+        self._deaf()
+        if not self._mapped.done():
+            self._mapped.set_result(None)
+
+    def _on_failure(self, error: BaseException) -> None:
+        self._deaf()
+        if not self._mapped.done() and not self._given_up:
+            self._mapped.set_exception(error)
+
+    def _deaf(self) -> None:
+        event_fd, self._event_fd = self._event_fd, -1
+        if event_fd >= 0:
+            self._loop.remove_reader(event_fd)
+            os.close(event_fd)
+
+    def _kick(self) -> None:
+        with self._lock:
+            if self._kickable:
+                signal.pthread_kill(self._runner.ident, KICK_SIGNAL)
+
+    # -- on any thread -----------------------------------------------------------------------------------------------
+
+    @property
+    def ident(self) -> int:
+        """The thread that makes it, as signals find it."""
+        return self._runner.ident
+
+    @property
+    def native_id(self) -> int | None:
+        """The same, as the kernel counts."""
+        return self._runner.thread.native_id
+
+    def join(self) -> None:
+        """Wait until the thread is done with the VM. Blocks: not for the loop."""
+        self._release()
+        with self._over:
+            pass
+
+    def _release(self) -> None:
+        with self._lock:
+            if self._handed.locked():
+                self._handed.release()
+
+    def _made(self, done: int) -> Made:
+        return self._chain.program.made(self._slots, done)
+
+    # -- on the runner's thread --------------------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        errand = self._runner.errand
+        try:
+            if errand.done < errand.count:
+                self._fail(self._made(errand.done))
+            else:
+                self._handed.acquire()
+                if self._serves is not None:
+                    self._serves(self._first_run())
+                elif not self._taken:
+                    self._undo(self._made(errand.done))
+        finally:
+            with self._lock:
+                self._kickable = False
+            self._runner.thread.name = IDLE_NAME
+            self._over.release()
+
+    def _first_run(self) -> FirstRun | None:
+        errand = self._runner.errand
+        if not errand.entered and not errand.result:
+            return None
+        faults = Faults(*errand.left_faults) - Faults(*errand.faults) if errand.entered else NO_FAULTS
+        return FirstRun(errand.result, errand.entered_ns, errand.left_ns, faults)
+
+    def _fail(self, made: Made) -> None:
+        error = self.blueprint.launch_error(made)
+        self._undo(made)
+        with suppress(RuntimeError):  # the loop has closed
+            self._loop.call_soon_threadsafe(self._on_failure, error)
+
+    def _undo(self, made: Made) -> None:
+        made.undo()
+        if self._held is not None:
+            self._held.undo()
+
+
+@attrs.frozen(eq=False)
+class PreparedLaunch:
+    """Restores of one plan, as often as wanted."""
+
+    blueprint: RestoreBlueprint
+    chain: LaunchChain
+
+    def begin(self, enters: bool | None, shell: Callable[[], Shell | None] | None = None) -> Launch | None:
+        """Begin one, ``enters`` as Launch has it. ``shell`` gives a VM made ahead, if there is one. None where it has
+        to be done the other way, for now. Raises what ``shell`` does."""
+        runner = take()
+        if runner is None:
+            return None
+        made = None
+        try:
+            if shell is None or (made := shell()) is not None:
+                return Launch(self.blueprint, self.chain, runner, made, enters)
+        except BaseException:
+            give_back(runner)
+            raise
+        give_back(runner)
+        return None
+
+
+def prepare_launch(plan: RestorePlan, *, in_shell: bool) -> PreparedLaunch | None:
+    """Prepare restores of this plan, of a VM without devices and with one vCPU; None where they cannot be launched.
+    Blocks. Raises as restore_blueprint does."""
+    if load() is None:
+        return None
+    blueprint = restore_blueprint(plan)
+    chain = blueprint.launch_chain(plan, in_shell=in_shell)
+    return None if chain is None else PreparedLaunch(blueprint, chain)

@@ -1,0 +1,124 @@
+"""Runners: threads that wait outside of Python for a restored VM to make, and then run its vCPU; see fastpath/runner.c.
+
+A runner whose VM has ended waits for the next one. Some of them are kept, as are the worker threads of an event loop:
+idle ones belong to nobody, have nothing open, and go with the process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import threading
+from array import array
+from collections.abc import Callable
+
+from asyncvmm.machine.kvm.fastpath.binding import Errand, Library, load
+from asyncvmm.machine.kvm.fastpath.chain import Program
+from asyncvmm.machine.kvm.vcpu import KICK_SIGNAL
+
+IDLE_NAME = "asyncvmm idle runner"
+MOST_IDLE = 4
+"""Runners that are kept."""
+
+_SENT = 1
+_STATE, _GATE = Errand.state.offset, Errand.gate.offset
+_NO_EVENT = -1
+
+Serve = Callable[[], None]
+
+
+class Runner:
+    """One thread. It becomes idle by itself, when it is ready, and again when what it was sent for has ended."""
+
+    def __init__(self, library: Library) -> None:
+        """Start it. Waits until it was begun, some 0.1 ms: not for the loop."""
+        self.ident = 0
+        self.errand = Errand(event_fd=_NO_EVENT)
+        self._address = ctypes.addressof(self.errand)
+        self._library = library
+        self._serve: Serve | None = None
+        self._lent: tuple[object, ...] = ()
+        self.thread = threading.Thread(target=self._main, name=IDLE_NAME, daemon=True)
+        self.thread.start()
+
+    def send(self, program: Program, steps: int, slots: array[int], vcpu: int, clock: int, serve: Serve) -> None:
+        """Have the chain made whose bytes are at ``steps``, and the vCPU entered whose descriptor is left in slot
+        ``vcpu``, once the gate is open; in slot ``clock`` the time stamp counter is taken off before. Then ``serve`` is
+        called there.
+
+        An idle runner that was taken, only; at once, on any thread.
+        """
+        errand = self.errand
+        self._serve, self._lent = serve, (program, slots)
+        errand.steps, errand.count = steps, len(program.names)
+        errand.slots, errand.given = slots.buffer_info()[0], program.first
+        errand.vcpu, errand.clock = vcpu, clock
+        self._library.decide(self._address + _STATE, _SENT)
+
+    def ring(self, event_fd: int) -> bool:
+        """Have ``event_fd`` rung when the chain is made. Whether that was so before."""
+        self.errand.event_fd = event_fd
+        self._library.decide(self._address + _STATE, _SENT)  # it was: this is a fence
+        return bool(self.errand.rung)
+
+    def decide(self, gate: int) -> None:
+        """Open the gate or shut it, see runner.c. The first decision holds."""
+        self._library.decide(self._address + _GATE, gate)
+
+    # -- on its thread -----------------------------------------------------------------------------------------------
+
+    def _main(self) -> None:
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {KICK_SIGNAL})
+        self.errand.mask = sum(1 << (number - 1) for number in blocked - {KICK_SIGNAL})
+        self.ident = threading.get_ident()
+        while _keep(self):
+            self._library.wait(self._address)
+            if self._serve is not None:
+                self._serve()
+            self._forget()
+
+    def _forget(self) -> None:
+        """The VM is gone, and with it all that it was sent for; a kick that came too late must not reach the next."""
+        errand, mask = self.errand, self.errand.mask
+        ctypes.memset(self._address, 0, ctypes.sizeof(Errand))
+        errand.mask, errand.event_fd = mask, _NO_EVENT
+        self._serve, self._lent, self.thread.name = None, (), IDLE_NAME
+        signal.sigtimedwait([KICK_SIGNAL], 0)
+
+
+_idle: list[Runner] = []
+os.register_at_fork(after_in_child=_idle.clear)  # a child has none of the threads
+
+
+def take() -> Runner | None:
+    """An idle one, the caller's to send; None if there is none."""
+    try:
+        return _idle.pop()
+    except IndexError:
+        return None
+
+
+def give_back(runner: Runner) -> None:
+    """One that was taken and not sent."""
+    _idle.append(runner)
+
+
+def make_one() -> None:
+    """See to it that there is one soon, where the native library is. Blocks while a thread starts."""
+    library = load()
+    if library is not None and not _idle:
+        Runner(library)
+
+
+def any_idle() -> bool:
+    """Whether there is one to be taken."""
+    return bool(_idle)
+
+
+def _keep(runner: Runner) -> bool:
+    """Whether it is to wait for the next."""
+    if len(_idle) >= MOST_IDLE:
+        return False
+    _idle.append(runner)
+    return True

@@ -1,0 +1,111 @@
+"""Launching: a restore whose VM is made beside the loop, which meanwhile makes the Python half (see kvm/launch.py).
+
+So is every restore of a KVM machine with one vCPU and without devices, from the second one of a snapshot on: what it
+takes is prepared a moment after a restore, when the restored guest is on its way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+import attrs
+
+from asyncvmm.errors import AsyncVMMError, ConfigError
+from asyncvmm.machine.kvm.runner import any_idle, make_one
+from asyncvmm.machine.saved import RestorePlan
+from asyncvmm.machine.waiting import in_thread, wait_out
+from asyncvmm.snapshot.shell_pool import REFILL_AFTER_S, ShellPool
+from asyncvmm.snapshot.snapshot import LaunchKind, Snapshot
+
+if TYPE_CHECKING:
+    from asyncvmm.machine.kvm.launch import Launch
+
+_log = logging.getLogger("asyncvmm.snapshot")
+
+
+@attrs.frozen(kw_only=True)
+class RestoreOptions:
+    """How to restore. prefetch: make the working set present ahead, where it is known. track_dirty: differences are to
+    be saved of it. paused: leave its vCPUs held. shells: take a VM that was made ahead from there."""
+
+    prefetch: bool = True
+    track_dirty: bool = False
+    paused: bool = False
+    shells: ShellPool | None = None
+
+    def plan(self, snapshot: Snapshot) -> RestorePlan:
+        """What the machine restores."""
+        return snapshot.restore_plan(prefetch=self.prefetch, track_dirty=self.track_dirty)
+
+    def check(self) -> None:
+        """Raises ConfigError for what is no ShellPool."""
+        if self.shells is not None and not isinstance(self.shells, ShellPool):
+            raise ConfigError("shells", expected="a ShellPool or None", found=repr(self.shells)[:80])
+
+    @property
+    def kind(self) -> LaunchKind:
+        """What launches are prepared for."""
+        return self.prefetch, self.track_dirty, self.shells is not None
+
+
+def begin(snapshot: Snapshot, options: RestoreOptions, *, at_once: bool) -> Launch | None:
+    """Send what is prepared on its way; None where nothing is. Unless ``at_once``, its guest is not entered before
+    ``decide``.
+
+    Raises ConfigError and StateError for the shells.
+    """
+    prepared, shells = snapshot.prepared.get(options.kind), options.shells
+    if prepared is None:
+        return None
+    enters = enters_ahead(snapshot, options) if at_once else None
+    return prepared.begin(enters, None if shells is None else lambda: shells.take_ready(options.plan(snapshot)))
+
+
+def enters_ahead(snapshot: Snapshot, options: RestoreOptions) -> bool:
+    """Whether the guest is entered as soon as it is there. Else it is held for what must be told before it runs."""
+    return not options.paused and not snapshot.guest.has_pid1
+
+
+class Preparation:
+    """Has the next restore like one that is done prepared for, a little later. On the loop."""
+
+    def __init__(self, snapshot: Snapshot, options: RestoreOptions) -> None:
+        self._snapshot = snapshot
+        self._options = options
+        self._preparing: asyncio.Task[None] | None = None
+        later = asyncio.get_running_loop().call_later
+        self._later = later(REFILL_AFTER_S, self._begin) if _can_be_launched(snapshot) else None
+
+    async def aclose(self) -> None:
+        """Until it is done. May be called again."""
+        if self._later is not None:
+            self._later.cancel()
+            self._begin()
+        if self._preparing is not None:
+            await wait_out(self._preparing)
+
+    def _begin(self) -> None:
+        self._later = None
+        if self._options.kind not in self._snapshot.prepared or not any_idle():
+            self._preparing = asyncio.get_running_loop().create_task(in_thread(self._prepare))
+
+    def _prepare(self) -> None:
+        """On a worker thread."""
+        from asyncvmm.machine.kvm.launch import prepare_launch
+
+        snapshot, options = self._snapshot, self._options
+        try:
+            if options.kind not in snapshot.prepared:
+                prepared = prepare_launch(options.plan(snapshot), in_shell=options.shells is not None)
+                if prepared is not None:
+                    snapshot.prepared[options.kind] = prepared
+            make_one()
+        except (AsyncVMMError, RuntimeError) as error:  # RuntimeError: no thread to be had
+            _log.debug("no launch of %s prepared: %s", snapshot.path, error)
+
+
+def _can_be_launched(snapshot: Snapshot) -> bool:
+    manifest = snapshot.manifest
+    return manifest.machine == "kvm" and manifest.vcpus == 1 and not snapshot.config.devices.count
