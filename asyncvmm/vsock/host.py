@@ -40,8 +40,8 @@ class VsockHost:
     """
 
     def __init__(self, device: VirtioVsock) -> None:
+        self.device: Final = device
         self.fallback: Fallback | None = None
-        self._device = device
         self._loop = asyncio.get_running_loop()
         self._listeners: dict[int, VsockListener] = {}
         self._connections: set[Connection] = set()
@@ -51,6 +51,7 @@ class VsockHost:
         self._called_again = False
         device.muxer.backend = self
         device.call_again = self._call_again
+        device.be_patient(self._loop.call_later)
         with device.host():
             pass  # a guest that was restored learns now that its connections are gone
 
@@ -60,6 +61,10 @@ class VsockHost:
         A guest without a driver for the device is waited for. Raises VsockRefused, VsockTimeout, ConfigError for
         what is no port, StateError when the machine has ended.
         """
+        return self.stream(await self.open(port, timeout=timeout))
+
+    async def open(self, port: int, *, timeout: float | None = CONNECT_TIMEOUT_S) -> Connection:
+        """The same without a stream: whoever asks ``release``s it."""
         _check_port(port)
         await checkpoint()
         connection, news = self._request(port)
@@ -68,9 +73,9 @@ class VsockHost:
                 await news.until(lambda: connection.state is not State.REQUESTED)
             self._check_answer(connection, timeout)
         except BaseException:
-            self._release(connection)
+            self.release(connection)
             raise
-        return self.stream(connection)
+        return connection
 
     def listen(self, port: int, *, backlog: int = BACKLOG) -> VsockListener:
         """Take the guest's connections to ``port`` of the host.
@@ -86,7 +91,7 @@ class VsockHost:
 
     def stream(self, connection: Connection) -> VsockStream:
         """The connection as a byte stream, whose close releases it."""
-        return VsockStream(self._device, connection, self._release)
+        return VsockStream(self.device, connection, self.release)
 
     def requested(self, connection: Connection) -> None:
         """See muxer.Backend."""
@@ -101,26 +106,15 @@ class VsockHost:
                 listener.add(self.stream(connection))
         if not taken:
             self._connections.discard(connection)
-            self._device.muxer.release(connection)
-
-    def accept(self, connection: Connection) -> VsockStream:
-        """For a fallback: take the connection."""
-        stream = self.stream(connection)
-        with self._device.host():
-            connection.accept()
-        return stream
-
-    def refuse(self, connection: Connection) -> None:
-        """For a fallback: do not."""
-        self._release(connection)
+            self.device.muxer.release(connection)
 
     def close(self) -> None:
         """End every connection and listener: the machine has ended, or is about to. May be called again."""
         self._closed = True
-        self._device.muxer.backend = None
+        self.device.muxer.backend = None
         for listener in list(self._listeners.values()):
             listener.close()
-        with self._device.host() as muxer:
+        with self.device.host() as muxer:
             for connection in list(self._connections):
                 muxer.kill(connection)
             self._closing.clear()
@@ -135,7 +129,7 @@ class VsockHost:
 
     def _deliver(self) -> None:
         self._called_again = False
-        with self._device.host():
+        with self.device.host():
             pass
 
     # -- connections ---------------------------------------------------------------------------------------------------
@@ -143,7 +137,7 @@ class VsockHost:
     def _request(self, port: int) -> tuple[Connection, News]:
         self._check_open()
         news = News()
-        with self._device.host() as muxer:
+        with self.device.host() as muxer:
             try:
                 connection = muxer.connect(port)
             except TooManyConnections:
@@ -163,12 +157,15 @@ class VsockHost:
         if connection.state is State.CLOSED and not connection.peer_shutdown:
             raise VsockRefused("vsock connection", port=port, expected="a listener in the guest", found="none")
 
-    def _release(self, connection: Connection) -> None:
-        """The host has done with it. A guest that does not confirm the close in time is reset. May be called again."""
+    def release(self, connection: Connection) -> None:
+        """The host has done with it, or does not want it. A guest that does not confirm the close in time is reset.
+
+        May be called again.
+        """
         if connection.released:
             return
         self._connections.discard(connection)
-        with self._device.host() as muxer:
+        with self.device.host() as muxer:
             connection.observer = lambda: self._settled(connection)
             muxer.release(connection)
             if connection.state is State.CLOSING:
@@ -187,7 +184,7 @@ class VsockHost:
     def _sweep(self) -> None:
         """Reset what has waited too long for the guest's confirmation."""
         self._sweeper = None
-        with self._device.host() as muxer:
+        with self.device.host() as muxer:
             now = self._loop.time()
             for connection in [c for c, deadline in self._closing.items() if deadline <= now]:
                 del self._closing[connection]

@@ -1,68 +1,197 @@
-"""Bytes back and forth between a guest's stream and a unix socket, half-closes included."""
+"""Bytes back and forth between a guest's connection and a unix socket, half-closes included.
+
+There is no task in either direction: what the guest sends goes to the socket in the turn of the loop that takes it out
+of the queue, and what is read from the socket is in the guest's memory, with an interrupt, when the reader's turn ends.
+Where one side is slow, the other is not looked at until it has caught up.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import socket
+import threading
 from contextlib import suppress
 from typing import Final
 
-import anyio
-
+from asyncvmm.devices.virtio.vsock.connection import Connection, Payload, State
+from asyncvmm.devices.virtio.vsock.device import VirtioVsock
 from asyncvmm.metrics.groups import VsockMetrics
-from asyncvmm.vsock.stream import VsockStream
 
 SIZE: Final = 64 * 1024
+"""Bytes read from a socket at a time."""
+
+AT_ONCE: Final = 4096
+"""Bytes of a packet that goes to the socket by itself, without a copy; smaller ones of one turn go together."""
+
+
+def _ignore() -> None:
+    pass
 
 
 class Relay:
-    """Both directions between ``stream`` and ``client``, a socket that does not block; neither is closed here."""
+    """Both directions between ``connection`` of ``device`` and ``client``, a socket that does not block; neither is
+    closed here. Made, and to be used, on the loop."""
 
-    def __init__(self, stream: VsockStream, client: socket.socket, metrics: VsockMetrics) -> None:
-        self._stream = stream
+    def __init__(
+        self, device: VirtioVsock, connection: Connection, client: socket.socket, metrics: VsockMetrics
+    ) -> None:
+        self._device = device
+        self._connection = connection
         self._client = client
         self._metrics = metrics
         self._loop = asyncio.get_running_loop()
-        self._both = anyio.CancelScope()
-        self._drained = anyio.Event()
+        self._thread = threading.get_ident()
+        self._fd = client.fileno()
+        self._over: asyncio.Future[None] = self._loop.create_future()
+        self._is_due = self._is_reading = self._is_client_full = False
+        self._client_ended = self._guest_ended = False
 
     async def run(self, first: bytes = b"") -> None:
         """Return when both directions have ended, or either side has gone. ``first``: what the client said already."""
-        with self._both:
-            async with anyio.create_task_group() as watch:
-                async with anyio.create_task_group() as both:
-                    both.start_soon(self._to_guest, first)
-                    both.start_soon(self._from_guest)
-                    watch.start_soon(self._end_with_guest)
-                watch.cancel_scope.cancel()
-
-    async def _end_with_guest(self) -> None:
-        """A guest that has gone altogether leaves nobody to read for, once the client has all it said."""
-        await self._drained.wait()
-        await self._stream.until_over()
-        self._both.cancel()
-
-    async def _to_guest(self, data: bytes) -> None:
+        connection = self._connection
+        connection.observer, connection.sink = self._changed, self._send_at_once
         try:
-            await self._stream.send(data)
-            while data := await self._loop.sock_recv(self._client, SIZE):
-                await self._stream.send(data)
-            await self._stream.send_eof()
-        except anyio.BrokenResourceError:
-            with suppress(OSError):
-                self._client.shutdown(socket.SHUT_RD)
+            self._offer(first)
+            self._turn()
+            await self._over
+        finally:
+            connection.observer, connection.sink = _ignore, None
+            self._stop()
+
+    def _end(self) -> None:
+        self._stop()
+        if not self._over.done():
+            self._over.set_result(None)
+
+    def _stop(self) -> None:
+        self._read(wanted=False)
+        self._wait_for_client(full=False)
+
+    # -- the connection has changed ------------------------------------------------------------------------------------
+
+    def _changed(self) -> None:
+        """Under the lock, from any thread: look at it soon, once."""
+        if self._is_due:
+            return
+        self._is_due = True
+        if threading.get_ident() != self._thread:
+            with suppress(RuntimeError):  # the loop has closed
+                self._loop.call_soon_threadsafe(self._turn)
+        elif not self._device.at_end_of_turn(self._look):
+            self._loop.call_soon(self._turn)
+
+    def _turn(self) -> None:
+        with self._device.host():
+            self._look()
+
+    def _look(self) -> None:
+        """Do what can be done now, in a session on the loop. What changes behind it is another turn's."""
+        self._is_due = True
+        if not self._over.done():
+            self._send()
+        if not self._over.done():
+            self._settle()
+        self._is_due = False
+
+    def _settle(self) -> None:
+        connection = self._connection
+        if connection.unsent and not connection.outgoing:  # it came to nothing: the guest takes no more
+            self._hang_up(socket.SHUT_RD)
+            self._client_ended = True
+        if self._guest_ended and (self._client_ended or connection.state is State.CLOSED):
+            self._end()
+        else:
+            wanted = not (self._client_ended or connection.outgoing)
+            if wanted is not self._is_reading:
+                self._read(wanted=wanted)
+
+    # -- from the guest ------------------------------------------------------------------------------------------------
+
+    def _send_at_once(self, payload: Payload) -> int:
+        """See Connection.sink."""
+        if len(payload) < AT_ONCE or self._is_client_full:
+            return 0
+        try:
+            return self._client.send(payload)
+        except OSError:  # found again, and dealt with, by the turn that comes with what is left
+            return 0
+
+    def _send(self) -> None:
+        connection = self._connection
+        if connection.incoming and not self._is_client_full and not self._send_waiting():
+            self._metrics.tx_write_fails += 1
+            self._end()
+        elif connection.incoming or self._guest_ended:
+            return
+        elif connection.at_end:
+            self._guest_ended = True
+            self._hang_up(socket.SHUT_WR)
+        elif connection.state is State.CLOSED:
+            self._end()
+
+    def _send_waiting(self) -> bool:
+        """False if the client has gone."""
+        try:
+            self._connection.drop(self._client.send(self._connection.incoming))
+        except BlockingIOError:
+            pass
+        except OSError:
+            return False
+        if self._connection.incoming:
+            self._wait_for_client(full=True)
+        return True
+
+    def _wait_for_client(self, *, full: bool) -> None:
+        if full and not self._is_client_full:
+            self._loop.add_writer(self._fd, self._client_has_room)
+        elif self._is_client_full and not full:
+            self._loop.remove_writer(self._fd)
+        self._is_client_full = full
+
+    def _client_has_room(self) -> None:
+        self._wait_for_client(full=False)
+        self._turn()
+
+    def _hang_up(self, how: int) -> None:
+        with suppress(OSError):
+            self._client.shutdown(how)
+
+    # -- to the guest --------------------------------------------------------------------------------------------------
+
+    def _read(self, *, wanted: bool) -> None:
+        if wanted and not self._is_reading:
+            self._loop.add_reader(self._fd, self._client_has_data)
+        elif self._is_reading and not wanted:
+            self._loop.remove_reader(self._fd)
+        self._is_reading = wanted
+
+    def _client_has_data(self) -> None:
+        try:
+            data = self._client.recv(SIZE)
+        except BlockingIOError:
+            return
         except OSError:
             self._metrics.rx_read_fails += 1
-            self._both.cancel()
+            self._end()
+            return
+        if not data:
+            self._end_sending()
+        elif not self._offer(data):
+            self._turn()
 
-    async def _from_guest(self) -> None:
-        try:
-            async for data in self._stream:
-                await self._loop.sock_sendall(self._client, data)
-            self._client.shutdown(socket.SHUT_WR)
-            self._drained.set()
-        except anyio.BrokenResourceError:
-            self._both.cancel()
-        except OSError:
-            self._metrics.tx_write_fails += 1
-            self._both.cancel()
+    def _offer(self, data: bytes) -> bool:
+        """As a rule all of it is with the guest at the end: then there is nothing to look at, and True is returned."""
+        with self._device.session():
+            self._is_due = True
+            try:
+                self._connection.offer(memoryview(data))
+                self._device.deliver()
+            finally:
+                self._is_due = False
+        return not self._connection.unsent
+
+    def _end_sending(self) -> None:
+        with self._device.host():
+            self._client_ended = True
+            self._connection.finish_sending()
+            self._look()

@@ -57,7 +57,8 @@ class VsockStream(ByteStream):
         if max_bytes < 1:
             raise ValueError("max_bytes must be positive")
         with self._receiving:
-            await checkpoint()
+            if self._can_receive():
+                await checkpoint()
             await self._news.until(self._can_receive)
             self._check_open()
             with self._device.host():

@@ -26,7 +26,6 @@ from asyncvmm.errors import AsyncVMMError, ConfigError
 from asyncvmm.metrics.groups import VsockMetrics
 from asyncvmm.vsock.host import VsockHost
 from asyncvmm.vsock.relay import Relay
-from asyncvmm.vsock.stream import VsockAttribute
 
 SUN_PATH: Final = 108
 """Bytes of a unix socket's path, with its NUL (unix(7))."""
@@ -121,10 +120,12 @@ class UnixSockets:
         """Raises AsyncVMMError, OSError, or ValueError for a request that is none."""
         with anyio.fail_after(HANDSHAKE_TIMEOUT_S):
             port, rest = await self._read_request(client)
-        async with await self._host.connect(port) as stream:
-            answer = f"OK {stream.extra(VsockAttribute.local_port)}\n"
-            await self._loop.sock_sendall(client, answer.encode())
-            await Relay(stream, client, self._metrics).run(rest)
+        connection = await self._host.open(port)
+        try:
+            await self._loop.sock_sendall(client, f"OK {connection.local_port}\n".encode())
+            await Relay(self._host.device, connection, client, self._metrics).run(rest)
+        finally:
+            self._host.release(connection)
 
     async def _read_request(self, client: socket.socket) -> tuple[int, bytes]:
         """The guest's port, and what the client said behind its request."""
@@ -153,12 +154,14 @@ class UnixSockets:
         except OSError:
             client.close()
             return False
-        self._spawn(self._relay_guest(connection, client), client.close, lambda: self._host.refuse(connection))
+        self._spawn(self._relay_guest(connection, client), client.close, lambda: self._host.release(connection))
         return True
 
     async def _relay_guest(self, connection: Connection, client: socket.socket) -> None:
-        async with self._host.accept(connection) as stream:
-            await Relay(stream, client, self._metrics).run()
+        relay = Relay(self._host.device, connection, client, self._metrics)
+        with self._host.device.host():
+            connection.accept()
+        await relay.run()
 
 
 def _listen(path: Path) -> socket.socket:

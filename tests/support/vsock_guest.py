@@ -46,7 +46,7 @@ class Packet:
 def header(op: int, guest_port: int, host_port: int, size: int = 0, **fields: int) -> Header:
     """A guest's header to the host, with ample credit unless ``fields`` say otherwise."""
     made = Header(CID, HOST_CID, guest_port, host_port, size, TYPE_STREAM, op, 0, 256 * 1024, 0)
-    return attrs.evolve(made, **fields)
+    return made._replace(**fields)
 
 
 class Guest:

@@ -8,6 +8,7 @@ What userspace writes is not in KVM's dirty log: whoever writes to guest RAM say
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 
 class GuestFault(Exception):
@@ -15,6 +16,22 @@ class GuestFault(Exception):
 
     It never leaves a transport: the device turns to DEVICE_NEEDS_RESET, and the host goes on.
     """
+
+
+class DirtyPages(Protocol):
+    """Whoever remembers what was written."""
+
+    @property
+    def is_on(self) -> bool:
+        """Whether somebody wants to know at all, now."""
+
+
+class _Always:
+    is_on = True
+
+
+class _Never:
+    is_on = False
 
 
 def _no_mark(address: int, size: int) -> None:
@@ -28,8 +45,8 @@ def _no_fence() -> None:
 class GuestView:
     """RAM regions as ``(first guest address, their bytes)``; what lies across two of them is refused.
 
-    mark_dirty: is told of what the host wrote, as address and size. fence: orders every store before it against every
-    load behind it, also those of other CPUs; a lock taken and released does that.
+    mark_dirty: is told of what the host wrote, as address and size. dirty: says when that need not be. fence: orders
+    every store before it against every load behind it, also those of other CPUs; a lock taken and released does that.
     """
 
     def __init__(
@@ -37,10 +54,11 @@ class GuestView:
         regions: Sequence[tuple[int, memoryview]],
         mark_dirty: Callable[[int, int], None] | None = None,
         fence: Callable[[], None] = _no_fence,
+        dirty: DirtyPages | None = None,
     ) -> None:
         self._regions = tuple((start, start + len(view), view) for start, view in regions)
         self.mark = mark_dirty or _no_mark
-        self.marks = mark_dirty is not None
+        self.dirty: DirtyPages = _Never() if mark_dirty is None else dirty or _Always()
         self.fence = fence
 
     @property

@@ -67,6 +67,7 @@ _ADDRESSES: Final = {
     QUEUE_DEVICE_LOW: ("device_area", 0),
     QUEUE_DEVICE_HIGH: ("device_area", 32),
 }
+_UP_OR_NOT: Final = STATUS_DRIVER_OK | STATUS_DEVICE_NEEDS_RESET | STATUS_FAILED
 
 
 class VirtioMmio(QueueService):
@@ -142,11 +143,11 @@ class VirtioMmio(QueueService):
     @property
     def running(self) -> bool:
         """Whether the driver is there, neither side has given up, and the machine does not stand still."""
-        return self._is_up and not self.held
+        return not self.held and self._words[STATUS // 4] & _UP_OR_NOT == STATUS_DRIVER_OK
 
     @property
     def _is_up(self) -> bool:
-        return self.status & (STATUS_DRIVER_OK | STATUS_DEVICE_NEEDS_RESET | STATUS_FAILED) == STATUS_DRIVER_OK
+        return self.status & _UP_OR_NOT == STATUS_DRIVER_OK
 
     @property
     def needs_reset(self) -> bool:

@@ -73,6 +73,7 @@ class ReceiveQueue(Queue):
         self._next_avail = (self._next_avail + count) & _WRAP
         self._looked_at = 0
         self.walked += count
+        self.is_touched = True
         return count
 
     def _find_plain(self, size: int, heads: list[int], spans: list[tuple[int, int]]) -> bool:
@@ -106,7 +107,7 @@ class ReceiveQueue(Queue):
             used[2 + slot] = written
             index += 1
             at += written
-        if memory.marks:
+        if memory.dirty.is_on:
             self._mark_plain(memory, len(packet), spans)
         self._next_used = index & _WRAP
         self._used_flags[1] = self._next_used
@@ -158,8 +159,10 @@ class ReceiveQueue(Queue):
             slot = index & (self.size - 1)
             self._used[1 + 2 * slot] = chain.head
             self._used[2 + 2 * slot] = written
-            self._mark(self._memory, chain, slot, written)
+            if self._memory.dirty.is_on:
+                self._mark(self._memory, chain, slot, written)
             index = (index + 1) & _WRAP
         self._next_used = index
         self._used_flags[1] = index
         self.in_flight -= len(filled)
+        self.is_touched = True

@@ -97,12 +97,16 @@ def _impossible(left: int, count: int, length: int) -> GuestFault:
 class Queue:
     """One virtqueue. The transport sets ``size`` and the three addresses, then ``enable`` checks them.
 
-    max_size: the most descriptors the guest may ask for. The methods may raise GuestFault where they say so, and
-    nothing else.
+    max_size: the most descriptors the guest may ask for. is_patient: the guest does not wait for what is pushed, so it
+    may learn of it with the next interrupt there is; the device sets it, and sees to it that it does not take long.
+    is_touched: a chain was popped or pushed since the transport, which sets it back, last saw to notifications.
+    The methods may raise GuestFault where they say so, and nothing else.
     """
 
     def __init__(self, max_size: int) -> None:
         self.max_size = max_size
+        self.is_patient = False
+        self.is_touched = False
         self.generation = 0
         self.walked = 0
         self._forget()
@@ -111,7 +115,7 @@ class Queue:
         self.size = 0
         self.descriptors = self.driver_area = self.device_area = 0
         self.ready = False
-        self.event_idx = self.indirect = False
+        self.event_idx = self.indirect = self._hurries = False
         self.in_flight = 0
         self._next_avail = self._next_used = self._signalled = self._armed = self._seen = 0
         self._memory: GuestView | None = None
@@ -141,7 +145,7 @@ class Queue:
         self._used = used[: 4 + 8 * size].cast("I")
         self._memory = memory
         self.event_idx, self.indirect = event_idx, indirect
-        self.ready = True
+        self.ready = self.is_touched = True
 
     def is_current(self, chain: Chain) -> bool:
         """Whether the guest still waits for that chain."""
@@ -161,12 +165,13 @@ class Queue:
         """The next available chain; None if there is none. Raises GuestFault for one that cannot be."""
         if not self.available():
             return None
-        if self.in_flight >= self.size:
-            raise GuestFault(f"more chains than the {self.size} of the queue")
-        head = self._avail[2 + (self._next_avail & (self.size - 1))]
-        chain = self._walk(head)
-        self._next_avail = (self._next_avail + 1) & _WRAP
+        size, place = self.size, self._next_avail
+        if self.in_flight >= size:
+            raise GuestFault(f"more chains than the {size} of the queue")
+        chain = self._walk(self._avail[2 + (place & (size - 1))])
+        self._next_avail = (place + 1) & _WRAP
         self.in_flight += 1
+        self.is_touched = True
         return chain
 
     def turn(self, most: int) -> Iterator[None]:
@@ -181,22 +186,22 @@ class Queue:
         """Take back the newest pop, of which nothing was used: its chain is the next again."""
         self._next_avail = (self._next_avail - 1) & _WRAP
         self.in_flight -= 1
+        self.is_touched = True
 
     def push(self, chain: Chain, written: int) -> None:
         """Give a chain back, ``written`` bytes of its writable part used. Does nothing for one of the past."""
         if chain.generation != self.generation or not self.ready or self._memory is None:
             return
-        slot = self._next_used & (self.size - 1)
-        self._used[1 + 2 * slot] = chain.head
-        self._used[2 + 2 * slot] = written
-        self._next_used = (self._next_used + 1) & _WRAP
-        self._used_flags[1] = self._next_used
+        used, slot = self._used, self._next_used & (self.size - 1)
+        used[1 + 2 * slot] = chain.head
+        used[2 + 2 * slot] = written
+        self._used_flags[1] = self._next_used = (self._next_used + 1) & _WRAP
         self.in_flight -= 1
-        self._mark(self._memory, chain, slot, written)
+        self.is_touched = True
+        if self._memory.dirty.is_on:
+            self._mark(self._memory, chain, slot, written)
 
     def _mark(self, memory: GuestView, chain: Chain, slot: int, written: int) -> None:
-        if not memory.marks:
-            return
         memory.mark(self.device_area, 4)
         memory.mark(self.device_area + 4 + 8 * slot, 8)
         for address, view in zip(chain.writable_at, chain.writable, strict=True):
@@ -208,15 +213,30 @@ class Queue:
     # -- notifications, for the transport --------------------------------------------------------------------------
 
     def take_interrupt(self) -> bool:
-        """Whether the guest wants to be interrupted for what was pushed since this was last asked (2.7.7, 2.7.10)."""
-        if not self.ready or self._memory is None or self._signalled == self._next_used:
+        """Whether the guest wants to be interrupted for what was pushed since this was last asked (2.7.7, 2.7.10).
+
+        A patient queue says no until ``hurry``, or until there is more than an eighth of it.
+        """
+        before = self._signalled
+        if before == self._next_used or not self.ready or self._memory is None:
             return False
-        before, self._signalled = self._signalled, self._next_used
+        if self.is_patient and not self._hurries and (self._next_used - before) & _WRAP <= self.size >> 3:
+            return False
+        self._signalled, self._hurries = self._next_used, False
         self._memory.fence()
         if not self.event_idx:
             return not self._avail[0] & AVAIL_F_NO_INTERRUPT
         event = self._avail[2 + self.size]
         return (self._next_used - event - 1) & _WRAP < (self._next_used - before) & _WRAP
+
+    @property
+    def is_untold(self) -> bool:
+        """Whether something was pushed that no interrupt was thought of for."""
+        return self.ready and self._signalled != self._next_used
+
+    def hurry(self) -> None:
+        """Be patient no more about what was pushed so far."""
+        self._hurries = self.is_touched = self.is_untold
 
     def disable_notification(self) -> None:
         """Ask the guest not to kick for a while; with event indices it does not anyway."""

@@ -9,12 +9,37 @@ driver is to kick next then has to move, too.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from functools import cached_property
+from types import TracebackType
 
 from asyncvmm.devices.virtio.device import VirtioDevice
 from asyncvmm.devices.virtio.memory import GuestFault
 from asyncvmm.devices.virtio.queue import Queue
+
+
+class Session:
+    """See device.Transport. One serves every session of ``service``, those within another too: it remembers nothing."""
+
+    __slots__ = ("_service",)
+
+    def __init__(self, service: QueueService) -> None:
+        self._service = service
+
+    def __enter__(self) -> bool:
+        self._service._lock.__enter__()
+        return self._service.running
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        try:
+            if self._service.running:
+                self._service._end_session(error)
+            return isinstance(error, GuestFault)
+        finally:
+            self._service._lock.__exit__(None, None, None)
 
 
 class QueueService(ABC):
@@ -42,30 +67,39 @@ class QueueService(ABC):
             return queue.has_unseen
         return False
 
-    @contextmanager
-    def session(self) -> Iterator[bool]:
+    @cached_property
+    def _session(self) -> Session:
+        return Session(self)
+
+    def session(self) -> AbstractContextManager[bool]:
         """See device.Transport."""
-        with self._lock:
-            if not self.running:
-                yield False
-                return
-            try:
-                yield True
-                self._rearm()
-            except GuestFault as fault:
-                self._fault(fault)
-            finally:
-                self._interrupt_for_used()
+        return self._session
 
-    def _rearm(self) -> None:
+    def _end_session(self, error: BaseException | None) -> None:
+        """Of a driver that is there; ``error``: what ended it."""
+        if isinstance(error, GuestFault):
+            self._fault(error)
+        used = []
         for index, queue in enumerate(self._queues()):
-            if queue.rearm():
-                self._notify(index)
-
-    def _interrupt_for_used(self) -> None:
-        used = [index for index, queue in enumerate(self._queues()) if queue.take_interrupt()]
+            if queue.is_touched:
+                queue.is_touched = False
+                if error is None and queue.rearm():
+                    self._notify(index)
+                if queue.take_interrupt():
+                    used.append(index)
         if used:
-            self._tell_used(used)
+            self._tell_used(used + self._told_with_them())
+
+    def _told_with_them(self) -> list[int]:
+        """Queues that were patient: the driver is interrupted anyway."""
+        told = []
+        for index, queue in enumerate(self._queues()):
+            if queue.is_patient and queue.is_untold:
+                queue.hurry()
+                queue.is_touched = False
+                if queue.take_interrupt():
+                    told.append(index)
+        return told
 
     @abstractmethod
     def _queues(self) -> Sequence[Queue]:

@@ -90,7 +90,8 @@ class DeviceSet:
         Raises ConfigError, HostError, SnapshotDamaged, SnapshotMismatch.
         """
         self._held = self._is_new_guest = state is not None
-        self._view = GuestView(vm.memory.views(), vm.memory.mark, fence=fence_of(threading.Lock()))
+        memory = vm.memory
+        self._view = GuestView(memory.views(), memory.mark, fence=fence_of(threading.Lock()), dirty=memory.host_writes)
         self._fit(vm, fail)
         if state is not None:
             restore_states(self.slots, state)

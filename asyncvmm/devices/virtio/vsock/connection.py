@@ -43,6 +43,9 @@ Key = tuple[int, int]
 """A connection's (local port, peer port): the host's and the guest's."""
 
 
+Payload = bytes | memoryview
+
+
 class ProtocolViolation(Exception):
     """The guest sent what the connection's state, or its credit, does not allow."""
 
@@ -57,6 +60,10 @@ class State(Enum):
     CLOSED = "closed"
 
 
+# An enumeration's members are slow to look up.
+_REQUESTED, _PENDING, _ESTABLISHED, _CLOSING, _CLOSED = State
+
+
 def _ignore(_: object = None) -> None:
     pass
 
@@ -66,9 +73,10 @@ class Connection:
 
     ``incoming`` is what the guest sent and the host has not taken; ``outgoing`` what the host offered and the guest
     has not got; ``unsent`` is how many bytes of it were not sent, also where the offer has come to nothing since.
-    ``observer`` is called when something changed that the host may be waiting for; ``on_ready`` when
-    there is a packet to fetch by ``next_packet``. The methods of the host's half are to be called under the device's
-    lock, like all others.
+    ``observer`` is called when something changed that the host may be waiting for; ``on_ready`` when there is a packet
+    to fetch by ``next_packet``. ``sink``, where there is one, is offered what the guest sends while nothing waits in
+    ``incoming``, as a view of guest RAM, and says how many bytes it took. The methods of the host's half are to be
+    called under the device's lock, like all others.
     """
 
     __slots__ = (
@@ -92,6 +100,7 @@ class Connection:
         "outgoing",
         "peer_shutdown",
         "released",
+        "sink",
         "state",
         "unsent",
     )
@@ -112,6 +121,7 @@ class Connection:
         self.outgoing = _NOTHING
         self.unsent = 0
         self.observer: Callable[[], None] = _ignore
+        self.sink: Callable[[Payload], int] | None = None
         self.peer_shutdown = 0
         self.released = False
         self._on_ready = on_ready
@@ -121,7 +131,7 @@ class Connection:
         self._open_op = 0 if request else OP_REQUEST
         self._local_shutdown = 0
         self._shutdown = self._rst = self._credit_update = self._credit_requested = False
-        self.state = State.PENDING if request else State.REQUESTED
+        self.state = _PENDING if request else _REQUESTED
         self._tell_if_ready()
 
     # -- what the host can know ----------------------------------------------------------------------------------------
@@ -145,25 +155,25 @@ class Connection:
     def can_send(self) -> bool:
         """Whether the guest may still take what is offered."""
         receiving = not (self.peer_shutdown & SHUTDOWN_RCV or self._local_shutdown & SHUTDOWN_SEND)
-        return self.state is State.ESTABLISHED and receiving
+        return self.state is _ESTABLISHED and receiving
 
     @property
     def is_unknown_to_guest(self) -> bool:
         """Whether no packet of it has been given to the guest."""
-        return self.state is State.REQUESTED and self._open_op == OP_REQUEST
+        return self.state is _REQUESTED and self._open_op == OP_REQUEST
 
     @property
     def peer_free(self) -> int:
         """Bytes the guest has room for."""
-        under_way = (self._tx_cnt - self._peer_fwd_cnt) % WRAP
-        return max(0, self._peer_buf_alloc - under_way)
+        free = self._peer_buf_alloc - (self._tx_cnt - self._peer_fwd_cnt) % WRAP
+        return free if free > 0 else 0
 
     # -- the host's half -----------------------------------------------------------------------------------------------
 
     def accept(self) -> None:
         """Answer the guest's request with yes; nothing if it does not wait for an answer any more."""
-        if self.state is State.PENDING:
-            self.state = State.ESTABLISHED
+        if self.state is _PENDING:
+            self.state = _ESTABLISHED
             self._open_op = OP_RESPONSE
             self._tell_if_ready()
 
@@ -181,14 +191,22 @@ class Connection:
 
     def take(self, size: int) -> bytes:
         """At most ``size`` bytes of what the guest sent; room for as many is the guest's again."""
-        data = bytes(memoryview(self.incoming)[:size])
-        del self.incoming[: len(data)]
-        self._fwd_cnt = (self._fwd_cnt + len(data)) % WRAP
+        data = bytes(self.incoming) if size >= len(self.incoming) else bytes(memoryview(self.incoming)[:size])
+        self.drop(len(data))
+        return data
+
+    def drop(self, size: int) -> None:
+        """The host has taken the first ``size`` bytes of what the guest sent: room for as many is the guest's again."""
+        del self.incoming[:size]
+        self._count_taken(size)
+        if self._credit_update:
+            self._tell_if_ready()
+
+    def _count_taken(self, size: int) -> None:
+        self._fwd_cnt = (self._fwd_cnt + size) % WRAP
         untold = (self._fwd_cnt - self._sent_fwd_cnt) % WRAP
         if untold * 2 >= self.buf_alloc:
             self._credit_update = True
-            self._tell_if_ready()
-        return data
 
     def finish_sending(self) -> None:
         """Tell the guest that no more will come. May be called again."""
@@ -198,15 +216,15 @@ class Connection:
         """The host wants no more of it: shut down in order where it was established, refused or reset elsewhere."""
         self.withdraw()
         self.incoming.clear()
-        if self.state is State.ESTABLISHED:
+        if self.state is _ESTABLISHED:
             self._shut(SHUTDOWN_BOTH)
-            self.state = State.CLOSING
-        elif self.state is not State.CLOSING:
+            self.state = _CLOSING
+        elif self.state is not _CLOSING:
             self.abort()
 
     def abort(self) -> None:
         """End it at once; the guest gets RST if it knows of it."""
-        if self.state is not State.CLOSED:
+        if self.state is not _CLOSED:
             self._end(rst=not self.is_unknown_to_guest)
 
     def forget(self) -> None:
@@ -215,13 +233,13 @@ class Connection:
 
     # -- the guest's half ----------------------------------------------------------------------------------------------
 
-    def receive(self, header: Header, payload: bytes) -> None:
+    def receive(self, header: Header, payload: Payload) -> None:
         """A packet of the guest's for this connection. Raises ProtocolViolation."""
-        if self.state is State.CLOSED:
+        if self.state is _CLOSED:
             self._rst = self._rst and header.op != OP_RST  # what crossed our RST needs no other
             return
         self._peer_buf_alloc, self._peer_fwd_cnt = header.buf_alloc, header.fwd_cnt
-        if self.peer_free:
+        if self._credit_requested and self.peer_free:
             # Not for any answer: a guest that answers "no room" would be asked again at once, for ever.
             self._credit_requested = False
         if header.op == OP_RW:
@@ -230,8 +248,8 @@ class Connection:
             self._end(rst=False)
         elif header.op == OP_SHUTDOWN:
             self._receive_shutdown(header.flags)
-        elif header.op == OP_RESPONSE and self.state is State.REQUESTED and not self._open_op:
-            self.state = State.ESTABLISHED
+        elif header.op == OP_RESPONSE and self.state is _REQUESTED and not self._open_op:
+            self.state = _ESTABLISHED
             self.observer()
         elif header.op == OP_CREDIT_REQUEST:
             self._credit_update = True
@@ -239,13 +257,19 @@ class Connection:
             raise ProtocolViolation(f"operation {header.op} while {self.state.value}")
         self._tell_if_ready()
 
-    def _receive_data(self, payload: bytes) -> None:
-        if self.state is State.CLOSING:
+    def _receive_data(self, payload: Payload) -> None:
+        if self.state is _CLOSING:
             return
-        if self.state is not State.ESTABLISHED or self.peer_shutdown & SHUTDOWN_SEND:
+        if self.state is not _ESTABLISHED or self.peer_shutdown & SHUTDOWN_SEND:
             raise ProtocolViolation(f"data while {self.state.value}, shut down {self.peer_shutdown}")
         if len(self.incoming) + len(payload) > self.buf_alloc:
             raise ProtocolViolation(f"{len(payload)} bytes beyond the credit of {self.buf_alloc}")
+        if self.sink is not None and not self.incoming:
+            taken = self.sink(payload)
+            self._count_taken(taken)
+            if taken == len(payload):
+                return
+            payload = payload[taken:]
         self.incoming += payload
         self.observer()
 
@@ -266,7 +290,7 @@ class Connection:
             return OP_RST
         if self._open_op:
             return self._open_op
-        if self.state not in (State.ESTABLISHED, State.CLOSING):
+        if self.state not in (_ESTABLISHED, _CLOSING):
             return 0
         if self.outgoing and self.peer_free:
             return OP_RW
@@ -276,9 +300,11 @@ class Connection:
             return 0 if self._credit_requested else OP_CREDIT_REQUEST
         return OP_SHUTDOWN if self._shutdown else 0
 
-    def next_packet(self, space: int) -> tuple[Header, memoryview]:
-        """The next packet, its payload at most ``space`` bytes. There must be one."""
+    def next_packet(self, space: int) -> tuple[Header, memoryview] | None:
+        """The next packet, its payload at most ``space`` bytes; None if there is none."""
         op, payload = self.next_op(), _NOTHING
+        if not op:
+            return None
         flags = self._local_shutdown if op == OP_SHUTDOWN else 0
         if op == OP_RW:
             payload = self._next_payload(space)
@@ -322,7 +348,7 @@ class Connection:
             self._tell_if_ready()
 
     def _end(self, *, rst: bool) -> None:
-        self.state = State.CLOSED
+        self.state = _CLOSED
         self._rst = rst
         self._open_op = 0
         self.withdraw()

@@ -6,15 +6,17 @@ senders' own data. Packets of the guest are taken in turns of at most TURN.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from types import TracebackType
 from typing import Any, ClassVar, Final
 
 from asyncvmm.devices.checks import boolean, integer
 from asyncvmm.devices.virtio.device import VirtioDevice
 from asyncvmm.devices.virtio.ids import VSOCK
 from asyncvmm.devices.virtio.memory import GuestFault
-from asyncvmm.devices.virtio.queue import Chain
+from asyncvmm.devices.virtio.queue import Chain, Queue
+from asyncvmm.devices.virtio.vsock.connection import Payload
 from asyncvmm.devices.virtio.vsock.muxer import Muxer
 from asyncvmm.devices.virtio.vsock.packet import (
     EVENT_TRANSPORT_RESET,
@@ -35,12 +37,48 @@ QUEUE_SIZE: Final = 256
 TURN: Final = 64
 """Packets, each way, that one call of ``process`` handles at the most."""
 
+PATIENCE_S: Final = 0.002
+"""How long a guest may not know that a packet of its own was taken: nothing there waits for that, and with the answer
+comes an interrupt anyway."""
+
 _MOST_CID = (1 << 32) - 2
 _EVENT = EVENT_TRANSPORT_RESET.to_bytes(4, "little")
+_FAILURES: Final = ("rx_queue_event_fails", "tx_queue_event_fails", "ev_queue_event_fails")
 
 
 def _nobody() -> None:
     pass
+
+
+def _payload(chain: Chain, size: int) -> Payload:
+    """Of a packet whose header says that it has so many bytes."""
+    views = chain.readable
+    if len(views) == 2 and len(views[0]) == HEADER_SIZE:  # as Linux makes them
+        return views[1][:size]
+    return chain.read(size, HEADER_SIZE)
+
+
+class _HostsHalf:
+    """See VirtioVsock.host."""
+
+    __slots__ = ("_device",)
+
+    def __init__(self, device: VirtioVsock) -> None:
+        self._device = device
+
+    def __enter__(self) -> Muxer:
+        self._device.session().__enter__()
+        return self._device.muxer
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        if error is None:
+            try:
+                self._device.deliver()
+            except GuestFault as fault:
+                return self._device.session().__exit__(GuestFault, fault, None)
+        return self._device.session().__exit__(kind, error, trace)
 
 
 class VirtioVsock(VirtioDevice):
@@ -55,15 +93,33 @@ class VirtioVsock(VirtioDevice):
         super().__init__((QUEUE_SIZE, QUEUE_SIZE, QUEUE_SIZE), 0, guest_cid.to_bytes(8, "little"), metrics)
         self.muxer = Muxer(guest_cid, metrics)
         self.call_again: Callable[[], None] = _nobody
+        self._half = _HostsHalf(self)
+        self._steps: list[Callable[[], None]] | None = None
+        self._later: Callable[[float, Callable[[], object]], object] | None = None
+        self._reminds = False
         self._owes_reset_event = False
 
-    @contextmanager
-    def host(self) -> Iterator[Muxer]:
+    def host(self) -> AbstractContextManager[Muxer]:
         """The muxer, for the host's half, on the loop; what is ready for the guest is on its way at the end."""
-        with self.session() as alive:
-            yield self.muxer
-            if alive and self._deliver():
-                self.call_again()
+        return self._half
+
+    def deliver(self) -> None:
+        """Give the guest what is ready for it. In a session. Raises GuestFault."""
+        if self.running and self._deliver():
+            self.call_again()
+
+    def be_patient(self, later: Callable[[float, Callable[[], object]], object]) -> None:
+        """From now on tell the guest of packets that were taken with the next that it gets, or after PATIENCE_S; later:
+        calls after so many seconds, on the loop."""
+        self._later = later
+        self.queues[TX].is_patient = True
+
+    def at_end_of_turn(self, step: Callable[[], None]) -> bool:
+        """While packets of the guest's are being taken: call ``step`` behind the last of them. False at other times."""
+        if self._steps is None:
+            return False
+        self._steps.append(step)
+        return True
 
     # -- what the transport calls --------------------------------------------------------------------------------------
 
@@ -79,73 +135,93 @@ class VirtioVsock(VirtioDevice):
 
     def process(self, index: int) -> bool:
         """See VirtioDevice. Raises GuestFault."""
-        if index == RX:
-            self.metrics.rx_queue_event_count += 1
-            with self._counting("rx_queue_event_fails"):
-                return self._deliver() or self._work_off()
+        try:
+            return self._process(index)
+        except GuestFault:
+            self.count_failure(_FAILURES[index])
+            raise
+
+    def _process(self, index: int) -> bool:
         if index == TX:
             self.metrics.tx_queue_event_count += 1
-            with self._counting("tx_queue_event_fails"):
-                return self._work_off()
-        if index == EVENT:
-            with self._counting("ev_queue_event_fails"):
-                self._tell_reset()
+            return self._work_off()
+        if index == RX:
+            self.metrics.rx_queue_event_count += 1
+            return self._deliver() or self._work_off()
+        self._tell_reset()
         return False
-
-    @contextmanager
-    def _counting(self, name: str) -> Iterator[None]:
-        try:
-            yield
-        except GuestFault:
-            self.count_failure(name)
-            raise
 
     # -- from the guest ------------------------------------------------------------------------------------------------
 
     def _work_off(self) -> bool:
         """Take packets of the guest's, and send what they gave rise to. True if there is more of either to be done."""
-        queue = self.queues[TX]
-        for _ in queue.turn(TURN):
-            chain = None if self.muxer.is_full else queue.pop()
-            if chain is None:
-                break
-            self._take(chain)
-            queue.push(chain, 0)
-        more_to_send = self._deliver()
-        return more_to_send or (not self.muxer.is_full and queue.available() > 0)
+        queue, muxer = self.queues[TX], self.muxer
+        self._take_turn(queue)
+        if queue.is_untold and queue.is_patient:
+            self._remind_later()
+        return self._deliver() or (not muxer.is_full and queue.available() > 0)
+
+    def _take_turn(self, queue: Queue) -> None:
+        steps = self._steps = []
+        try:
+            for _ in queue.turn(TURN):
+                chain = None if self.muxer.is_full else queue.pop()
+                if chain is None:
+                    break
+                self._take(chain)
+                queue.push(chain, 0)
+        finally:
+            self._steps = None
+            for step in steps:
+                step()
 
     def _take(self, chain: Chain) -> None:
         header = self._header_of(chain)
         if header is None:
             self.count_failure("tx_queue_event_fails")
-            return
-        payload = chain.read(header.len, HEADER_SIZE) if header.op == OP_RW else b""
-        self.muxer.receive(header, payload)
+        elif header.op == OP_RW:
+            self.muxer.receive(header, _payload(chain, header.len))
+        else:
+            self.muxer.receive(header, b"")
 
     def _header_of(self, chain: Chain) -> Header | None:
         """The header of a packet that is whole, no longer than allowed, and from this guest to the host; else None."""
         if chain.writable or chain.readable_size < HEADER_SIZE:
             return None
-        header = Header.decode(chain.read(HEADER_SIZE))
-        room = min(MAX_PAYLOAD, chain.readable_size - HEADER_SIZE)
-        if header.len > room or not self.muxer.is_addressed(header):
+        first = chain.readable[0]
+        header = Header.decode(first if len(first) >= HEADER_SIZE else chain.read(HEADER_SIZE))
+        if header.len > MAX_PAYLOAD or header.len > chain.readable_size - HEADER_SIZE:
             return None
-        return header
+        return header if self.muxer.is_addressed(header) else None
+
+    def _remind_later(self) -> None:
+        if not self._reminds and self._later is not None:
+            self._reminds = True
+            self._later(PATIENCE_S, self._remind)
+
+    def _remind(self) -> None:
+        self._reminds = False
+        with self.session() as alive:
+            if alive:
+                self.queues[TX].hurry()
 
     # -- to the guest --------------------------------------------------------------------------------------------------
 
     def _deliver(self) -> bool:
         """Fill the guest's buffers. True if there are both packets and buffers left."""
-        self._tell_reset()
-        queue = self.queues[RX]
+        if self._owes_reset_event:
+            self._tell_reset()
+        queue, muxer = self.queues[RX], self.muxer
+        if not muxer.has_packet:
+            return False
         for _ in queue.turn(TURN):
-            if not self.muxer.has_packet:
-                return False
             chain = queue.pop()
             if chain is None:
                 return False
             self._fill(chain)
-        return self.muxer.has_packet and queue.available() > 0
+            if not muxer.has_packet:
+                return False
+        return queue.available() > 0
 
     def _fill(self, chain: Chain) -> None:
         queue = self.queues[RX]
@@ -158,8 +234,13 @@ class VirtioVsock(VirtioDevice):
             queue.undo_pop()
             return
         header, payload = packet
-        chain.write(header.encode())
-        chain.write(payload, HEADER_SIZE)
+        first = chain.writable[0]
+        if len(first) == HEADER_SIZE:  # as Linux makes them
+            first[:] = header.encode()
+        else:
+            chain.write(header.encode())
+        if payload:
+            chain.write(payload, HEADER_SIZE)
         queue.push(chain, HEADER_SIZE + len(payload))
 
     def _tell_reset(self) -> None:

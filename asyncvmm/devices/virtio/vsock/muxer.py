@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Final, Protocol
 
-from asyncvmm.devices.virtio.vsock.connection import Connection, Key, ProtocolViolation, State
+from asyncvmm.devices.virtio.vsock.connection import Connection, Key, Payload, ProtocolViolation, State
 from asyncvmm.devices.virtio.vsock.packet import (
     HOST_CID,
     OP_REQUEST,
@@ -127,7 +127,7 @@ class Muxer:
         """Whether the packet goes from this guest to the host; any other is nobody's (5.10.4)."""
         return header.src_cid == self.guest_cid and header.dst_cid == HOST_CID
 
-    def receive(self, header: Header, payload: bytes) -> None:
+    def receive(self, header: Header, payload: Payload) -> None:
         """Take a packet that ``is_addressed``."""
         self._metrics.tx_packets_count += 1
         self._metrics.tx_bytes_count += len(payload)
@@ -141,7 +141,7 @@ class Muxer:
         else:
             self._refuse(header)
 
-    def _receive_for(self, connection: Connection, header: Header, payload: bytes) -> None:
+    def _receive_for(self, connection: Connection, header: Header, payload: Payload) -> None:
         try:
             connection.receive(header, payload)
         except ProtocolViolation:
@@ -169,24 +169,25 @@ class Muxer:
 
     def next_packet(self, space: int) -> tuple[Header, memoryview] | None:
         """A packet with a payload of at most ``space`` bytes; each connection has its turn. None if there is none."""
-        packet = self._next_reply() or self._next_of_connections(space)
+        packet = self._next_reply() if self._replies else self._next_of_connections(space)
         if packet is not None:
             self._metrics.rx_packets_count += 1
             self._metrics.rx_bytes_count += len(packet[1])
         return packet
 
-    def _next_reply(self) -> tuple[Header, memoryview] | None:
-        return (self._replies.popleft(), memoryview(b"")) if self._replies else None
+    def _next_reply(self) -> tuple[Header, memoryview]:
+        return self._replies.popleft(), memoryview(b"")
 
     def _next_of_connections(self, space: int) -> tuple[Header, memoryview] | None:
         while self._ready:
             connection = next(iter(self._ready))
             del self._ready[connection]
-            if connection.next_op():
-                packet = connection.next_packet(space)
-                self._settle(connection)
+            packet = connection.next_packet(space)
+            if packet is not None:
                 if connection.next_op():
                     self._ready[connection] = None
+                else:
+                    self._settle(connection)
                 return packet
         return None
 

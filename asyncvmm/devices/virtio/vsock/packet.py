@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import struct
-from typing import Final
-
-import attrs
+from typing import Final, NamedTuple
 
 HOST_CID: Final = 2
 """The host's address."""
@@ -39,10 +37,12 @@ _HEADER = struct.Struct("<QQIIIHHIII")
 HEADER_SIZE: Final = _HEADER.size
 
 
-@attrs.define
-class Header:
+class Header(NamedTuple):
     """struct virtio_vsock_hdr. ``len`` is the payload's bytes; ``buf_alloc`` and ``fwd_cnt`` are the sender's credit
-    fields: the size of its receive buffer, and how many bytes have left it so far (modulo 2^32)."""
+    fields: the size of its receive buffer, and how many bytes have left it so far (modulo 2^32).
+
+    A tuple, for one is made of every packet: struct gives and takes tuples.
+    """
 
     src_cid: int
     dst_cid: int
@@ -56,24 +56,13 @@ class Header:
     fwd_cnt: int
 
     @classmethod
-    def decode(cls, data: bytes) -> Header:
+    def decode(cls, data: bytes | memoryview) -> Header:
         """From the first HEADER_SIZE bytes of ``data``. Any bytes are a header; what they say is for others to judge.
 
         Raises struct.error for fewer bytes.
         """
-        return cls(*_HEADER.unpack_from(data))
+        return cls._make(_HEADER.unpack_from(data))
 
     def encode(self) -> bytes:
         """As it goes over the wire."""
-        return _HEADER.pack(
-            self.src_cid,
-            self.dst_cid,
-            self.src_port,
-            self.dst_port,
-            self.len,
-            self.type,
-            self.op,
-            self.flags,
-            self.buf_alloc,
-            self.fwd_cnt,
-        )
+        return _HEADER.pack(*self)

@@ -18,6 +18,7 @@ from asyncvmm.devices.virtio.vsock.packet import (
     SHUTDOWN_BOTH,
     SHUTDOWN_RCV,
     SHUTDOWN_SEND,
+    Header,
 )
 from tests.support.vsock_guest import CID, header
 
@@ -32,7 +33,7 @@ def requested() -> Connection:
 def established(*, buf_alloc: int = 500, counted: int = 0) -> Connection:
     """A connection on which ``counted`` bytes went both ways, all of them taken."""
     connection = requested()
-    assert connection.next_packet(0)[0].op == OP_REQUEST
+    assert fetch(connection) == (OP_REQUEST, b"")
     connection._tx_cnt = connection._fwd_cnt = connection._sent_fwd_cnt = counted
     tell(connection, OP_RESPONSE, buf_alloc=buf_alloc, fwd_cnt=counted)
     return connection
@@ -45,9 +46,17 @@ def tell(connection: Connection, op: int, payload: bytes = b"", **fields: int) -
 
 
 def fetch(connection: Connection, space: int = 1 << 20) -> tuple[int, bytes]:
-    head, payload = connection.next_packet(space)
+    packet = connection.next_packet(space)
+    assert packet is not None
+    head, payload = packet
     assert head.len == len(payload) <= space
     return head.op, bytes(payload)
+
+
+def fetch_header(connection: Connection) -> Header:
+    packet = connection.next_packet(0)
+    assert packet is not None
+    return packet[0]
 
 
 def test_a_request_answered_is_a_connection() -> None:
@@ -140,11 +149,11 @@ def test_a_guest_within_its_credit_is_never_refused_and_never_stuck(counted: int
         assert len(connection.incoming) <= BUFFER
         got += len(connection.take(take))
         while connection.next_op():
-            fwd_cnt = connection.next_packet(0)[0].fwd_cnt
+            fwd_cnt = fetch_header(connection).fwd_cnt
     assert got + len(connection.incoming) == sent
     connection.take(BUFFER)
     while connection.next_op():
-        fwd_cnt = connection.next_packet(0)[0].fwd_cnt
+        fwd_cnt = fetch_header(connection).fwd_cnt
     assert BUFFER - (counted + sent - fwd_cnt) % WRAP > BUFFER // 2
 
 
@@ -170,7 +179,7 @@ def test_an_end_of_sending_follows_the_data() -> None:
     assert fetch(connection)[0] == OP_CREDIT_REQUEST
     tell(connection, OP_CREDIT_UPDATE, fwd_cnt=3)
     assert fetch(connection) == (OP_RW, b"d")
-    head, _ = connection.next_packet(0)
+    head = fetch_header(connection)
     assert (head.op, head.flags) == (OP_SHUTDOWN, SHUTDOWN_SEND)
     assert connection.next_op() == 0
     assert not connection.can_send
@@ -179,7 +188,7 @@ def test_an_end_of_sending_follows_the_data() -> None:
 def test_a_close_waits_for_the_guest_s_reset() -> None:
     connection = established()
     connection.close()
-    head, _ = connection.next_packet(0)
+    head = fetch_header(connection)
     assert (head.op, head.flags) == (OP_SHUTDOWN, SHUTDOWN_BOTH)
     tell(connection, OP_RW, b"too late")
     assert connection.state.value == "closing"
@@ -254,3 +263,43 @@ def test_what_crosses_a_reset_is_ignored() -> None:
     assert connection.next_op() == OP_RST
     tell(connection, OP_RST)
     assert connection.next_op() == 0
+
+
+def test_a_sink_takes_what_it_can_and_the_rest_waits_in_its_order() -> None:
+    connection, taken, told = established(), bytearray(), []
+    connection.observer = lambda: told.append(len(connection.incoming))
+
+    def sink(payload: bytes | memoryview) -> int:
+        taken.extend(payload[:5])
+        return min(5, len(payload))
+
+    connection.sink = sink
+    tell(connection, OP_RW, b"whole")
+    assert not told
+    tell(connection, OP_RW, b"largeXrest")
+    tell(connection, OP_RW, b"behind")
+    assert (bytes(taken), bytes(connection.incoming), told) == (b"wholelarge", b"Xrestbehind", [5, 11])
+    connection.drop(5)
+    tell(connection, OP_CREDIT_REQUEST)
+    assert fetch_header(connection).fwd_cnt == 15
+    assert connection.take(100) == b"behind"
+
+
+def test_what_a_sink_takes_is_room_for_the_guest_again() -> None:
+    connection = established()
+    connection.sink = len
+    for _ in range(3):
+        tell(connection, OP_RW, bytes(BUFFER // 4))
+    assert fetch(connection) == (OP_CREDIT_UPDATE, b"")
+
+
+def test_data_after_the_guest_s_own_end_is_no_sink_s() -> None:
+    connection = established()
+    connection.sink = len
+    tell(connection, OP_SHUTDOWN, flags=SHUTDOWN_SEND)
+    with pytest.raises(ProtocolViolation):
+        tell(connection, OP_RW, b"more")
+
+
+def test_there_is_no_packet_where_nothing_is_to_be_said() -> None:
+    assert established().next_packet(100) is None
