@@ -32,7 +32,7 @@ from tests.support.requirements import require
 
 SOURCES = Path(__file__).parents[1] / "guests" / "kvm"
 CACHE = Path(__file__).parents[2] / ".cache" / "guests"
-_SHARED = ("machine.inc", "virtio.inc", "guest.ld")
+_SHARED = (*sorted(path.name for path in SOURCES.glob("*.inc")), "guest.ld")
 IN_LAB = bool(os.environ.get("ASYNCVMM_LAB"))
 PATIENCE_S = 100.0 if IN_LAB else 20.0
 """A guest that has not done by then what a test waits for never will."""

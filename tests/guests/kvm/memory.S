@@ -6,42 +6,16 @@
 #   c page count        the sum of their 64-bit words                           -> 8 bytes
 #   d page count pace   count up in each page in turn, each after pace * 1024 TSC ticks, until a byte comes  -> k
 #   x                   count up its own counter                                -> its low byte
-# Ring 3 is entered as in ring3.S. It says '>' when it is there.
+# It says '>' when it is there.
 #include "machine.inc"
+#include "ring3.inc"
 .set PLACE, 0x11                # where in a page w and r go
     .code64
     .globl _start
 _start:
     cld
-    mov $top, %eax
-    mov %rax, %cr3
-    lgdt gdtr
-    mov $tss, %eax
-    mov %ax, gdt + 0x40 + 2
-    shr $16, %eax
-    mov %al, gdt + 0x40 + 4
-    mov $0x40, %ax
-    ltr %ax
-    mov $stack_top, %esp
-    xor %eax, %eax
-    cpuid
-    cmp $0x756e6547, %ebx       # "Genu"ineIntel
-    jne 2f
-    mov $0x174, %ecx
-    mov $0x10, %eax
-    xor %edx, %edx
-    wrmsr
-    pushq $0x3002
-    popfq
-    mov $ring3, %edx
-    mov $stack_top, %ecx
-    rex.w sysexit
-2:  pushq $0x3b
-    pushq $stack_top
-    pushq $0x3002
-    pushq $0x33
-    pushq $ring3
-    iretq
+    load_ring3_tables
+    enter_ring3 ring3
 
 ring3:
     mov $'>', %al
@@ -169,32 +143,6 @@ get_page:                       # an address to RDI
     shl $12, %rdi
     ret
 
+    ring3_tables 512
     .data
-    .balign 4096
-top: .quad pointers + 7
-    .fill 511, 8, 0
-pointers: .quad directory + 7
-    .fill 511, 8, 0
-directory:
-    .set at, 0x87
-    .rept 512
-    .quad at
-    .set at, at + 0x200000
-    .endr
-gdt: .quad 0, 0
-    .quad 0x00af9b000000ffff    # 0x10: ring 0, 64-bit code
-    .quad 0x00cf93000000ffff    # 0x18: ring 0, data
-    .quad 0, 0
-    .quad 0x00affb000000ffff    # 0x30: ring 3, 64-bit code
-    .quad 0x00cff3000000ffff    # 0x38: ring 3, data
-    .quad 0x0000890000000fff, 0 # 0x40: the TSS
-gdtr: .word gdtr - gdt - 1
-    .quad gdt
 counter: .long 0
-    .balign 4096
-tss: .fill 102, 1, 0
-    .word 104                   # where the I/O permission bitmap begins
-    .fill 4096 - 104, 1, 0
-    .bss
-    .fill 4096, 1, 0
-stack_top:

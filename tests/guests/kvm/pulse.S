@@ -2,11 +2,11 @@
 # APIC's timer (TIMER: 0 one shot, 1 periodic, 2 TSC deadline), the PIT's channel 0, and a byte on COM1, which is echoed.
 # Whatever gets lost stops it for good; what comes twice, ends it by the debug-exit port. Ticks may come too often.
 #include "machine.inc"
+#include "second.inc"
 .set CALL, 0x50
 .set TICK, 0x60
 .set PIT_TICK, 0x61
 .set RECEIVED, 0x62
-.set TRAMPOLINE, 0x10000
 .set LAPIC_COUNT, 200000        # nanoseconds
 .set PIT_COUNT, 200             # of 838 ns
 .set TSC_DEADLINE, 0x6e0
@@ -35,14 +35,7 @@
     out8 FCR, 0x01
     out8 IER, 0x01
     out8 MCR, 0x08
-    mov $trampoline, %esi
-    mov $TRAMPOLINE, %edi
-    mov $trampoline_end - trampoline, %ecx
-    rep movsb
-    movl $0x01000000, LAPIC + 0x310     # to APIC ID 1
-    movl $0x00004500, LAPIC + 0x300     # INIT
-    movl $0x01000000, LAPIC + 0x310
-    movl $0x00004600 + (TRAMPOLINE >> 12), LAPIC + 0x300    # SIPI
+    start_second
 3:  cmpl $0, up
     je 3b
     movl $0x0b, LAPIC + 0x3e0           # divide by 1
@@ -54,8 +47,7 @@
     sti
 round:
     incl called                         # 1. call the other, and wait for its answer
-    movl $0x01000000, LAPIC + 0x310
-    movl $0x00004000 + CALL, LAPIC + 0x300
+    ipi 1, 0x4000 + CALL
 4:  cli
     mov answers, %eax
     cmp %eax, called
@@ -110,8 +102,7 @@ call:                                   # on either processor
     mov answered, %eax
     cmp %eax, called
     jne twice
-    movl $0x00000000, LAPIC + 0x310
-    movl $0x00004000 + CALL, LAPIC + 0x300
+    ipi 0, 0x4000 + CALL
     jmp 8f
 7:  incl answers
 8:  eoi
@@ -148,27 +139,7 @@ received:
     pop %eax
     leave_interrupt
 
-    .code16
-trampoline:
-    cli
-    mov %cs, %ax                        # its base is TRAMPOLINE
-    mov %ax, %ds
-    lgdtl gdtr - trampoline
-    mov %cr0, %eax
-    or $1, %al
-    mov %eax, %cr0
-    ljmpl $CODE, $TRAMPOLINE + (protected - trampoline)
-    .code32
-protected:
-    mov $DATA, %ax
-    mov %ax, %ds
-    mov %ax, %es
-    mov %ax, %ss
-    mov $ap_stack_top, %esp
-    jmp *ap_entry
-gdtr: .word 0x1f
-    .long 0x500
-trampoline_end:
+    second_processor
     .data
 up: .long 0
 called: .long 0
@@ -178,9 +149,6 @@ ticks: .long 0
 pit_ticks: .long 0
 bytes: .long 0
 echoed: .long 0
-ap_entry: .long ap
     idt_table
     .bss
 buffer: .fill 256, 1, 0
-ap_stack: .fill 4096, 1, 0
-ap_stack_top:

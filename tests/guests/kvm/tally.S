@@ -2,13 +2,12 @@
 # all and writes the next of 64 letters to the console. What has come out wrong ends the machine, by the debug-exit port.
 # With AVX, the upper halves of the vector registers count as well: they are in the XSAVE area alone.
 #include "machine.inc"
+#include "ring3.inc"
 .set LETTERS, 64
     .code64
     .globl _start
-_start:                         # by the 64-bit boot protocol; page tables of its own, everything open to ring 3
+_start:                         # by the 64-bit boot protocol
     cld
-    mov $top, %eax
-    mov %rax, %cr3
     mov %cr0, %rax
     and $~0xc, %eax             # neither EM nor TS
     or $2, %eax                 # MP
@@ -25,33 +24,8 @@ _start:                         # by the 64-bit boot protocol; page tables of it
     mov $7, %eax
     xsetbv
 #endif
-    lgdt gdtr
-    mov $tss, %eax
-    mov %ax, gdt + 0x40 + 2
-    shr $16, %eax
-    mov %al, gdt + 0x40 + 4
-    mov $0x40, %ax
-    ltr %ax
-    mov $stack_top, %esp
-    xor %eax, %eax
-    cpuid
-    cmp $0x756e6547, %ebx       # "Genu"ineIntel: SYSEXIT, which an emulator that lacks IRET knows
-    jne 2f
-    mov $0x174, %ecx
-    mov $0x10, %eax
-    xor %edx, %edx
-    wrmsr
-    pushq $0x3002               # IOPL 3
-    popfq
-    mov $ring3, %edx
-    mov $stack_top, %ecx
-    rex.w sysexit
-2:  pushq $0x3b
-    pushq $stack_top
-    pushq $0x3002
-    pushq $0x33
-    pushq $ring3
-    iretq
+    load_ring3_tables
+    enter_ring3 ring3
 
 .macro each_vector of:vararg
     .irp n, 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15
@@ -150,23 +124,8 @@ ring3:
 wrong:
     exit 0x21
 
+    ring3_tables 2
     .data
-    .balign 4096
-top: .quad pointers + 7
-    .fill 511, 8, 0
-pointers: .quad directory + 7
-    .fill 511, 8, 0
-directory: .quad 0x87, 0x200087
-    .fill 510, 8, 0
-gdt: .quad 0, 0
-    .quad 0x00af9b000000ffff    # 0x10: ring 0, 64-bit code
-    .quad 0x00cf93000000ffff    # 0x18: ring 0, data
-    .quad 0, 0
-    .quad 0x00affb000000ffff    # 0x30: ring 3, 64-bit code
-    .quad 0x00cff3000000ffff    # 0x38: ring 3, data
-    .quad 0x0000890000000fff, 0 # 0x40: the TSS
-gdtr: .word gdtr - gdt - 1
-    .quad gdt
 count: .quad 0
 control: .word 0x0f7f           # rounding towards zero, double extended, all masked
 status: .long 0x9f80            # flush to zero, round to nearest, all masked
@@ -176,10 +135,3 @@ scratch: .quad 0, 0, 0, 0
     .balign 64
 at_first: .fill 512, 1, 0
 now: .fill 512, 1, 0
-    .balign 4096
-tss: .fill 102, 1, 0
-    .word 104                   # where the I/O permission bitmap begins
-    .fill 4096 - 104, 1, 0
-    .bss
-    .fill 4096, 1, 0
-stack_top:
