@@ -9,7 +9,8 @@ import anyio
 import attrs
 import pytest
 
-from asyncvmm.machine.kvm.restoring import Shell, ShellShape
+from asyncvmm.machine.kvm.restore_chains import ShellShape
+from asyncvmm.machine.kvm.restoring import Shell
 from asyncvmm.machine.saved import RestorePlan
 from asyncvmm.machine.waiting import in_thread
 from asyncvmm.timing.timeline import Timeline

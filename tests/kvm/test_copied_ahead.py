@@ -8,20 +8,11 @@ import anyio
 import pytest
 
 from asyncvmm.errors import SnapshotFailed
-from asyncvmm.machine.kvm.discard import GuestDiscard
 from asyncvmm.machine.kvm.memory_saver import SMALL_BYTES
-from tests.support.memory_guest import PAGE, Files, FullFile, MemoryGuest, New, booted, restored
+from tests.support.memory_guest import PAGE, Files, FullFile, MemoryGuest, New, booted, discard_of, restored
 
 pytestmark = pytest.mark.anyio
 MIB = 1 << 20
-
-
-def discard_of(guest: MemoryGuest) -> GuestDiscard:
-    """As a balloon has it."""
-    vm = guest.machine._vm
-    assert vm is not None
-    memory = vm.memory
-    return GuestDiscard(memory.regions, memory.host_address, memory.backing, on_discard=memory.mark)
 
 
 async def test_memory_that_is_written_while_it_is_copied_ahead_is_saved_as_it_is_at_the_end(

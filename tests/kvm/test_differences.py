@@ -9,23 +9,26 @@ import anyio
 import pytest
 
 from asyncvmm.errors import SnapshotFailed
-from asyncvmm.machine.kvm.discard import GuestDiscard
 from asyncvmm.machine.kvm.layers import MOST_MAPPINGS
-from asyncvmm.machine.kvm.restoring import Shell, ShellShape
+from asyncvmm.machine.kvm.restore_chains import ShellShape
+from asyncvmm.machine.kvm.restoring import Shell
 from asyncvmm.machine.waiting import in_thread
 from asyncvmm.timing.timeline import Timeline
-from tests.support.memory_guest import PAGE, PLACE, Files, FullFile, MemoryGuest, New, Save, booted, restored
+from tests.support.memory_guest import (
+    PAGE,
+    PLACE,
+    Files,
+    FullFile,
+    MemoryGuest,
+    New,
+    Save,
+    booted,
+    discard_of,
+    restored,
+)
 
 pytestmark = pytest.mark.anyio
 MIB = 1 << 20
-
-
-def discard_of(guest: MemoryGuest) -> GuestDiscard:
-    """As a balloon has it."""
-    vm = guest.machine._vm
-    assert vm is not None
-    memory = vm.memory
-    return GuestDiscard(memory.regions, memory.host_address, memory.backing, on_discard=memory.mark)
 
 
 async def test_a_difference_has_what_was_written_since(new: New, files: Files) -> None:

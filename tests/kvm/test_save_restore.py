@@ -11,18 +11,15 @@ import anyio.lowlevel
 import attrs
 import pytest
 
-from tests.support.counting_guest import MEMORY_MIB, saved_guest
-from tests.support.memory_guest import PAGE, Files, MemoryGuest, New, Save, booted, new_guest, restored
+from tests.support.counting_guest import counting, saved_guest
+from tests.support.memory_guest import PAGE, Files, New, Save, booted, new_guest, restored
 
 pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture
 def new(guest: Callable[[str], Path]) -> New:
-    def make(**options: Any) -> MemoryGuest:
-        return new_guest(guest("memory"), **{"memory_mib": MEMORY_MIB, **options})
-
-    return make
+    return counting(guest("memory"))
 
 
 # -- going on ----------------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import anyio
 import anyio.lowlevel
@@ -14,23 +13,21 @@ import attrs
 import pytest
 
 from asyncvmm.errors import SnapshotDamaged, SnapshotFailed, SnapshotMismatch, StateError
-from asyncvmm.machine.kvm.restoring import Shell, ShellShape
+from asyncvmm.machine.kvm.restore_chains import ShellShape
+from asyncvmm.machine.kvm.restoring import Shell
 from asyncvmm.machine.waiting import in_thread
 from asyncvmm.timing.timeline import Timeline
 from tests.support.cancelling import Cancelled, Tripwire
-from tests.support.counting_guest import MEMORY_MIB, RAM, saved_guest
+from tests.support.counting_guest import MEMORY_MIB, RAM, counting, saved_guest
 from tests.support.holdings import Holdings
-from tests.support.memory_guest import PAGE, Files, FullFile, MemoryGuest, New, booted, new_guest, restored
+from tests.support.memory_guest import PAGE, Files, FullFile, MemoryGuest, New, booted, restored
 
 pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture
 def new(guest: Callable[[str], Path]) -> New:
-    def make(**options: Any) -> MemoryGuest:
-        return new_guest(guest("memory"), **{"memory_mib": MEMORY_MIB, **options})
-
-    return make
+    return counting(guest("memory"))
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------

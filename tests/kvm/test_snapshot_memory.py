@@ -11,22 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from asyncvmm.machine.kvm.discard import GuestDiscard
-from asyncvmm.machine.kvm.restoring import Shell, ShellShape
+from asyncvmm.machine.kvm.restore_chains import ShellShape
+from asyncvmm.machine.kvm.restoring import Shell
 from asyncvmm.machine.waiting import in_thread
 from asyncvmm.timing.timeline import Timeline
-from tests.support.memory_guest import PAGE, Files, MemoryGuest, New, Save, booted, restored
+from tests.support.memory_guest import PAGE, Files, New, Save, booted, discard_of, restored
 
 pytestmark = pytest.mark.anyio
 MIB = 1 << 20
-
-
-def discard_of(guest: MemoryGuest) -> GuestDiscard:
-    """As a balloon has it."""
-    vm = guest.machine._vm
-    assert vm is not None
-    memory = vm.memory
-    return GuestDiscard(memory.regions, memory.host_address, memory.backing, on_discard=memory.mark)
 
 
 # -- whole -------------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from asyncvmm.machine.qemu.machine import QemuMachine
 from asyncvmm.machine.qemu.vhost_user.backend import Backend
 from asyncvmm.storage.overlay import make_overlay
 from asyncvmm.timing.timeline import Timeline
-from tests.support.qemu_machine import DEBUG_EXIT, PATIENCE_S, SOME_TSC_KHZ, holdings, running
+from tests.support.qemu_machine import DEBUG_EXIT, PATIENCE_S, SOME_TSC_KHZ, holdings, running, start_cancelled
 
 pytestmark = pytest.mark.anyio
 
@@ -273,16 +273,8 @@ async def test_a_start_cancelled_at_some_moment_leaves_nothing(
 async def test_a_start_cancelled_by_its_task_leaves_nothing(plan: BootPlan, qemu: QemuBinary, turns: int) -> None:
     before = holdings()
     machine = QemuMachine(plan, Timeline(), lambda _: None, qemu=qemu)
-    task = asyncio.ensure_future(machine.start())
-    for _ in range(turns):
-        await anyio.lowlevel.checkpoint()
-    for _ in range(3):
-        task.cancel()
-        await anyio.lowlevel.checkpoint()
-    with suppress(asyncio.CancelledError):
-        await task
+    await start_cancelled(machine, turns)
     await machine.stop()
-    del task
     assert not holdings() - before
 
 

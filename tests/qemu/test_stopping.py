@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import anyio
@@ -22,7 +21,7 @@ from asyncvmm.machine.qemu.command import QemuBinary
 from asyncvmm.machine.qemu.machine import QemuMachine
 from asyncvmm.timing.timeline import Timeline
 from tests.support.holdings import children
-from tests.support.qemu_machine import DEBUG_EXIT, PATIENCE_S, holdings, running
+from tests.support.qemu_machine import DEBUG_EXIT, PATIENCE_S, holdings, running, start_cancelled
 
 pytestmark = pytest.mark.anyio
 
@@ -114,16 +113,8 @@ async def test_a_start_cancelled_by_its_task_leaves_nothing(plan: BootPlan, qemu
     plan = attrs.evolve(plan, appended=b"x" * 100_000)
     before = holdings()
     machine = QemuMachine(plan, Timeline(), lambda _: None, qemu=qemu)
-    task = asyncio.ensure_future(machine.start())
-    for _ in range(turns):
-        await anyio.lowlevel.checkpoint()
-    for _ in range(3):
-        task.cancel()
-        await anyio.lowlevel.checkpoint()
-    with suppress(asyncio.CancelledError):
-        await task
+    await start_cancelled(machine, turns)
     await machine.stop()
-    del task
     assert not holdings() - before  # less is no leak: what an earlier test left to the collector may go
 
 

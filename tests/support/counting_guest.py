@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from tests.support.memory_guest import Files, MemoryGuest, New, Save, booted, new_guest
 
@@ -16,10 +13,11 @@ MEMORY_MIB = 67
 RAM = MEMORY_MIB << 20
 
 
-@pytest.fixture
-def new(guest: Callable[[str], Path]) -> New:
+def counting(kernel: Path) -> New:
+    """``new_guest`` for it, in memory of that size."""
+
     def make(**options: Any) -> MemoryGuest:
-        return new_guest(guest("memory"), **{"memory_mib": MEMORY_MIB, **options})
+        return new_guest(kernel, **{"memory_mib": MEMORY_MIB, **options})
 
     return make
 

@@ -14,6 +14,7 @@ import attrs
 
 from asyncvmm.errors import SnapshotFailed
 from asyncvmm.machine.base import BootPlan
+from asyncvmm.machine.kvm.discard import GuestDiscard
 from asyncvmm.machine.kvm.machine import KvmMachine
 from asyncvmm.machine.saved import MemoryLayer, RestorePlan, SavedMachine
 from asyncvmm.machine.waiting import in_thread
@@ -132,6 +133,14 @@ class Save:
     def allocated(self) -> int:
         """Bytes of disk that the newest file takes."""
         return os.fstat(self.fds[-1]).st_blocks * 512
+
+
+def discard_of(guest: MemoryGuest) -> GuestDiscard:
+    """As a balloon has it."""
+    vm = guest.machine._vm
+    assert vm is not None
+    memory = vm.memory
+    return GuestDiscard(memory.regions, memory.host_address, memory.backing, on_discard=memory.mark)
 
 
 class FullFile(MemoryWriter):

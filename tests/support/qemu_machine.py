@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import attrs
 
 from asyncvmm.effects import Effect, Port, SerialOutput, Stopped
@@ -96,6 +97,18 @@ async def running(plan: BootPlan, qemu: QemuBinary, **options: Any) -> AsyncIter
         yield machine, witness
     finally:
         await machine.stop()
+
+
+async def start_cancelled(machine: QemuMachine, turns: int) -> None:
+    """Start it in a task that is cancelled after so many turns of the loop, several times."""
+    task = asyncio.ensure_future(machine.start())
+    for _ in range(turns):
+        await anyio.lowlevel.checkpoint()
+    for _ in range(3):
+        task.cancel()
+        await anyio.lowlevel.checkpoint()
+    with suppress(asyncio.CancelledError):
+        await task
 
 
 def default_image() -> Image:

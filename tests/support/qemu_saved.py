@@ -20,7 +20,7 @@ from asyncvmm.machine.qemu.machine import QemuMachine
 from asyncvmm.machine.saved import MemoryLayer, RestorePlan, SavedMachine
 from asyncvmm.snapshot.memory_writer import MemoryWriter
 from asyncvmm.timing.timeline import Timeline
-from tests.support.qemu_machine import PATIENCE_S, TOY_MIB, Witness, holdings, running
+from tests.support.qemu_machine import PATIENCE_S, TOY_MIB, Witness, holdings
 
 
 @attrs.frozen
@@ -69,12 +69,3 @@ async def refused(plan: BootPlan, restore_plan: RestorePlan, qemu: QemuBinary, e
     assert not holdings() - before
     assert not witness.effects
     return str(caught.value)
-
-
-@pytest.fixture
-async def taken(plan: BootPlan, qemu: QemuBinary, tmp_path: Path) -> Taken:
-    """The toy, saved when it had said hello."""
-    async with running(plan, qemu) as (machine, witness):
-        await witness.until_said("control", b"hello control\n")
-        await machine.pause()
-        return await take(machine, tmp_path / "memory")

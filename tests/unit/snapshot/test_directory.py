@@ -6,7 +6,6 @@ import fcntl
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -263,15 +262,6 @@ def test_a_save_killed_at_any_moment_leaves_the_old_one_or_none(tmp_path: Path, 
     done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert int(done.stdout) > 100, "hardly a line of a save was found"
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    place = tmp_path / "small"
-    place.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "none", place], check=True)
-    yield place
-    subprocess.run(["umount", place], check=True)
 
 
 @pytest.mark.requires("root", "mount-namespaces")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -297,15 +296,6 @@ def test_nonsense_is_refused(
 
 
 # -- no room, and nobody who wants it any more -------------------------------------------------------------------------
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    place = tmp_path / "small"
-    place.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "none", place], check=True)
-    yield place
-    subprocess.run(["umount", place], check=True)
 
 
 @pytest.mark.requires("root", "mount-namespaces")
