@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, cast
 
 import attrs
@@ -24,6 +25,14 @@ if TYPE_CHECKING:
     from asyncvmm.snapshot.snapshot import Snapshot
     from asyncvmm.snapshot.taking import SnapshotTaker
     from asyncvmm.vm import VM
+
+
+@cache
+def _restoring() -> ModuleType:
+    """What restores, imported when it is first wanted; to look that up each time takes as long as a system call."""
+    from asyncvmm.snapshot import restoring
+
+    return restoring
 
 
 class SnapshotCalls(ABC):
@@ -109,11 +118,11 @@ class SnapshotCalls(ABC):
         Raises SnapshotDamaged, SnapshotMismatch, ConfigError, HostError, MachineError. Cancelled or failed, it leaves
         nothing behind.
         """
-        from asyncvmm.snapshot.launching import RestoreOptions
-        from asyncvmm.snapshot.restoring import restored
-
-        options = RestoreOptions(prefetch=prefetch, track_dirty=track_dirty, paused=paused, shells=shells)
-        return await restored(cast("type[VM]", cls), snapshot, options, name=name, prepare=prepare, configure=configure)
+        restoring = _restoring()
+        options = restoring.RestoreOptions(prefetch=prefetch, track_dirty=track_dirty, paused=paused, shells=shells)
+        kind = cast("type[VM]", cls)
+        vm: VM = await restoring.restored(kind, snapshot, options, name=name, prepare=prepare, configure=configure)
+        return vm
 
     async def go(self) -> None:
         """Give the guest fresh entropy and the time, and let a workload that is held before its exec be run.

@@ -255,9 +255,11 @@ async def _restored(
     prepare: Callable[[VM], None] | None,
     configure: Configure | None,
 ) -> VM:
-    with snapshot.in_use():
+    async with snapshot.in_use():
         launch = begin(snapshot, options, at_once=prepare is None)
         try:
+            if launch is not None:
+                await launch.go_first()
             vm = kind(saved_config(snapshot, name, configure))
             try:
                 vm._begin_at(begin_ns)

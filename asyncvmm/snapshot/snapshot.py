@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import shutil
 import weakref
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, contextmanager
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -113,18 +113,21 @@ class Snapshot:
         """Whether its directory goes when it is closed."""
         return bool(self._doomed)
 
-    @contextmanager
-    def in_use(self) -> Iterator[None]:
+    def in_use(self) -> AbstractAsyncContextManager[None]:
         """Its files stay open in the block, even if it is closed meanwhile. Raises StateError if it was before."""
+        return _Use(self)
+
+    def begin_use(self) -> None:
+        """See ``in_use``. Raises StateError."""
         if self._closed:
             raise StateError("snapshot", expected="an open one", state="closed")
         self._users += 1
-        try:
-            yield
-        finally:
-            self._users -= 1
-            if self._closed and not self._users:
-                self._close()
+
+    async def end_use(self) -> None:
+        """Once for each ``begin_use``; a cancellation is heard once that is done."""
+        self._users -= 1
+        if self._closed and not self._users:
+            await in_thread(self._close)
 
     def restore_plan(self, *, prefetch: bool = True, track_dirty: bool = False) -> RestorePlan:
         """What a machine restores: the same object, for as long as it is the same."""
@@ -191,6 +194,19 @@ class Snapshot:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         await in_thread(self.close)
+
+
+class _Use(AbstractAsyncContextManager[None]):
+    __slots__ = ("_snapshot",)
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._snapshot = snapshot
+
+    async def __aenter__(self) -> None:
+        self._snapshot.begin_use()
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._snapshot.end_use()
 
 
 def _guest(loaded: Loaded) -> GuestRecord:

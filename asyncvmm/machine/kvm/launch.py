@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from asyncvmm.machine.saved import RestorePlan
     from asyncvmm.timing.timeline import Timeline
 
+_UNDECIDED: Final = 0
 _OPEN: Final = 1
 _SHUT: Final = 2
 
@@ -57,25 +58,22 @@ class Launch:
         """Send the runner, which is the launch's from now on. ``enters``: whether the guest is, None if ``open`` or
         ``shut`` will say."""
         self.blueprint = blueprint
+        self.opened = enters is True and not blueprint.board.ged.heeds_generation
+        self._loop = asyncio.get_running_loop()
         self._runner = runner
-        self._handed, self._over, self._lock = threading.Lock(), threading.Lock(), threading.Lock()
-        self._handed.acquire()
-        self._over.acquire()
+        self._chain = chain
+        self._held = None if shell is None else shell.take()
+        self._handed, self._over, self._lock = _locked(), _locked(), threading.Lock()
         self._taken = self._given_up = False
         self._kickable = True
         self._serves: Callable[[FirstRun | None], None] | None = None
-        self._chain = chain
-        self._held = None if shell is None else shell.take()
         given = chain.given if self._held is None else (*chain.given, *held_in(self._held, chain.steps))
         self._slots = chain.program.lay_out(*given)
-        self._loop = asyncio.get_running_loop()
+        gate = _UNDECIDED if enters is None else _OPEN if self.opened else _SHUT
+        runner.send(chain, self._slots, gate, self._serve)
+        os.sched_yield()  # where there is no other processor to be had, the runner goes first
         self._mapped: asyncio.Future[None] = self._loop.create_future()
         self._event_fd = -1
-        self.opened = False
-        if enters is not None:
-            self.decide(enters)
-        runner.send(chain.program, chain.address, self._slots, chain.vcpu, chain.clock, self._serve)
-        os.sched_yield()  # where there is no other processor to be had, the runner goes first
         self._listen()
 
     def _listen(self) -> None:
@@ -100,6 +98,13 @@ class Launch:
         with self._lock:
             if self._kickable:  # else it serves another launch by now
                 self._runner.decide(gate)
+
+    async def go_first(self) -> None:
+        """Where the runner has the loop's own processor, let it be done with the chain before the loop does more: else
+        each would keep the other waiting, and the kernel's own threads both. Raises nothing of the chain's."""
+        if self._runner.is_here():
+            await asyncio.wait((self._mapped,))
+            os.sched_yield()
 
     async def mapped(self) -> None:
         """Wait until memory and state are in place.
@@ -234,6 +239,12 @@ class Launch:
         made.undo()
         if self._held is not None:
             self._held.undo()
+
+
+def _locked() -> threading.Lock:
+    lock = threading.Lock()
+    lock.acquire()
+    return lock
 
 
 @attrs.frozen(eq=False)

@@ -98,7 +98,7 @@ class LaunchChain:
     """What a launch makes: the program, what it is given but for what a shell holds, and the slots of its vCPU's
     descriptor, and of the TSC offset, which lacks the host's TSC still; 0 if it is complete.
 
-    steps: where the chain leaves what, or, in a shell, the shell's.
+    steps: where the chain leaves what, or, in a shell, the shell's. address, count, first: of the program's steps.
     """
 
     steps: Creation
@@ -107,12 +107,10 @@ class LaunchChain:
     clock: int
     tsc: TscPlan
     given: tuple[int, ...]
+    address: int
+    count: int
+    first: int
     _pinned: Pinned
-
-    @property
-    def address(self) -> int:
-        """Where the steps are, as bytes."""
-        return self._pinned.address
 
 
 @attrs.frozen(eq=False)
@@ -195,6 +193,7 @@ class RestoreBlueprint:
         else:
             steps = restoration(self.shape, tsc, ahead)
             program, vcpu = steps.program, steps.vcpus[0].fd.slot
+        pinned = Pinned(program.steps)
         offset, then = self.state.vcpus[0].tsc_offset or 0, self.state.vm.host_tsc
         return LaunchChain(
             steps=steps,
@@ -203,7 +202,10 @@ class RestoreBlueprint:
             clock=OFFSET_SLOT if then is not None else 0,
             tsc=tsc,
             given=(self._arena.address, _signed(offset + (then or 0)), *self.fds),
-            pinned=Pinned(program.steps),
+            address=pinned.address,
+            count=len(program.names),
+            first=program.first,
+            pinned=pinned,
         )
 
     def launched(self, chain: LaunchChain, made: Made, held: Made | None) -> KvmVm:

@@ -9,20 +9,26 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import struct
 import threading
 from array import array
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from asyncvmm.machine.kvm.fastpath.binding import Errand, Library, load
-from asyncvmm.machine.kvm.fastpath.chain import Program
 from asyncvmm.machine.kvm.vcpu import KICK_SIGNAL
+
+if TYPE_CHECKING:
+    from asyncvmm.machine.kvm.restoring import LaunchChain
 
 IDLE_NAME = "asyncvmm idle runner"
 MOST_IDLE = 4
 """Runners that are kept."""
 
 _SENT = 1
-_STATE, _GATE = Errand.state.offset, Errand.gate.offset
+_GATE = Errand.gate.offset
+_ORDER = struct.Struct("<IQQIIII")
+"""Errand from ``gate`` to ``clock``."""
 _NO_EVENT = -1
 
 Serve = Callable[[], None]
@@ -42,29 +48,32 @@ class Runner:
         self.thread = threading.Thread(target=self._main, name=IDLE_NAME, daemon=True)
         self.thread.start()
 
-    def send(self, program: Program, steps: int, slots: array[int], vcpu: int, clock: int, serve: Serve) -> None:
-        """Have the chain made whose bytes are at ``steps``, and the vCPU entered whose descriptor is left in slot
-        ``vcpu``, once the gate is open; in slot ``clock`` the time stamp counter is taken off before. Then ``serve`` is
-        called there.
+    def send(self, chain: LaunchChain, slots: array[int], gate: int, serve: Serve) -> None:
+        """Have a chain made that was laid out in ``slots``, and its vCPU entered if the gate is open, or once it is
+        (``gate`` 0). Then ``serve`` is called there.
 
         An idle runner that was taken, only; at once, on any thread.
         """
-        errand = self.errand
-        self._serve, self._lent = serve, (program, slots)
-        errand.steps, errand.count = steps, len(program.names)
-        errand.slots, errand.given = slots.buffer_info()[0], program.first
-        errand.vcpu, errand.clock = vcpu, clock
-        self._library.decide(self._address + _STATE, _SENT)
+        self._serve, self._lent = serve, (chain, slots)
+        address, _ = slots.buffer_info()
+        _ORDER.pack_into(
+            self.errand, _GATE, gate, chain.address, address, chain.count, chain.first, chain.vcpu, chain.clock
+        )
+        self._library.decide(self._address, _SENT)
 
     def ring(self, event_fd: int) -> bool:
         """Have ``event_fd`` rung when the chain is made. Whether that was so before."""
         self.errand.event_fd = event_fd
-        self._library.decide(self._address + _STATE, _SENT)  # it was: this is a fence
+        self._library.decide(self._address, _SENT)  # it was: this is a fence
         return bool(self.errand.rung)
 
     def decide(self, gate: int) -> None:
         """Open the gate or shut it, see runner.c. The first decision holds."""
         self._library.decide(self._address + _GATE, gate)
+
+    def is_here(self) -> bool:
+        """Whether it has begun, on this thread's processor."""
+        return bool(self._library.is_here(self._address))
 
     # -- on its thread -----------------------------------------------------------------------------------------------
 

@@ -84,6 +84,7 @@ class Errand(Structure):
         ("event_fd", c_int),
         ("rung", c_uint32),
         ("mask", c_uint64),
+        ("cpu", c_uint32),
         ("done", c_uint32),
         ("entered", c_uint32),
         ("result", c_int64),
@@ -112,6 +113,8 @@ class Library:
         released.runner_wait.argtypes, released.runner_wait.restype = (c_void_p,), c_uint32
         self.decide: Callable[[int, int], int] = kept.runner_decide
         kept.runner_decide.argtypes, kept.runner_decide.restype = (c_void_p, c_uint32), c_uint32
+        self.is_here: Callable[[int], int] = kept.runner_is_here
+        kept.runner_is_here.argtypes, kept.runner_is_here.restype = (c_void_p,), c_uint32
         sizes = (kept.fastpath_size(), kept.chain_step_size(), kept.runner_size())
         if sizes != (sizeof(FastpathData), STEP_BYTES, sizeof(Errand)):
             raise OSError("fastpath.so was built from other sources")

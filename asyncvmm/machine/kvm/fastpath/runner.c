@@ -18,7 +18,7 @@ typedef unsigned long long u64;
 typedef long long s64;
 
 enum { KVM_RUN = 0xAE80, KVM_SET_SIGNAL_MASK = 0x4004AE8B };
-enum { SYS_WRITE = 1, SYS_IOCTL = 16, SYS_GETRUSAGE = 98, SYS_FUTEX = 202, SYS_CLOCK_GETTIME = 228 };
+enum { SYS_WRITE = 1, SYS_IOCTL = 16, SYS_GETRUSAGE = 98, SYS_FUTEX = 202, SYS_CLOCK_GETTIME = 228, SYS_GETCPU = 309 };
 enum { SYS_SCHED_SETATTR = 314, SYS_SCHED_GETATTR = 315, SCHED_OTHER = 0, SHORT_SLICE_NS = 100000, USUAL_SLICE = 0 };
 enum { CLOCK_MONOTONIC = 1, RUSAGE_THREAD = 1, FUTEX_WAIT_PRIVATE = 128, FUTEX_WAKE_PRIVATE = 129 };
 enum { IDLE = 0 };
@@ -41,6 +41,7 @@ struct errand {
     int event_fd;      /* may be told late: who tells it looks then whether it would have been rung */
     u32 rung;
     u64 mask;          /* the signals that are blocked in the guest */
+    u32 cpu;           /* the processor that it has begun on, counted from 1 */
     u32 done;          /* steps of the chain that did not fail */
     u32 entered;       /* whether the guest was entered, and the following is known */
     s64 result;        /* of KVM_RUN, 0 or -errno; of KVM_SET_SIGNAL_MASK if that failed */
@@ -64,6 +65,13 @@ static u64 monotonic_ns(void)
     s64 now[2] = {0, 0};
     syscall4(SYS_CLOCK_GETTIME, CLOCK_MONOTONIC, (long)now, 0, 0);
     return (u64)now[0] * 1000000000u + (u64)now[1];
+}
+
+static u32 this_cpu(void)
+{
+    u32 cpu = 0;
+    syscall4(SYS_GETCPU, (long)&cpu, 0, 0, 0);
+    return cpu + 1;
 }
 
 static u32 wait_while(u32 *word, u32 value)
@@ -117,6 +125,7 @@ static void enter(struct errand *errand, int vcpu)
 static void run(struct errand *errand)
 {
     u64 one = 1;
+    __atomic_store_n(&errand->cpu, this_cpu(), __ATOMIC_RELEASE);
     if (errand->clock)
         errand->slots[errand->clock].value -= (s64)__builtin_ia32_rdtsc();
     errand->done = chain_run(errand->steps, errand->count, errand->slots, errand->given);
@@ -151,6 +160,12 @@ EXPORTED u32 runner_decide(u32 *word, u32 value)
     if (__atomic_compare_exchange_n(word, &found, value, 0, __ATOMIC_RELEASE, __ATOMIC_ACQUIRE))
         syscall4(SYS_FUTEX, (long)word, FUTEX_WAKE_PRIVATE, 1, 0);
     return found;
+}
+
+/* Whether it has begun on the caller's processor. */
+EXPORTED u32 runner_is_here(const struct errand *errand)
+{
+    return __atomic_load_n(&errand->cpu, __ATOMIC_ACQUIRE) == this_cpu();
 }
 
 EXPORTED u32 runner_size(void)
