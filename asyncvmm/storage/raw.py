@@ -64,7 +64,7 @@ class RawImage:
         self._write_to(self.fd, offset, views, os.RWF_DSYNC if sync else 0)
 
     def _write_to(self, fd: int, offset: int, views: Sequence[Buffer], flags: int) -> None:
-        left, size = views, sum(map(len, views))
+        left, size = views, len(views[0]) if len(views) == 1 else sum(map(len, views))
         place = self._start + offset
         while left:
             done = os.pwritev(fd, left if len(left) <= MOST_VIEWS else left[:MOST_VIEWS], place, flags)

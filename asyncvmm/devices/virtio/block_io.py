@@ -35,7 +35,6 @@ class BlockRequest:
         self,
         chain: Chain,
         operation: Operation,
-        *,
         offset: int = 0,
         size: int = 0,
         views: Sequence[memoryview] = (),

@@ -8,7 +8,7 @@ What userspace writes is not in KVM's dirty log: whoever writes to guest RAM say
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 
 class GuestFault(Exception):
@@ -34,6 +34,10 @@ class _Never:
     is_on = False
 
 
+_Region = tuple[int, int, memoryview]
+_NO_REGION: Final[_Region] = (0, 0, memoryview(b""))
+
+
 def _no_mark(address: int, size: int) -> None:
     pass
 
@@ -57,9 +61,13 @@ class GuestView:
         dirty: DirtyPages | None = None,
     ) -> None:
         self._regions = tuple((start, start + len(view), view) for start, view in regions)
+        self.first = self._regions[0] if regions else _NO_REGION
         self.mark = mark_dirty or _no_mark
         self.dirty: DirtyPages = _Never() if mark_dirty is None else dirty or _Always()
         self.fence = fence
+
+    first: _Region
+    """The first of the regions, for who looks there by himself: its address, the one behind it, its bytes."""
 
     @property
     def ranges(self) -> tuple[tuple[int, int], ...]:
@@ -85,4 +93,4 @@ class GuestView:
 
     def close(self) -> None:
         """Know no RAM any more: it is about to be unmapped."""
-        self._regions = ()
+        self._regions, self.first = (), _NO_REGION

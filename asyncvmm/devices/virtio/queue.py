@@ -158,16 +158,25 @@ class Queue:
         self._seen = self._avail[1]
         pending = (self._seen - self._next_avail) & _WRAP
         if pending > self.size:
-            raise GuestFault(f"available index ahead by {pending} in a queue of {self.size}")
+            raise self._too_many()
         return pending
+
+    def _too_many(self) -> GuestFault:
+        pending = (self._seen - self._next_avail) & _WRAP
+        if pending > self.size:
+            return GuestFault(f"available index ahead by {pending} in a queue of {self.size}")
+        return GuestFault(f"more chains than the {self.size} of the queue")
 
     def pop(self) -> Chain | None:
         """The next available chain; None if there is none. Raises GuestFault for one that cannot be."""
-        if not self.available():
+        if not self.ready:
             return None
-        size, place = self.size, self._next_avail
-        if self.in_flight >= size:
-            raise GuestFault(f"more chains than the {size} of the queue")
+        size, place, seen = self.size, self._next_avail, self._avail[1]
+        self._seen = seen
+        if seen == place:
+            return None
+        if (seen - place) & _WRAP > size or self.in_flight >= size:
+            raise self._too_many()
         chain = self._walk(self._avail[2 + (place & (size - 1))])
         self._next_avail = (place + 1) & _WRAP
         self.in_flight += 1
@@ -284,6 +293,8 @@ class Queue:
         """Follow a chain from its head. Raises GuestFault. All in one place: it is the bulk of what a request costs."""
         assert self._memory is not None
         view_of, chain = self._memory.view, Chain(head, self.generation)
+        start, end, ram = self._memory.first  # where nearly all is, without a call for each
+        room = end - start
         readable, writable = chain.readable, chain.writable
         table, count, index, left, size = self._table, self.size, head, self.size, 0
         while True:
@@ -300,14 +311,16 @@ class Queue:
             size += length
             if left < 0 or not length or size >= MOST_BYTES:
                 raise _impossible(left, count, length)
+            place = address - start
+            view = ram[place : place + length] if 0 <= place <= room - length else view_of(address, length)
             if flags & DESC_F_WRITE:
-                writable.append(view_of(address, length))
+                writable.append(view)
                 chain.writable_at.append(address)
                 chain.writable_size += length
             elif writable:
                 raise GuestFault("a readable buffer behind a writable one")
             else:
-                readable.append(view_of(address, length))
+                readable.append(view)
             if not flags & DESC_F_NEXT:
                 chain.readable_size = size - chain.writable_size
                 self.walked += len(readable) + len(writable)
