@@ -229,10 +229,6 @@ class Bus:
         """The device at an I/O port, for a caller that keeps the answer."""
         return self._ports.lookup(port)
 
-    def lookup_mmio(self, address: int) -> Attachment[WordDevice] | None:
-        """The device at a physical address, for a caller that keeps the answer."""
-        return self._mmio.lookup(address)
-
     def read(self, port: int, size: int) -> int:
         """An IN of ``size`` bytes (1, 2 or 4)."""
         return self._ports.read(port, size)

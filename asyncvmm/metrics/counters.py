@@ -143,11 +143,6 @@ def kinds(group: type[MetricGroup]) -> dict[str, Kind]:
     return {name: field.kind for name, field in group.fields.items()}
 
 
-def meanings(group: type[MetricGroup]) -> dict[str, str]:
-    """What each field of a class of groups says, in a few words."""
-    return {name: field.meaning for name, field in group.fields.items()}
-
-
 def added_up(flushed: list[dict[str, Flushed]]) -> dict[str, Flushed]:
     """The sum of several flushed groups of one class: numbers added, of aggregates the least and the greatest."""
     total: dict[str, Flushed] = {}

@@ -89,10 +89,6 @@ class UserNet:
         """Our end of the wire; -1 once it is closed."""
         return self._wire.fileno()
 
-    def close_fd(self) -> None:
-        """Close our end of the wire: another process has inherited it."""
-        self._wire.close()
-
     def failure(self) -> HostError:
         """How the helper ended."""
         return self._process.failure()

@@ -53,7 +53,3 @@ def flatten(directory: Path, out: Path | None) -> None:
 
     manifest = make_full(directory, out)
     print(f"{printable(str(out or directory), 4096)}: full, {manifest.allocated_bytes} bytes on disk")
-
-
-COMMANDS = (inspect, verify, flatten)
-"""For the group that they belong to."""

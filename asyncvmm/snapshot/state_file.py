@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from asyncvmm.errors import SnapshotDamaged
 
 MAGIC = b"AVMMSTA1"
-MOST_SECTIONS = MOST_NAME_BYTES = 255
+MOST_SECTIONS = 255
 MOST_SECTION_BYTES = 64 << 20
 MOST_STATE_BYTES = 256 << 20
 

@@ -56,14 +56,14 @@ def _open_any(drive: DriveConfig, overlay: Overlay | None) -> Image:
 
 def _open(drive: DriveConfig, overlay: Overlay | None, stack: ExitStack) -> Image:
     if overlay is None:
-        return _raw(_open_file(drive.path, stack, writer=not drive.read_only), drive.path, drive.cache, stack)
+        return _raw(_open_file(drive.path, stack, writer=not drive.read_only), drive.path, drive.cache)
     fd = overlay.open_file()
     stack.callback(os.close, fd)
     name = overlay.path or overlay.base
     if overlay.path is not None:
         lock_image(fd, name, writer=True)
     if overlay.format == "raw":
-        return _raw(fd, name, drive.cache, stack)
+        return _raw(fd, name, drive.cache)
     if overlay.format == "mapped":
         return _mapped(overlay, fd, drive.cache, stack)
     raise DriveError("drive", expected="a raw image or an overlay of ours", found=f"{name} ({overlay.format})")
@@ -88,7 +88,7 @@ def _open_file(path: Path, stack: ExitStack, *, writer: bool) -> int:
     return fd
 
 
-def _raw(fd: int, path: Path, cache: CacheMode, stack: ExitStack, start: int = 0, size: int | None = None) -> RawImage:
+def _raw(fd: int, path: Path, cache: CacheMode, start: int = 0, size: int | None = None) -> RawImage:
     """The image of a file that is open, its owner from now on."""
     size = size_of(fd) if size is None else size
     if not size:
@@ -114,7 +114,7 @@ def _mapped(overlay: Overlay, fd: int, cache: CacheMode, stack: ExitStack) -> Ma
         blocks = _blocks_of(under, header, name, stack)
         base = MappedImage(base, RawImage(under, header.size, start=header.data_at), blocks, keep=False)
     blocks = _blocks_of(fd, header, name, stack)
-    top = _raw(fd, name, cache, stack, start=header.data_at, size=header.size)
+    top = _raw(fd, name, cache, start=header.data_at, size=header.size)
     return MappedImage(base, top, blocks, keep=not overlay.temporary)
 
 

@@ -45,9 +45,7 @@ async def made_ahead() -> Shell:
     return await in_thread(lambda: Shell(ShellShape(memory_bytes=RAM, vcpus=1), Timeline()))
 
 
-async def test_only_what_is_prepared_and_reads_nothing_is_done_on_the_loop(
-    new: New, files: Files, plan: RestorePlan
-) -> None:
+async def test_only_what_is_prepared_and_reads_nothing_is_done_on_the_loop(new: New, plan: RestorePlan) -> None:
     building, shell = new().machine._building, await made_ahead()
     try:
         assert building.rebuilds_briefly(plan, shell)

@@ -142,9 +142,7 @@ async def test_an_initrd_that_is_no_file_or_does_not_fit_is_refused(
         await refused(attrs.evolve(plan, initrd=initrd), InitrdError)
 
 
-async def test_an_appended_archive_that_does_not_fit_is_refused(
-    plan: BootPlan, refused: Refuse, tmp_path: Path
-) -> None:
+async def test_an_appended_archive_that_does_not_fit_is_refused(plan: BootPlan, refused: Refuse) -> None:
     await _warm_up(plan)
     await refused(attrs.evolve(plan, memory_mib=4, appended=bytes(4 << 20)), InitrdError)
 

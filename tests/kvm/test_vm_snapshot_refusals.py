@@ -201,7 +201,7 @@ async def test_a_damaged_snapshot_is_refused_with_nothing_started(vm: Make, tmp_
         await VM.restore(tmp_path / "nothing")
 
 
-async def test_another_machine_is_no_place_to_restore_it(vm: Make, tmp_path: Path) -> None:
+async def test_another_machine_is_no_place_to_restore_it(vm: Make) -> None:
     async with vm("RE") as original:
         await original.boot()
         async with await original.snapshot() as snapshot:

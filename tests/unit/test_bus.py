@@ -156,7 +156,6 @@ def test_lookup_gives_what_a_hot_path_needs() -> None:
     assert (found.device, found.first, found.lock) == (device, 0x2F8, lock)
     assert bus.lookup(0x300) is None
     assert bus.lookup(0x2F7) is None
-    assert bus.lookup_mmio(0x2F8) is None
 
 
 @given(
