@@ -292,7 +292,7 @@ class Connection:
             return self._open_op
         if self.state not in (_ESTABLISHED, _CLOSING):
             return 0
-        if self.outgoing and self.peer_free:
+        if self.outgoing and (self._tx_cnt - self._peer_fwd_cnt) % WRAP < self._peer_buf_alloc:  # peer_free
             return OP_RW
         if self._credit_update:
             return OP_CREDIT_UPDATE

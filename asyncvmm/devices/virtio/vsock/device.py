@@ -37,9 +37,9 @@ QUEUE_SIZE: Final = 256
 TURN: Final = 64
 """Packets, each way, that one call of ``process`` handles at the most."""
 
-PATIENCE_S: Final = 0.002
-"""How long a guest may not know that a packet of its own was taken: nothing there waits for that, and with the answer
-comes an interrupt anyway."""
+PATIENCE_S: Final = 0.02
+"""How long a guest may not know that a packet of its own was taken. Nothing there waits for that: Linux frees the
+packet then, as its network cards' drivers do with later packets alone. With an answer comes an interrupt anyway."""
 
 _MOST_CID = (1 << 32) - 2
 _EVENT = EVENT_TRANSPORT_RESET.to_bytes(4, "little")
@@ -234,14 +234,14 @@ class VirtioVsock(VirtioDevice):
             queue.undo_pop()
             return
         header, payload = packet
-        first = chain.writable[0]
-        if len(first) == HEADER_SIZE:  # as Linux makes them
-            first[:] = header.encode()
+        views, size = chain.writable, len(payload)
+        if len(views) == 2 and len(views[0]) == HEADER_SIZE:  # as Linux makes them
+            views[0][:] = header.encode()
+            views[1][:size] = payload
         else:
             chain.write(header.encode())
-        if payload:
             chain.write(payload, HEADER_SIZE)
-        queue.push(chain, HEADER_SIZE + len(payload))
+        queue.push(chain, HEADER_SIZE + size)
 
     def _tell_reset(self) -> None:
         """Say in the event queue that every connection is gone, if that is due and the guest has a buffer there."""
