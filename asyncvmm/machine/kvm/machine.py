@@ -9,35 +9,31 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import anyio.to_thread
-import attrs
 
-from asyncvmm.effects import ExitStatistics, Port, Stopped
+from asyncvmm.effects import Port, Stopped
 from asyncvmm.errors import KvmIoctlError, MachineError, StateError
 from asyncvmm.machine.base import AccelName, BootPlan, EffectSink, Evidence
 from asyncvmm.machine.kvm.building import Building, Joints
 from asyncvmm.machine.kvm.counting import Counting
 from asyncvmm.machine.kvm.devices import DeviceSet
 from asyncvmm.machine.kvm.input import Input
+from asyncvmm.machine.kvm.notices import FirstExit, HasOutput, HasRoom, Notice, Notices
 from asyncvmm.machine.kvm.output import Output
 from asyncvmm.machine.kvm.platform import Board, Outlets, SerialPort
 from asyncvmm.machine.kvm.port_watches import PortWatches, PortWritten
+from asyncvmm.machine.kvm.readings import Readings
 from asyncvmm.machine.kvm.snapshots import Snapshots, close_shell
 from asyncvmm.machine.kvm.tracing import TracedExit, TraceSink, Tracing
 from asyncvmm.machine.kvm.vm import KvmVm
 from asyncvmm.machine.waiting import wait_out
-from asyncvmm.mailbox import Mailbox
 from asyncvmm.metrics.vm_metrics import VmMetrics
 from asyncvmm.timing.timeline import Timeline
-from asyncvmm.timing.tsc import GuestTime
 
 if TYPE_CHECKING:
-    from anyio.abc import ByteStream
-
-    from asyncvmm.balloon import BalloonBackend
     from asyncvmm.machine.kvm.faults import Faults
     from asyncvmm.machine.kvm.launch import Launch
     from asyncvmm.machine.kvm.marks import RestoreMarks
@@ -47,7 +43,6 @@ if TYPE_CHECKING:
     from asyncvmm.machine.saved import RestorePlan, SavedMachine
     from asyncvmm.snapshot.memory_map import Run
     from asyncvmm.snapshot.memory_writer import MemoryWriter
-    from asyncvmm.vsock.host import VsockHost
 
 _log = logging.getLogger("asyncvmm.machine")
 
@@ -55,26 +50,10 @@ _PARK_TIMEOUT_S = 5.0
 """Seconds for a kicked vCPU to leave the guest; it takes tens of microseconds."""
 
 
-@attrs.frozen
-class _HasOutput:
-    port: Port
-
-
-@attrs.frozen
-class _HasRoom:
-    port: Port
-
-
-@attrs.frozen
-class _FirstExit:
-    """Of a restored guest."""
-
-
-_Notice = _HasOutput | _HasRoom | Stopped | TracedExit | PortWritten | _FirstExit
 _State = Literal["new", "running", "paused", "ended", "closed"]
 
 
-class KvmMachine:
+class KvmMachine(Readings):
     """Machine (see machine.base) on /dev/kvm, its vCPUs threads of this process."""
 
     accel: AccelName = "kvm"
@@ -90,8 +69,8 @@ class KvmMachine:
         self._output = Output(on_effects)
         self._state: _State = "new"
         self._input = Input(lambda: self._state if self._state in ("ended", "closed") else None)
-        self._tracing = Tracing(lambda traced: self._mailbox.post(traced, droppable=True))
-        self._port_watches = PortWatches(lambda written: self._mailbox.post(written))
+        self._tracing = Tracing(lambda traced: self._notices.post(traced))
+        self._port_watches = PortWatches(lambda written: self._notices.post(written))
         joints = Joints(outlets=self._outlets, halt=self._halt, output=self._output, devices=self._devices)
         self._building = Building(plan, timeline, joints)
         self._counting = Counting(self._building)
@@ -106,21 +85,6 @@ class KvmMachine:
     @property
     def _board(self) -> Board | None:
         return self._building.board
-
-    @property
-    def balloon(self) -> BalloonBackend | None:
-        """See Machine."""
-        return self._devices.balloon if self._devices else None
-
-    @property
-    def ports(self) -> Mapping[str, ByteStream]:
-        """See Machine."""
-        return self._devices.ports if self._devices else {}
-
-    @property
-    def vsock(self) -> VsockHost | None:
-        """See Machine."""
-        return self._devices.vsock if self._devices else None
 
     # -- the Machine protocol --------------------------------------------------------------------------------------
 
@@ -152,8 +116,7 @@ class KvmMachine:
             await close_shell(shell)
 
     async def _begin(self, build: Callable[[], Awaitable[None]]) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._mailbox: Mailbox[_Notice] = Mailbox(lambda: self._loop.call_soon_threadsafe(self._drain))
+        self._notices = Notices(asyncio.get_running_loop(), self._hear)
         try:
             self._output.open()
             await build()
@@ -181,7 +144,7 @@ class KvmMachine:
         if launch is None:
             await self._snapshots.restore(plan, shell, self._device_failed)
         self._started("running" if launch is not None and launch.opened else "paused")
-        self._snapshots.mark(self._running_vm(), lambda: self._mailbox.post(_FirstExit()), launch)
+        self._snapshots.mark(self._running_vm(), lambda: self._notices.post(FirstExit()), launch)
         if launch is not None:
             self._building.serve(launch)
 
@@ -293,17 +256,13 @@ class KvmMachine:
         vm = await anyio.to_thread.run_sync(self._building.end_threads)
         self._output.close()
         if vm is not None:
-            self._drain()
+            self._notices.drain()
             await self._output.finish()
             self._counting.keep()
             self._building.vm = None
         freed = self._devices is None or await self._devices.aclose()
         if vm is not None and freed:
             await anyio.to_thread.run_sync(vm.close)
-
-    def exits(self) -> ExitStatistics | None:
-        """The sum of all vCPUs' counters; after the end, as they stood then."""
-        return self._counting.exits()
 
     async def evidence(self) -> Evidence:
         """Pause the guest and look at vCPU 0."""
@@ -313,27 +272,6 @@ class KvmMachine:
             return Evidence(first.last_exit, first.regs().rip)
         except (StateError, MachineError, KvmIoctlError):
             return Evidence()
-
-    def guest_instant(self, tsc: int) -> tuple[int, int] | None:
-        """By KVM's TSC offset and samples of the host's two clocks."""
-        return None if self._building.guest_tsc is None else self._building.guest_tsc.instant(tsc)
-
-    def meter(self, metrics: VmMetrics) -> None:
-        """Have exits, serial ports and keyboard controller counted in their groups at each flush."""
-        self._counting.meter(metrics)
-
-    def progress(self) -> int:
-        """Exits so far."""
-        return self._counting.progress()
-
-    def activity(self) -> int:
-        """Exits so far, but for those at the control line."""
-        return self._counting.activity()
-
-    def guest_time(self) -> GuestTime | None:
-        """By KVM's TSC offset."""
-        vm, tsc = self._vm, self._building.guest_tsc
-        return None if vm is None or tsc is None else tsc.now(vm.tsc_khz)
 
     def watch_port(self, port: int, value: int | None, told: Callable[[int], None]) -> Callable[[], None]:
         """See Machine."""
@@ -350,7 +288,7 @@ class KvmMachine:
     @property
     def dropped_notices(self) -> int:
         """Notices that found the mailbox full: traced exits, for nothing else fills it."""
-        return self._mailbox.dropped
+        return self._notices.dropped
 
     def untrace(self, trace: TraceSink) -> None:
         """End what ``trace`` began, unless another took over."""
@@ -366,36 +304,25 @@ class KvmMachine:
             self._state = state
 
     def _outlets(self) -> Outlets:
-        return Outlets(
-            irq=self._set_irq_line,
-            output_pending=self._announce_output,
-            room=self._announce_room,
-            shutdown=lambda: self._halt(self._stopped("shutdown")),
-            reset=lambda: self._halt(self._stopped("reset")),
-            debug_exit=lambda code: self._halt(attrs.evolve(self._stopped("debug-exit"), code=code)),
-        )
+        return self._notices.outlets(self._set_irq_line, self._halt)
 
     def _set_irq_line(self, irq: int, level: bool) -> None:
         if (vm := self._building.vm) is not None:
             vm.set_irq_line(irq, level)
 
-    def _stopped(self, reason: Literal["shutdown", "reset", "debug-exit"]) -> Stopped:
-        return Stopped(reason, detail=f"the guest asked for {reason}", last_exit="IO", t_ns=time.monotonic_ns())
-
-    def _drain(self) -> None:
-        for notice in self._mailbox.drain():
-            if isinstance(notice, _HasOutput):
-                self._output.ready()
-            elif isinstance(notice, _HasRoom):
-                self._input.wake(notice.port)
-            elif isinstance(notice, TracedExit):
-                self._tracing.hand(notice)
-            elif isinstance(notice, PortWritten):
-                self._port_watches.hand(notice)
-            elif isinstance(notice, _FirstExit):
-                self._snapshots.first_exit()
-            else:
-                self._output.put([*self._output.take(), *self._end(notice)])
+    def _hear(self, notice: Notice) -> None:
+        if isinstance(notice, HasOutput):
+            self._output.ready()
+        elif isinstance(notice, HasRoom):
+            self._input.wake(notice.port)
+        elif isinstance(notice, TracedExit):
+            self._tracing.hand(notice)
+        elif isinstance(notice, PortWritten):
+            self._port_watches.hand(notice)
+        elif isinstance(notice, FirstExit):
+            self._snapshots.first_exit()
+        else:
+            self._output.put([*self._output.take(), *self._end(notice)])
 
     def _end(self, stopped: Stopped) -> Sequence[Stopped]:
         """The first reason counts; who waits to write is woken to learn of it."""
@@ -443,13 +370,7 @@ class KvmMachine:
         if vm is not None:
             for vcpu in vm.vcpus:
                 vcpu.order("stop")
-        self._mailbox.post(stopped)
-
-    def _announce_output(self, port: Port) -> None:
-        self._mailbox.post(_HasOutput(port))
-
-    def _announce_room(self, port: Port) -> None:
-        self._mailbox.post(_HasRoom(port))
+        self._notices.post(stopped)
 
 
 def _running_still(vm: KvmVm) -> Vcpu | None:
