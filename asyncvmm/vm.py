@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from functools import cached_property
 from types import TracebackType
@@ -26,14 +26,14 @@ from asyncvmm.activities import Activities
 from asyncvmm.attempt import Attempt
 from asyncvmm.config import VMConfig
 from asyncvmm.console import Console
-from asyncvmm.effects import ExitStatistics, Stopped
+from asyncvmm.effects import Stopped
 from asyncvmm.errors import AsyncVMMError, BootError, GuestStopped, MachineError, StateError
 from asyncvmm.events.hub import EventHub
 from asyncvmm.events.jsonl import JsonLines
 from asyncvmm.events.outputs import Target
 from asyncvmm.events.types import VmError, VmState, exit_counts
 from asyncvmm.machine.base import AccelName, Evidence, Machine
-from asyncvmm.machine.choose import trace_exits
+from asyncvmm.machine.of_vm import MachineProperties
 from asyncvmm.machine.waiting import wait_out
 from asyncvmm.readiness import GuestFacts, Readiness, complete, describe_end
 from asyncvmm.report import BootReport
@@ -44,14 +44,8 @@ from asyncvmm.timing.vm_timing import VmTiming
 from asyncvmm.watch import GuestWatch
 
 if TYPE_CHECKING:
-    from anyio.abc import ByteStream
-
-    from asyncvmm.balloon import Balloon
-    from asyncvmm.machine.kvm.trace import ExitTrace
-    from asyncvmm.metrics.control import VmMetricsControl
     from asyncvmm.snapshot.restoring import Restoring
     from asyncvmm.upkeep import Upkeep
-    from asyncvmm.vsock.of_vm import Vsock
 
 State = Literal["new", "starting", "booting", "ready", "paused", "stopped", "failed"]
 
@@ -62,7 +56,7 @@ _RETRY_PAUSE_S = 0.2
 _ORDINARY_ENDS = ("shutdown", "reset", "debug-exit")
 
 
-class VM(TimingProperties, SnapshotCalls):
+class VM(TimingProperties, MachineProperties, SnapshotCalls):
     """One microVM. ``boot`` starts it and returns when the guest is ready; ``stop`` (or leaving the block) frees it.
 
     ``events`` is its EventHub, ``console`` its Console, ``config`` what was asked for, ``name`` the ``vm`` of events.
@@ -75,7 +69,6 @@ class VM(TimingProperties, SnapshotCalls):
         self.console = Console(self._write_console)
         self.timeline = Timeline()
         self._report = BootReport(self.events, self.timeline)
-        self._epoch_ns = time.time_ns() - (time.monotonic_ns() - self.timeline.start_ns)
         self._state: State = "new"
         self._attempt: Attempt | None = None
         self._watch = self._new_watch()
@@ -93,52 +86,9 @@ class VM(TimingProperties, SnapshotCalls):
     # -- what can be asked -----------------------------------------------------------------------------------------
 
     @property
-    def _machine(self) -> Machine | None:
-        return self._attempt.machine if self._attempt else None
-
-    @property
     def state(self) -> State:
         """Where the VM is in its life."""
         return self._state
-
-    @property
-    def accel(self) -> AccelName | None:
-        """The machine underneath, ``kvm`` or ``qemu``; None before it is chosen."""
-        return self._machine.accel if self._machine else None
-
-    @property
-    def exits(self) -> ExitStatistics | None:
-        """Exits to userspace so far, by reason and address; None where the machine cannot tell."""
-        return self._machine.exits() if self._machine else None
-
-    # -- its devices -----------------------------------------------------------------------------------------------
-
-    @cached_property
-    def metrics(self) -> VmMetricsControl:
-        """What the devices count. ``flush()`` publishes it as a ``metrics`` event; so does time, and the VM's end."""
-        from asyncvmm.metrics.control import VmMetricsControl
-        from asyncvmm.metrics.vm_metrics import VmMetrics
-
-        return VmMetricsControl(VmMetrics(), self.events, self._now)
-
-    @cached_property
-    def balloon(self) -> Balloon:
-        """The memory balloon; its calls raise StateError where there is none."""
-        from asyncvmm.balloon import Balloon
-
-        return Balloon(lambda: self._machine.balloon if self._machine else None, self.config.memory_mib)
-
-    @cached_property
-    def vsock(self) -> Vsock:
-        """The guest's sockets; its calls raise StateError before the machine is started, and without a vsock device."""
-        from asyncvmm.vsock.of_vm import Vsock
-
-        return Vsock(lambda: self._machine.vsock if self._machine else None)
-
-    @property
-    def ports(self) -> Mapping[str, ByteStream]:
-        """The virtio console's ports as byte streams, ``console`` first; empty before the machine is started."""
-        return self._machine.ports if self._machine else {}
 
     # -- what can be done ------------------------------------------------------------------------------------------
 
@@ -202,13 +152,6 @@ class VM(TimingProperties, SnapshotCalls):
         await self._activities.end_all()
         await self._end()
 
-    def trace_exits(self, capacity: int = 4096) -> ExitTrace:
-        """An async iterator over every exit from now on (TracedExit), for debugging; it slows the guest.
-
-        Raises StateError unless the VM runs on KVM.
-        """
-        return trace_exits(self._machine, capacity)
-
     async def __aenter__(self) -> Self:
         return self
 
@@ -258,11 +201,6 @@ class VM(TimingProperties, SnapshotCalls):
         self._report.tell_phases()
         return choice
 
-    def _begin_at(self, begin_ns: int) -> None:
-        """Its time began, CLOCK_MONOTONIC ns, before it was made. Before anybody is told of it."""
-        self._epoch_ns += begin_ns - self.timeline.start_ns
-        self.timeline.start_ns = begin_ns
-
     async def _become(self, restoring: Restoring) -> None:
         """Instead of booting: become the VM that was saved."""
         self._go("starting")
@@ -280,11 +218,6 @@ class VM(TimingProperties, SnapshotCalls):
             self._go("paused")
             await restoring.let_run(machine, self._let_run)
             self._poll_balloon()
-
-    def _goes_on(self) -> None:
-        """It was restored, and its guest let go ahead."""
-        if self._state == "paused" and not self._ended:
-            self._go("ready")
 
     async def _attempt_boot(self, choice: AccelChoice) -> AccelName:
         with self.timeline.phase("setup"):
@@ -432,6 +365,11 @@ class VM(TimingProperties, SnapshotCalls):
         if self._machine is None or self._state not in ("booting", "ready"):
             raise StateError("console input", expected="a running guest", state=self._state)
         await self._machine.write("console", data)
+
+    @cached_property
+    def _epoch_ns(self) -> int:
+        """The VM's time zero, in ns since 1970."""
+        return time.time_ns() - (time.monotonic_ns() - self.timeline.start_ns)
 
     def _new_watch(self) -> GuestWatch:
         return GuestWatch(

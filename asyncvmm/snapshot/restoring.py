@@ -173,10 +173,10 @@ class Restoring:
             self._step(step, begin_ns)
 
     async def _let_go(self, resume: Callable[[], Awaitable[None]]) -> None:
-        if self._kvm is not None and self._kvm.is_running:
-            self._vm._goes_on()
-        else:
+        if self._kvm is None or not self._kvm.is_running:
             await resume()
+        elif self._vm.state == "paused":  # it was let go ahead
+            self._vm._go("ready")
 
     def _tell_first_exit(self, marks: RestoreMarks) -> None:
         vm = self._vm
@@ -262,7 +262,7 @@ async def _restored(
                 await launch.go_first()
             vm = kind(saved_config(snapshot, name, configure))
             try:
-                vm._begin_at(begin_ns)
+                vm.timeline.start_ns = begin_ns  # its time began with the call
                 if prepare is not None:
                     prepare(vm)
                     if launch is not None:
