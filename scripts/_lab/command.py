@@ -25,7 +25,7 @@ def main(root: Path, arguments: list[str]) -> int:
         with project_disk(cache, root, options.command, options.also, options.env) as project:
             outer = Outer(
                 kernel, system, project, options.memory, options.cpus, options.timeout, options.console,
-                options.thread, shlex.split(options.qemu),
+                shlex.split(options.qemu),
             )  # fmt: skip
             return run(outer)
     except (AsyncVMMError, OSError) as error:
@@ -39,7 +39,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("lab", description="Run a command where /dev/kvm is of the hardware kind.")
     parser.add_argument("--timeout", type=float, default=900, metavar="S", help="seconds until it is killed (900)")
     parser.add_argument("--memory", type=int, default=3072, metavar="MIB", help="the outer machine's memory (3072)")
-    parser.add_argument("--cpus", type=int, default=2, metavar="N", help="the outer machine's CPUs (2)")
+    parser.add_argument(
+        "--cpus", type=int, default=1, metavar="N", help="the outer machine's CPUs (1); more lose guests, see qemu.py"
+    )
     parser.add_argument("--console", action="store_true", help="show the outer kernel's console on stderr")
     parser.add_argument(
         "--with", dest="also", action="append", default=[], type=Path, metavar="PATH",
@@ -47,9 +49,6 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument(
         "--env", action="append", default=[], metavar="NAME=VALUE", help="set in the command's environment"
-    )
-    parser.add_argument(
-        "--thread", choices=("multi", "single"), default="multi", help="TCG's threads (multi); see qemu.py"
     )
     parser.add_argument("--qemu", default="", metavar="WORDS", help="more words for the outer machine's QEMU")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND")

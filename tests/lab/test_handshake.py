@@ -7,7 +7,6 @@ Clones in a normal run: 4. For more, set ASYNCVMM_CLONES.
 from __future__ import annotations
 
 import os
-import sys
 import time
 
 import anyio
@@ -23,16 +22,6 @@ from tests.lab.conftest import PATIENCE_S
 CLONES = int(os.environ.get("ASYNCVMM_CLONES", "4"))
 LEEWAY_NS = 10_000_000
 WORKLOAD = ("sh", "-c", "head -c 16 /dev/urandom | od -An -tx1 | tr -d ' '; while :; do sleep 1; done")
-
-
-SILENCE_S = 40
-TRIES = 3
-"""In the lab, and so far nowhere else, a restored Linux now and then dies of a triple fault or stands still with its
-interrupts off; why is not known. Each time is told on stderr, and tried anew."""
-
-
-class Lost(Exception):
-    """A clone that ended, or stood still, before it said anything."""
 
 
 @attrs.define
@@ -51,13 +40,10 @@ class Clone:
         """The first line of its workload."""
         assert self.console is not None
         text = b""
-        with anyio.move_on_after(SILENCE_S):
-            async for chunk in self.console:
-                text += chunk
-                if b"\n" in text:
-                    break
-        if b"\n" not in text:
-            raise Lost
+        async for chunk in self.console:
+            text += chunk
+            if b"\n" in text:
+                break
         return text.partition(b"\n")[0].strip()
 
     def clock_error(self, vm: VM) -> tuple[int, int]:
@@ -74,8 +60,6 @@ async def restored(snapshot: Snapshot, *, window: bool) -> tuple[bytes, tuple[in
     clone = Clone()
     async with await VM.restore(snapshot, prepare=clone.prepare) as vm:
         line = await clone.line() if window else b""
-        if not any(isinstance(event, GuestGoDone) for event in clone.said):
-            raise Lost
         return line, clone.clock_error(vm)
 
 
@@ -115,11 +99,4 @@ async def story() -> None:
 
 
 def test_every_clone_has_bytes_of_its_own_and_the_host_s_time() -> None:
-    for left in reversed(range(TRIES)):
-        try:
-            anyio.run(story, backend_options={"use_uvloop": True})
-        except* Lost as lost:
-            print(f"lost {len(lost.exceptions)} of {CLONES} clones", file=sys.__stderr__)
-            assert left, "clones were lost each time"
-        else:
-            break
+    anyio.run(story, backend_options={"use_uvloop": True})
