@@ -62,7 +62,8 @@ async def test_one_that_goes_on_without_an_answer_is_given_up(guest: Guest, monk
 
 
 async def test_one_that_has_answered_is_known_to(guest: Guest) -> None:
-    async with await saved(guest("clone")) as snapshot, await VM.restore(snapshot) as vm, await vm.snapshot() as later:
+    snapshot = await saved(guest("clone-unknown"))
+    async with snapshot, await VM.restore(snapshot) as vm, await vm.snapshot() as later:
         assert (snapshot.guest.answers_go, later.guest.answers_go) == (False, True)
         assert await steps_of(later) == ["entropy", "clock"]
         async with await VM.restore(later) as again, await again.snapshot() as latest:

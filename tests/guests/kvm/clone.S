@@ -1,6 +1,7 @@
-# Does on COM2 what PID 1 does behind a snapshot: says READY, then takes "tsc <value> <khz>" and "go <seed> <realtime_ns>".
-# After a go it prints the first 16 bytes of the seed on COM1, and answers "go-done tsc=<now> realtime_ns=<the time>":
-# the time is go's, and what its time stamp counter has counted since the value in tsc.
+# Does on COM2 what PID 1 does behind a snapshot: says its clock (if CLOCK) and READY, then takes "tsc <value> <khz>"
+# and "go <seed> <realtime_ns>". After a go it prints the first 16 bytes of the seed on COM1, and answers "go-done
+# tsc=<now> realtime_ns=<the time>": the time is go's, and what its time stamp counter has counted since the value in
+# tsc.
 #include "machine.inc"
 .set COM2, 0x2f8
 
@@ -132,7 +133,11 @@ say_number:                         # edx:eax in decimal, to COM2
     jmp say
 
     .data
-ready_text: .asciz "READY\n"
+ready_text:
+#if CLOCK
+    .ascii "clock tsc=1 ns=1 tsc_end=2\n"
+#endif
+    .asciz "READY\n"
 done_text:  .asciz "go-done tsc="
 time_text:  .asciz " realtime_ns="
     .balign 8
