@@ -75,8 +75,9 @@ class Preparation:
         self._snapshot = snapshot
         self._options = options
         self._preparing: asyncio.Task[None] | None = None
+        self._fits = _can_be_launched(snapshot)
         later = asyncio.get_running_loop().call_later
-        self._later = later(REFILL_AFTER_S, self._begin) if _can_be_launched(snapshot) else None
+        self._later = later(REFILL_AFTER_S, self._begin) if self._fits else None
 
     async def aclose(self) -> None:
         """Until it is done. May be called again."""
@@ -85,6 +86,11 @@ class Preparation:
             self._begin()
         if self._preparing is not None:
             await wait_out(self._preparing)
+
+    async def renew(self) -> None:
+        """The working set has become known, which the next one is to make present."""
+        if self._fits and self._later is None:
+            await in_thread(self._prepare)
 
     def _begin(self) -> None:
         self._later = None

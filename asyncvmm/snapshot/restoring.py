@@ -201,6 +201,8 @@ class Restoring:
         try:
             touched, written = await kvm.working_set()
             await self.snapshot.keep_working_set(WorkingSet(touched, written))
+            if self._preparing is not None:
+                await self._preparing.renew()
         except AsyncVMMError as error:  # the guest ended meanwhile
             _log.debug("no working set of %s: %s", self.snapshot.path, error)
 

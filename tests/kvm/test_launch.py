@@ -138,6 +138,20 @@ async def test_a_launched_guest_goes_on_where_it_was_saved(
     assert all(launch.opened for launch in launches)
 
 
+async def test_what_the_first_guest_needed_is_there_for_the_second(ready: Ready, launches: list[Launch]) -> None:
+    async with ready("RE") as snapshot:
+        async with await VM.restore(snapshot) as first:
+            assert await echoed(first, b"x") == b"x"
+        assert snapshot.working_set.touched
+        del launches[:]
+        await in_thread(await_a_runner)
+        async with await VM.restore(snapshot) as second:
+            present, _ = await kvm_of(second).working_set()
+            assert sum(size for _, size in present) >= sum(size for _, size in snapshot.working_set.touched)
+            assert await echoed(second, b"y") == b"y"
+    assert launches
+
+
 async def test_launched_vms_do_not_see_each_other(ready: Ready, launches: list[Launch]) -> None:
     async with (
         ready("RE") as snapshot,
