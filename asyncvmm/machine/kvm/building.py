@@ -35,9 +35,6 @@ if TYPE_CHECKING:
     from asyncvmm.machine.saved import RestorePlan, SavedMachine
     from asyncvmm.snapshot.memory_map import Run
 
-MOST_LATE = 2
-"""vCPUs whose threads are started when a restored VM is resumed, on the loop: it waits some 0.1 ms for each."""
-
 
 @attrs.frozen(kw_only=True)
 class Joints:
@@ -95,16 +92,6 @@ class Building:
         self.recreate(plan, shell)
         self.hold()
 
-    def rebuilds_briefly(self, plan: RestorePlan, shell: Shell | None) -> bool:
-        """Whether ``rebuild`` is so short that it may be done on the loop: what it takes was checked and prepared for
-        an earlier restore, the VM is made, and no memory is read ahead."""
-        if shell is None or plan.touched or plan.written:
-            return False
-        from asyncvmm.machine.kvm.restoring import kept_blueprint
-
-        blueprint = kept_blueprint(plan, self._plan.devices.count)
-        return blueprint is not None and blueprint.fills_briefly
-
     def create(self) -> None:
         """Create the VM, loaded. Raises HostError, ConfigError."""
         self.prepare()
@@ -150,7 +137,7 @@ class Building:
                     self._join_board(self.vm, self._blueprint.board).change_generation(self.vm.memory.write)
                 for vcpu in self.vm.vcpus:
                     vcpu.order("pause")
-                self._start_vcpus(self.vm, late=len(self.vm.vcpus) <= MOST_LATE)
+                self._start_vcpus(self.vm)
 
     def expect(self, launch: Launch, plan: RestorePlan) -> None:
         """Make for a VM that is being launched what can be made before it is there. On the loop.
@@ -232,10 +219,10 @@ class Building:
             self.guest_tsc = GuestTsc.of([vcpu.fd for vcpu in vm.vcpus])
         return board
 
-    def _start_vcpus(self, vm: KvmVm, *, late: bool = False) -> None:
+    def _start_vcpus(self, vm: KvmVm) -> None:
         assert self.board is not None
         for vcpu in vm.vcpus:
-            vcpu.start(_thread_name(self._plan, vcpu), self.board.bus, self._joints.halt, self.fastpath, late=late)
+            vcpu.start(_thread_name(self._plan, vcpu), self.board.bus, self._joints.halt, self.fastpath)
 
 
 def _thread_name(plan: BootPlan, vcpu: Vcpu) -> str:

@@ -47,9 +47,6 @@ from asyncvmm.x86.layout import ram_regions
 MOST_VCPUS = 1024
 """What a chain has room for, some times over."""
 
-BRIEF_VCPUS, BRIEF_PIECES = 4, 64
-"""Up to which filling a shell is brief: well under a millisecond, some 50 us a vCPU and 3 us a mapping."""
-
 MOST_AHEAD = 1024
 """Runs of memory that a launch makes present; the rest is left to the guest's faults."""
 
@@ -127,13 +124,6 @@ class RestoreBlueprint:
         """What Board is made with."""
         return self.state.board
 
-    @property
-    def fills_briefly(self) -> bool:
-        """Whether ``fill`` is so short that an event loop need not hand it to a worker thread. It reads no file."""
-        pieces = self.shape.pieces
-        few = self.shape.shell.vcpus <= BRIEF_VCPUS and len(pieces) <= BRIEF_PIECES
-        return few and not any(piece.is_copied for piece in pieces)
-
     def run(self, timeline: Timeline) -> KvmVm:
         """Make the VM and give it its state; its vCPUs have no thread yet. The phases go to ``timeline``.
 
@@ -184,7 +174,7 @@ class RestoreBlueprint:
     def launch_chain(self, plan: RestorePlan, *, in_shell: bool) -> LaunchChain | None:
         """What a launch makes, if it can be made so. Blocks. Raises SnapshotMismatch."""
         tsc = _tsc_plan(self.state)
-        if not tsc.by_offset or seen_tsc_khz() is None or not self.fills_briefly:
+        if not tsc.by_offset or seen_tsc_khz() is None or any(piece.is_copied for piece in self.shape.pieces):
             return None
         ahead = tuple(islice(advices(plan.saved.memory.size, plan.touched, plan.written), MOST_AHEAD))
         if in_shell:

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import anyio.lowlevel
 import anyio.to_thread
 
 from asyncvmm.errors import StateError
@@ -49,10 +48,6 @@ class Snapshots:
         Raises SnapshotDamaged, SnapshotMismatch, HostError, ConfigError.
         """
         building, devices = self._building, self._devices
-        if devices is None and building.rebuilds_briefly(plan, shell):
-            await anyio.lowlevel.checkpoint_if_cancelled()
-            building.rebuild(plan, shell)
-            return
         if devices is None:
             await anyio.to_thread.run_sync(building.rebuild, plan, shell)
             return

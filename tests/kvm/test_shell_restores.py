@@ -1,4 +1,4 @@
-"""A restore that is short enough for the loop is done there, and is the same restore in every other respect."""
+"""A machine restored in a shell that was made ahead, its vCPU held, is as any other."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import anyio
-import attrs
 import pytest
 
 from asyncvmm.machine.kvm.restore_chains import ShellShape
@@ -15,7 +14,7 @@ from asyncvmm.machine.saved import RestorePlan
 from asyncvmm.machine.waiting import in_thread
 from asyncvmm.timing.timeline import Timeline
 from tests.support.holdings import Holdings
-from tests.support.memory_guest import PAGE, Files, MemoryGuest, booted, new_guest, restored
+from tests.support.memory_guest import Files, MemoryGuest, booted, new_guest, restored
 
 pytestmark = pytest.mark.anyio
 
@@ -45,19 +44,7 @@ async def made_ahead() -> Shell:
     return await in_thread(lambda: Shell(ShellShape(memory_bytes=RAM, vcpus=1), Timeline()))
 
 
-async def test_only_what_is_prepared_and_reads_nothing_is_done_on_the_loop(new: New, plan: RestorePlan) -> None:
-    building, shell = new().machine._building, await made_ahead()
-    try:
-        assert building.rebuilds_briefly(plan, shell)
-        assert not building.rebuilds_briefly(plan, None)
-        assert not building.rebuilds_briefly(attrs.evolve(plan, touched=((0, PAGE),)), shell)
-        assert not building.rebuilds_briefly(attrs.evolve(plan, written=((0, PAGE),)), shell)
-        assert not building.rebuilds_briefly(attrs.evolve(plan, saved=attrs.evolve(plan.saved)), shell)
-    finally:
-        shell.close()
-
-
-async def test_a_guest_restored_on_the_loop_goes_on_where_it_was_saved(new: New, plan: RestorePlan) -> None:
+async def test_a_guest_restored_in_a_shell_goes_on_where_it_was_saved(new: New, plan: RestorePlan) -> None:
     async with restored(new(), plan, await made_ahead()) as guest:
         await guest.machine.resume()
         assert await guest.count() == 2
