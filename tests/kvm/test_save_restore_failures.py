@@ -218,7 +218,7 @@ async def made_ahead(vcpus: int = 1) -> Shell:
 
 async def test_a_machine_is_restored_in_a_shell(new: New, files: Files, holdings: Callable[..., Holdings]) -> None:
     saved = await saved_guest(new, files)
-    (await made_ahead()).close()
+    await in_thread((await made_ahead()).close)
     before = holdings(RAM)
     shell = await made_ahead()
     async with restored(new(), saved.plan(), shell) as guest:
@@ -232,7 +232,7 @@ async def test_a_shell_of_another_shape_is_refused_and_freed(
     new: New, files: Files, holdings: Callable[..., Holdings]
 ) -> None:
     saved = await saved_guest(new, files)
-    (await made_ahead()).close()
+    await in_thread((await made_ahead()).close)
     before = holdings(RAM)
     shell = await made_ahead(vcpus=2)
     with pytest.raises(ValueError, match="a shell of"):
@@ -245,7 +245,7 @@ async def test_a_restore_in_a_shell_that_is_cancelled_leaves_nothing(
     new: New, files: Files, delay_s: float, holdings: Callable[..., Holdings]
 ) -> None:
     saved = await saved_guest(new, files)
-    (await made_ahead()).close()
+    await in_thread((await made_ahead()).close)
     before = holdings(RAM)
     guest = new()
     with anyio.move_on_after(delay_s):
