@@ -242,10 +242,23 @@ async def restored(
     """VM.restore."""
     begin_ns = time.monotonic_ns()
     options.check()
-    if not isinstance(snapshot, Snapshot):
-        async with await Snapshot.load(snapshot) as opened:
-            return await _restored(kind, opened, options, begin_ns, name, prepare, configure)
-    return await _restored(kind, snapshot, options, begin_ns, name, prepare, configure)
+    if isinstance(snapshot, Snapshot):
+        opened, let_go = snapshot, snapshot.end_use
+        opened.begin_use()
+    else:
+        opened = await Snapshot.load(snapshot)
+        let_go = opened.aclose
+    vm: VM | None = None
+    try:
+        try:
+            vm = await _restored(kind, opened, options, begin_ns, name, prepare, configure)
+        finally:
+            await let_go()
+    except BaseException:
+        if vm is not None:  # nobody will get it
+            await vm.stop()
+        raise
+    return vm
 
 
 async def _restored(
@@ -257,23 +270,22 @@ async def _restored(
     prepare: Callable[[VM], None] | None,
     configure: Configure | None,
 ) -> VM:
-    async with snapshot.in_use():
-        launch = begin(snapshot, options, at_once=prepare is None)
+    launch = begin(snapshot, options, at_once=prepare is None)
+    try:
+        if launch is not None:
+            await launch.go_first()
+        vm = kind(saved_config(snapshot, name, configure))
         try:
-            if launch is not None:
-                await launch.go_first()
-            vm = kind(saved_config(snapshot, name, configure))
-            try:
-                vm.timeline.start_ns = begin_ns  # its time began with the call
-                if prepare is not None:
-                    prepare(vm)
-                    if launch is not None:
-                        launch.decide(enters_ahead(snapshot, options))
-                await vm._become(Restoring(vm, snapshot, options, begin_ns, launch))
-            except BaseException:
-                await vm.stop()
-                raise
-        finally:
-            if launch is not None:
-                await launch.aclose()
+            vm.timeline.start_ns = begin_ns  # its time began with the call
+            if prepare is not None:
+                prepare(vm)
+                if launch is not None:
+                    launch.decide(enters_ahead(snapshot, options))
+            await vm._become(Restoring(vm, snapshot, options, begin_ns, launch))
+        except BaseException:
+            await vm.stop()
+            raise
+    finally:
+        if launch is not None:
+            await launch.aclose()
     return vm

