@@ -315,11 +315,29 @@ class Connection:
         return header, payload
 
     def _next_payload(self, space: int) -> memoryview:
-        size = min(space, self.peer_free, MAX_PAYLOAD, len(self.outgoing))
-        payload, self.outgoing = self.outgoing[:size], self.outgoing[size:]
+        payload = self.outgoing[: min(space, self.peer_free, MAX_PAYLOAD)]
+        self._count_sent(len(payload))
+        return payload
+
+    def _count_sent(self, size: int) -> None:
+        self.outgoing = self.outgoing[size:]
         self.unsent -= size
         self._tx_cnt = (self._tx_cnt + size) % WRAP
-        return payload
+
+    def sendable(self) -> memoryview:
+        """Data that can be sent now, in packets with ``data_header``; say by ``note_sent`` how much of it was."""
+        return self.outgoing[: self.peer_free] if self.next_op() == OP_RW else _NOTHING
+
+    def data_header(self, size: int) -> Header:
+        """Of a packet with so many bytes."""
+        return self._header(OP_RW, size, 0)
+
+    def note_sent(self, size: int) -> None:
+        """The first bytes of what was sendable have gone."""
+        self._count_sent(size)
+        self._note_sent(OP_RW)
+        if not self.outgoing:
+            self.observer()
 
     def _note_sent(self, op: int) -> None:
         if op in (OP_REQUEST, OP_RESPONSE):

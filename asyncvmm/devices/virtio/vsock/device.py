@@ -6,7 +6,7 @@ senders' own data. Packets of the guest are taken in turns of at most TURN.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, ClassVar, Final
@@ -16,7 +16,7 @@ from asyncvmm.devices.virtio.device import VirtioDevice
 from asyncvmm.devices.virtio.ids import VSOCK
 from asyncvmm.devices.virtio.memory import GuestFault
 from asyncvmm.devices.virtio.queue import Chain, Queue
-from asyncvmm.devices.virtio.vsock.connection import Payload
+from asyncvmm.devices.virtio.vsock.connection import Connection, Payload
 from asyncvmm.devices.virtio.vsock.muxer import Muxer
 from asyncvmm.devices.virtio.vsock.packet import (
     EVENT_TRANSPORT_RESET,
@@ -56,6 +56,16 @@ def _payload(chain: Chain, size: int) -> Payload:
     if len(views) == 2 and len(views[0]) == HEADER_SIZE:  # as Linux makes them
         return views[1][:size]
     return chain.read(size, HEADER_SIZE)
+
+
+def _header_and_data(chain: Chain) -> Sequence[memoryview] | None:
+    """The two parts of a buffer for a packet; None for one that is not as Linux makes them."""
+    views = chain.writable
+    if len(views) == 2 and len(views[0]) == HEADER_SIZE and not chain.readable:
+        return views
+    if len(views) == 1 and len(views[0]) > HEADER_SIZE and not chain.readable:
+        return views[0][:HEADER_SIZE], views[0][HEADER_SIZE:]
+    return None
 
 
 class _HostsHalf:
@@ -214,7 +224,10 @@ class VirtioVsock(VirtioDevice):
         queue, muxer = self.queues[RX], self.muxer
         if not muxer.has_packet:
             return False
-        for _ in queue.turn(TURN):
+        sent = 0 if muxer.only_sender is None else self._send_run(queue, muxer.only_sender)
+        if sent and not muxer.has_packet:
+            return False
+        for _ in queue.turn(TURN - sent):
             chain = queue.pop()
             if chain is None:
                 return False
@@ -222,6 +235,35 @@ class VirtioVsock(VirtioDevice):
             if not muxer.has_packet:
                 return False
         return queue.available() > 0
+
+    def _send_run(self, queue: Queue, connection: Connection) -> int:
+        """What ``_fill`` does, for many packets of one connection's data, and buffers as Linux makes them: the header's
+        and the data's, or one for both. Whatever else comes is left. Returns how many packets have gone.
+        """
+        data = connection.sendable()
+        end, at, count, header, header_for = len(data), 0, 0, b"", 0
+        try:
+            for _ in queue.turn(TURN if end else 0):
+                chain = queue.pop()
+                if chain is None:
+                    break
+                views = _header_and_data(chain)
+                if views is None:
+                    queue.undo_pop()
+                    break
+                size = min(len(views[1]), end - at, MAX_PAYLOAD)
+                if size != header_for:
+                    header, header_for = connection.data_header(size).encode(), size
+                views[0][:] = header
+                views[1][:size] = data[at : at + size]
+                queue.push(chain, HEADER_SIZE + size)
+                at, count = at + size, count + 1
+                if at == end:
+                    break
+        finally:
+            if count:
+                self.muxer.note_sent(connection, count, at)
+        return count
 
     def _fill(self, chain: Chain) -> None:
         queue = self.queues[RX]

@@ -191,6 +191,19 @@ class Muxer:
                 return packet
         return None
 
+    @property
+    def only_sender(self) -> Connection | None:
+        """The connection that has a packet for the guest, if there is but one, and no answer waits."""
+        return next(iter(self._ready)) if len(self._ready) == 1 and not self._replies else None
+
+    def note_sent(self, connection: Connection, packets: int, size: int) -> None:
+        """So many packets of the one that was ``only_sender`` have gone, with so much of what was sendable."""
+        self._metrics.rx_packets_count += packets
+        self._metrics.rx_bytes_count += size
+        connection.note_sent(size)
+        if not connection.next_op():
+            self._ready.pop(connection, None)
+
     # -- who there is --------------------------------------------------------------------------------------------------
 
     def _add(self, key: Key, request: Header | None) -> Connection:
