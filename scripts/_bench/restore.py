@@ -23,9 +23,12 @@ from _bench.saved import CONDITIONS, MEMORY_MIB, first_exit_ns, kvm_of, saved
 from asyncvmm.machine.base import BootPlan
 from asyncvmm.machine.kvm.abi import Request
 from asyncvmm.machine.kvm.fds import raw_ioctl
+from asyncvmm.machine.kvm.launch import prepare_launch
 from asyncvmm.machine.kvm.machine import KvmMachine
 from asyncvmm.machine.kvm.restoring import RestoreBlueprint, Shell, restore_blueprint
+from asyncvmm.machine.kvm.runner import make_one
 from asyncvmm.machine.kvm.vm import KvmVm
+from asyncvmm.machine.waiting import in_thread
 from asyncvmm.snapshot.shell_pool import ShellPool
 from asyncvmm.snapshot.snapshot import Snapshot
 from asyncvmm.timing.timeline import Timeline
@@ -100,11 +103,16 @@ class Sides:
     async def _machine(self, *, shell: bool) -> float:
         made = Shell(self.plan.shape.shell, Timeline()) if shell else None
         boot = BootPlan(name="bench", memory_mib=MEMORY_MIB, vcpus=1, kernel=Path(), initrd=None)
-        machine = KvmMachine(boot, Timeline(), lambda _: None)
+        plan = self.snapshot.restore_plan(prefetch=False)
+        prepared = prepare_launch(plan, in_shell=shell)
+        await in_thread(make_one)
         begin = time.monotonic_ns()
+        launch = None if prepared is None else prepared.begin(True, None if made is None else lambda: made)
+        machine = KvmMachine(boot, Timeline(), lambda _: None)
         try:
-            await machine.restore(self.snapshot.restore_plan(prefetch=False), shell=made)
-            await machine.resume()
+            await machine.restore(plan, shell=made if launch is None else None, launch=launch)
+            if launch is None:
+                await machine.resume()
             return float(await first_exit_ns(machine) - begin)
         finally:
             await machine.stop()

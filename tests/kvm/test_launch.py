@@ -242,6 +242,21 @@ async def test_a_launched_vm_can_be_saved_at_once(ready: Ready, launches: list[L
     assert launches
 
 
+async def test_a_launched_vm_keeps_account_of_what_is_written(ready: Ready, launches: list[Launch]) -> None:
+    async with ready("RE") as snapshot:
+        async with await VM.restore(snapshot, prefetch=False, track_dirty=True):
+            pass
+        await in_thread(await_a_runner)
+        del launches[:]
+        async with await VM.restore(snapshot, prefetch=False, track_dirty=True) as vm:
+            assert await echoed(vm, b"x") == b"x"
+            difference = await vm.snapshot(base=snapshot)
+        assert launches
+        assert difference.manifest.memory.is_difference
+        async with difference, await VM.restore(difference) as again:
+            assert await echoed(again, b"y") == b"y"
+
+
 async def test_a_host_that_is_not_as_was_foreseen_has_the_restore_done_anew(
     ready: Ready, launches: list[Launch]
 ) -> None:

@@ -103,7 +103,8 @@ class Launch:
         """Where the runner has the loop's own processor, let it be done with the chain before the loop does more: else
         each would keep the other waiting, and the kernel's own threads both. Raises nothing of the chain's."""
         if self._runner.is_here():
-            await asyncio.wait((self._mapped,))
+            with suppress(Exception):  # ``mapped`` raises it
+                await self._mapped
             os.sched_yield()
 
     async def mapped(self) -> None:
