@@ -1,7 +1,10 @@
-"""The outer machine: a QEMU child, its three virtio ports on pipes, and its end in every case.
+"""The outer machine: a QEMU child, its virtio ports on pipes, and its end in every case.
 
 Standard output, standard error and the exit code have a port each, so nothing is read off a console and bytes arrive
-as the command wrote them.
+as the command wrote them. A fourth brings a pulse: QEMU's VMRUN and #VMEXIT (helper_vmrun, do_vmexit, 7.2 to 10.0)
+change a CPU's ``interrupt_request`` without its lock and now and then undo what another thread just set in it. What is
+lost so is the word that the local APIC has something, the timer's interrupt in most cases, and an idle Linux sleeps for
+ever. Each further interrupt makes the CPU look again.
 """
 
 from __future__ import annotations
@@ -10,12 +13,13 @@ import os
 import selectors
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -28,6 +32,8 @@ TIMED_OUT = 124
 LAB_FAILED = 125
 _CHUNK = 1 << 16
 _PORTS = ("stdout", "stderr", "exit-code")
+_PULSE = "pulse"
+_PULSE_S = 0.05
 _CPU = "max,-xsave"
 """QEMU's SVM does not intercept XSETBV: KVM would not learn of a guest's XCR0 and run it with another one."""
 
@@ -61,8 +67,8 @@ class Outer:
 def run(outer: Outer) -> int:
     """Boot, relay, and return the command's exit code, TIMED_OUT or LAB_FAILED. Raises HostError."""
     signal.signal(signal.SIGTERM, _raise_exit)
-    with tempfile.TemporaryFile() as log, _child(outer, log) as pipes:
-        relay = _Relay(pipes, time.monotonic() + outer.timeout)
+    with tempfile.TemporaryFile() as log, _pulse() as (heard, beaten), _child(outer, log, heard) as pipes:
+        relay = _Relay(pipes, beaten, time.monotonic() + outer.timeout)
         code = relay.run()
         if code == LAB_FAILED:
             _show_console(log)
@@ -76,12 +82,23 @@ def _raise_exit(number: int, _: object) -> None:
 
 
 @contextmanager
-def _child(outer: Outer, log: BinaryIO) -> Iterator[dict[str, int]]:
+def _pulse() -> Iterator[tuple[int, int]]:
+    """The end that QEMU gets, and the one to beat at: a beat that there is no room for is left out."""
+    heard, beaten = socket.socketpair()
+    beaten.setblocking(False)
+    with heard, beaten:
+        yield heard.fileno(), beaten.fileno()
+
+
+@contextmanager
+def _child(outer: Outer, log: BinaryIO, pulse: int) -> Iterator[dict[str, int]]:
     pipes = {name: os.pipe() for name in _PORTS}
     writers = [pipes[name][1] for name in _PORTS]
-    command = _command(outer, writers)
+    command = _command(outer, writers, pulse)
     console = sys.stderr.buffer if outer.console else log
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=console, stderr=console, pass_fds=writers)
+    child = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=console, stderr=console, pass_fds=[*writers, pulse]
+    )
     try:
         for writer in writers:
             os.close(writer)
@@ -91,7 +108,7 @@ def _child(outer: Outer, log: BinaryIO) -> Iterator[dict[str, int]]:
         child.wait()
 
 
-def _command(outer: Outer, writers: list[int]) -> list[str]:
+def _command(outer: Outer, writers: list[int], pulse: int) -> list[str]:
     qemu = shutil.which("qemu-system-x86_64")
     if qemu is None:
         raise HostError("qemu-system-x86_64", expected="it installed", found="not on the path")
@@ -105,7 +122,8 @@ def _command(outer: Outer, writers: list[int]) -> list[str]:
         *_disk("system", outer.system), *_disk("project", outer.project),
         "-device", "virtio-serial-pci",
         *outer.more,
-        *(word for name, fd in zip(_PORTS, writers, strict=True) for word in _port(name, fd)),
+        *(word for name, fd in zip(_PORTS, writers, strict=True) for word in _output(name, fd)),
+        *_port(_PULSE, f"socket,id={_PULSE},fd={pulse}"),
     ]  # fmt: skip
 
 
@@ -114,11 +132,12 @@ def _disk(name: str, path: Path) -> tuple[str, ...]:
     return ("-drive", drive, "-device", f"virtio-blk-pci,drive={name}")
 
 
-def _port(name: str, fd: int) -> tuple[str, ...]:
-    return (
-        "-add-fd", f"fd={fd},set={fd}", "-chardev", f"file,id={name},path=/dev/fdset/{fd},append=on",
-        "-device", f"virtserialport,chardev={name},name={name}",
-    )  # fmt: skip
+def _output(name: str, fd: int) -> tuple[str, ...]:
+    return ("-add-fd", f"fd={fd},set={fd}", *_port(name, f"file,id={name},path=/dev/fdset/{fd},append=on"))
+
+
+def _port(name: str, chardev: str) -> tuple[str, ...]:
+    return ("-chardev", chardev, "-device", f"virtserialport,chardev={name},name={name}")
 
 
 def _escape(path: Path) -> str:
@@ -129,8 +148,8 @@ def _escape(path: Path) -> str:
 class _Relay:
     """Copies two pipes to our own output until the third has brought the exit code, or the end has come."""
 
-    def __init__(self, pipes: dict[str, int], deadline: float) -> None:
-        self._deadline = deadline
+    def __init__(self, pipes: dict[str, int], pulse: int, deadline: float) -> None:
+        self._pulse, self._deadline = pulse, deadline
         self._code = b""
         self._selector = selectors.DefaultSelector()
         sinks: dict[str, Callable[[bytes], None]] = {
@@ -147,11 +166,16 @@ class _Relay:
             left = self._deadline - time.monotonic()
             if left <= 0:
                 return TIMED_OUT
-            self._turn(left)
+            self._turn(min(left, _PULSE_S))
+            self._beat()
             if self._code.endswith(b"\n"):
                 self._turn(0)
                 return int(self._code)
         return LAB_FAILED
+
+    def _beat(self) -> None:
+        with suppress(BlockingIOError, BrokenPipeError):
+            os.write(self._pulse, b".")
 
     def _turn(self, timeout: float) -> None:
         for key, _ in self._selector.select(timeout):

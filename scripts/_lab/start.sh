@@ -1,6 +1,7 @@
 #!/bin/busybox sh
 # PID 1 of the lab behind the initramfs: runs /lab/command, its output through two virtio ports, its exit code through
-# a third. Pipes stand before the ports because a port can be opened once only, while /dev/stdout shall be openable.
+# a third; a fourth is there for its interrupts only. Pipes stand before the ports because a port can be opened once
+# only, while /dev/stdout shall be openable.
 export PATH=/usr/sbin:/usr/bin
 chmod 1777 /tmp /var/tmp
 mount -t tmpfs tmpfs /run
@@ -16,6 +17,7 @@ hostname lab
 ip link set lo up
 
 port() { echo "/dev/$(basename "$(dirname "$(grep -lx "$1" /sys/class/virtio-ports/*/name)")")"; }
+cat "$(port pulse)" >/dev/null &
 mkfifo /run/stdout /run/stderr
 cat </run/stdout >"$(port stdout)" & out=$!
 cat </run/stderr >"$(port stderr)" & err=$!
