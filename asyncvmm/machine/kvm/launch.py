@@ -1,4 +1,4 @@
-"""Launch: a restore under way on a runner's thread, while the loop makes the VM's other half.
+"""Launch: a restore under way on a runner's thread, beside the loop, which makes the VM's Python half.
 
     prepared = prepare_launch(plan, in_shell=False)
 
@@ -100,9 +100,10 @@ class Launch:
                 self._runner.decide(gate)
 
     async def go_first(self) -> None:
-        """Where the runner has the loop's own processor, let it be done with the chain before the loop does more: else
-        each would keep the other waiting, and the kernel's own threads both. Raises nothing of the chain's."""
-        if self._runner.is_here():
+        """Let the runner be done with the chain before the loop does more, where that pays: on the loop's own processor
+        each would keep the other waiting; and to create a VM the kernel waits for its own threads, and for processors
+        to leave what they are at. Raises nothing of the chain's."""
+        if self._held is None or self._runner.is_here():
             with suppress(Exception):  # ``mapped`` raises it
                 await self._mapped
             os.sched_yield()
