@@ -1,6 +1,7 @@
 """Restores that begin on a thread of their own before their VM is there: the same restores, and nothing left of any.
 
-The guest is tests/guests/kvm/foreign.S: ``E`` echoes, polling its serial port, ``H`` halts for good.
+The guest is tests/guests/kvm/foreign.S: ``E`` echoes, polling its serial port, ``H`` halts for good, and
+``G`` echoes without a look whether there is anything.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import attrs
 import pytest
 
 from asyncvmm import VM, ConfigError, StateError, VMConfig
+from asyncvmm.console import ConsoleReader
 from asyncvmm.errors import SnapshotDamaged, SnapshotMismatch
 from asyncvmm.events.base import Event
 from asyncvmm.events.snapshot_types import RestoreFirstExit, RestoreMapped
@@ -77,6 +79,23 @@ def await_a_runner() -> None:
     runner.make_one()
     while not runner.any_idle():
         time.sleep(0.001)
+
+
+@pytest.fixture
+async def grasping(guest: Callable[[str], Path]) -> AsyncIterator[Snapshot]:
+    """A snapshot of a guest whose first access will take ``x`` out of its serial port; a restore of it is prepared."""
+    config = VMConfig(kernel=guest("foreign"), cmdline="RG", memory_mib=MEMORY_MIB, accel="kvm")
+    async with VM(config) as original:
+        await original.boot()
+        await original.pause()
+        await kvm_of(original).write("console", b"x")
+        snapshot = await original.snapshot(then="stop")
+    async with snapshot:
+        while PREFETCHED not in snapshot.prepared:
+            async with await VM.restore(snapshot):
+                await anyio.sleep(0.02)
+        await in_thread(await_a_runner)
+        yield snapshot
 
 
 @pytest.fixture
@@ -240,6 +259,28 @@ async def test_a_launched_vm_can_be_saved_at_once(ready: Ready, launches: list[L
         async with again, await VM.restore(again) as vm:
             assert await echoed(vm, b"x") == b"x"
     assert launches
+
+
+async def test_a_guest_that_is_paused_at_its_first_exit_has_what_it_read(
+    grasping: Snapshot, launches: list[Launch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first_run = Launch._first_run
+
+    def answered_late(self: Launch) -> Any:
+        time.sleep(0.1)
+        return first_run(self)
+
+    monkeypatch.setattr(Launch, "_first_run", answered_late)
+    async with await VM.restore(grasping) as vm:
+        await vm.pause()
+        again = await vm.snapshot(then="stop")
+    assert [launch.opened for launch in launches] == [True]
+    assert not vm.console.tail
+    readers: list[ConsoleReader] = []
+    restore = VM.restore(again, prepare=lambda vm: readers.append(vm.console.subscribe()))
+    async with again, await restore:
+        with anyio.fail_after(PATIENCE_S):
+            assert await anext(readers[0]) == b"x"
 
 
 async def test_a_launched_vm_keeps_account_of_what_is_written(ready: Ready, launches: list[Launch]) -> None:

@@ -148,7 +148,7 @@ class Vcpu:
         self._fastpath, self._thread, self._kickable, self._faults_before = fastpath, thread, ident, faults
 
         def serve(first: FirstRun | None) -> None:
-            begin = None if first is None else lambda: self._go_on(first, dispatcher)
+            begin = None if first is None else lambda: self._go_on(first, dispatcher, clock)
             self._serve(dispatcher, halt, clock, begin)
 
         return serve
@@ -243,15 +243,17 @@ class Vcpu:
         with self._changed:
             self._kickable = threading.get_ident()
 
-    def _go_on(self, first: FirstRun, dispatcher: Dispatcher) -> Stopped | None:
-        """Where the guest came out when it was entered ahead."""
+    def _go_on(self, first: FirstRun, dispatcher: Dispatcher, clock: Callable[[], int]) -> Stopped | None:
+        """Where the guest came out when it was entered ahead: with an exit, its access is half done until the next
+        KVM_RUN, whatever the order is by now."""
         if first.result:
             self._take_kick(-first.result)
             return None
         told, self.on_first_exit = self.on_first_exit, None
         if told is not None:
             told(first.entered_ns, first.left_ns, first.faults)
-        return self._slow(dispatcher)
+        ended = self._slow(dispatcher)
+        return self._run_until_kicked(dispatcher, clock) if ended is None else ended
 
     def _block_inside_kvm_run(self, blocked: set[int]) -> None:
         bits = sum(1 << (number - 1) for number in blocked)

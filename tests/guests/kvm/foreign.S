@@ -5,7 +5,7 @@
 #   P  a kernel's panic line     T  triple fault               O  power off by ACPI S5
 #   X  reset by the i8042        D  debug exit with 7          W  wait for one byte on COM1
 #   L  a line without end         N  noise, for ever            H  halt for ever
-#   E  echo what comes in, for ever
+#   E  echo what comes in, for ever   G  the same, but grasp it unseen: 0 is none
 #include "machine.inc"
     pvh_entry
     mov $0x80000, %esp
@@ -37,6 +37,8 @@ next:
     je noise
     cmp $'E', %al
     je echo
+    cmp $'G', %al
+    je grasp
     cmp $'H', %al
     jne next
 halt:
@@ -83,6 +85,13 @@ echo:
     mov $COM1, %dx
     out %al, %dx
     jmp echo
+
+grasp:
+    in8 COM1
+    test %al, %al
+    jz grasp
+    out %al, %dx
+    jmp grasp
 
 line:
     mov $long_text, %esi
