@@ -274,6 +274,7 @@ async def _restored(
     try:
         if launch is not None:
             await launch.go_first()
+        snapshot.loaded.check_sizes()
         vm = kind(saved_config(snapshot, name, configure))
         try:
             vm.timeline.start_ns = begin_ns  # its time began with the call

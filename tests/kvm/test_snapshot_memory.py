@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from asyncvmm.errors import SnapshotFailed
 from asyncvmm.machine.kvm.restore_chains import ShellShape
 from asyncvmm.machine.kvm.restoring import Shell
 from asyncvmm.machine.waiting import in_thread
@@ -46,6 +47,20 @@ async def test_a_restored_guest_has_every_byte(new: New, files: Files) -> None:
         before = await in_thread(guest.memory)
     async with restored(new(), saved.plan()) as guest:
         assert await in_thread(guest.memory) == before
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+async def test_a_guest_whose_file_was_cut_off_is_not_saved(new: New, files: Files, ahead: bool) -> None:
+    """To read what is gone would end the process (SIGBUS)."""
+    async with booted(new()) as guest:
+        await guest.fill(2000, 500, 3)
+        await guest.machine.pause()
+        saved = await files.save(guest)
+    async with restored(new(), saved.plan()) as guest:
+        os.ftruncate(saved.fds[0], 2100 * PAGE)
+        save = guest.machine.precopy if ahead else guest.machine.save
+        with pytest.raises(SnapshotFailed, match="cut off"):
+            await save(files.writer(len(guest.view)))
 
 
 @pytest.mark.requires("memory above 4 GiB")

@@ -54,6 +54,24 @@ async def test_a_restore_under_way_keeps_the_files_of_a_snapshot_that_is_closed(
         assert not snapshot.path.exists()
 
 
+@pytest.mark.parametrize("earlier", [0, 3])
+async def test_a_memory_file_that_is_cut_off_after_it_was_loaded_is_refused(
+    vm: Make, tmp_path: Path, earlier: int
+) -> None:
+    async with vm("RE") as original:
+        await original.boot()
+        snapshot = await original.snapshot(out=tmp_path / "s", then="stop")
+    async with snapshot:
+        for _ in range(earlier):  # later ones are launched
+            async with await VM.restore(snapshot):
+                pass
+        before = len(os.listdir("/proc/self/fd"))
+        os.truncate(tmp_path / "s" / "memory.bin", 4096)
+        with pytest.raises(SnapshotDamaged, match=r"memory\.bin"):
+            await VM.restore(snapshot)
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
 async def test_whoever_is_cancelled_leaves_neither_descriptors_nor_directories(vm: Make, tmp_path: Path) -> None:
     async with vm("RE") as original:
         await original.boot()

@@ -17,6 +17,7 @@ from asyncvmm.machine.kvm.dirty import DirtyLog
 from asyncvmm.machine.kvm.memory import GuestMemory
 from asyncvmm.machine.kvm.pagemap import pages_of
 from asyncvmm.machine.kvm.pages import PageSet, total
+from asyncvmm.machine.kvm.working_set import can_be_read
 from asyncvmm.snapshot.memory_map import PAGE_BYTES, Run
 
 if TYPE_CHECKING:
@@ -134,6 +135,8 @@ class MemorySaver:
         view = self._memory.view
         for piece in _pieces(runs):
             proceed()
+            if self._held and not can_be_read(self._memory, piece):
+                raise SnapshotFailed("guest memory", expected="the file it was restored from", found="one cut off")
             writer.write_runs(view, piece)
 
 

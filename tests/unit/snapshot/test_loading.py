@@ -57,6 +57,15 @@ def test_a_chain_is_loaded_with_its_layers_in_order(chain: Path) -> None:
         assert loaded.saved.accel == "kvm"
 
 
+@pytest.mark.parametrize("name", ["full", "middle", "s"])
+def test_a_memory_file_that_is_cut_off_after_it_was_loaded_is_found(chain: Path, tmp_path: Path, name: str) -> None:
+    with load(chain) as loaded:
+        loaded.check_sizes()
+        os.truncate(tmp_path / name / "memory.bin", 4096)
+        with pytest.raises(SnapshotDamaged, match=name):
+            loaded.check_sizes()
+
+
 def test_a_chain_moves_as_a_whole(chain: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     for name in ("full", "middle", "s"):
