@@ -26,10 +26,9 @@ MOST_IDLE = 4
 """Runners that are kept."""
 
 _SENT = 1
-_GATE = Errand.gate.offset
+_GATE, _BELL = Errand.gate.offset, Errand.bell.offset
 _ORDER = struct.Struct("<IQQIIII")
 """Errand from ``gate`` to ``clock``."""
-_NO_EVENT = -1
 
 Serve = Callable[[], None]
 
@@ -40,7 +39,7 @@ class Runner:
     def __init__(self, library: Library) -> None:
         """Start it. Waits until it was begun, some 0.1 ms: not for the loop."""
         self.ident = 0
-        self.errand = Errand(event_fd=_NO_EVENT)
+        self.errand = Errand()
         self._address = ctypes.addressof(self.errand)
         self._library = library
         self._serve: Serve | None = None
@@ -62,10 +61,9 @@ class Runner:
         self._library.decide(self._address, _SENT)
 
     def ring(self, event_fd: int) -> bool:
-        """Have ``event_fd`` rung when the chain is made. Whether that was so before."""
-        self.errand.event_fd = event_fd
-        self._library.decide(self._address, _SENT)  # it was: this is a fence
-        return bool(self.errand.rung)
+        """Have ``event_fd`` rung once, when the chain is made; it must not be closed before. True if that was so
+        already: it is not rung then. Once an errand."""
+        return self._library.decide(self._address + _BELL, event_fd + 1) != 0
 
     def decide(self, gate: int) -> None:
         """Open the gate or shut it, see runner.c. The first decision holds."""
@@ -91,7 +89,7 @@ class Runner:
         """The VM is gone, and with it all that it was sent for; a kick that came too late must not reach the next."""
         errand, mask = self.errand, self.errand.mask
         ctypes.memset(self._address, 0, ctypes.sizeof(Errand))
-        errand.mask, errand.event_fd = mask, _NO_EVENT
+        errand.mask = mask
         self._serve, self._lent, self.thread.name = None, (), IDLE_NAME
         signal.sigtimedwait([KICK_SIGNAL], 0)
 

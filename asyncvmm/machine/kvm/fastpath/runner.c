@@ -23,6 +23,7 @@ enum { SYS_SCHED_SETATTR = 314, SYS_SCHED_GETATTR = 315, SCHED_OTHER = 0, SHORT_
 enum { CLOCK_MONOTONIC = 1, RUSAGE_THREAD = 1, FUTEX_WAIT_PRIVATE = 128, FUTEX_WAKE_PRIVATE = 129 };
 enum { IDLE = 0 };
 enum { UNDECIDED = 0, OPEN = 1 };
+enum { NOBODY = 0, RUNG = 0xFFFFFFFF };
 enum { RUSAGE_WORDS = 18, RUSAGE_MINFLT = 8, RUSAGE_MAJFLT = 9 };
 
 struct slot {
@@ -38,10 +39,9 @@ struct errand {
     u32 count, given;
     u32 vcpu;          /* the slot that has the vCPU's descriptor */
     u32 clock;         /* the slot that the time stamp counter is taken off, 0 for none */
-    int event_fd;      /* may be told late: who tells it looks then whether it would have been rung */
-    u32 rung;
-    u64 mask;          /* the signals that are blocked in the guest */
+    u32 bell;          /* the eventfd, counted from 1, for NOBODY as yet; RUNG if it was too late for any */
     u32 cpu;           /* the processor that it has begun on, counted from 1 */
+    u64 mask;          /* the signals that are blocked in the guest */
     u32 done;          /* steps of the chain that did not fail */
     u32 entered;       /* whether the guest was entered, and the following is known */
     s64 result;        /* of KVM_RUN, 0 or -errno; of KVM_SET_SIGNAL_MASK if that failed */
@@ -113,6 +113,15 @@ static void count_faults(u64 faults[2])
     faults[1] = usage[RUSAGE_MAJFLT];
 }
 
+/* Either this finds the eventfd, or who brings it finds RUNG: it is rung once or never. */
+static void ring(struct errand *errand)
+{
+    u64 one = 1;
+    u32 bell = __atomic_exchange_n(&errand->bell, RUNG, __ATOMIC_SEQ_CST);
+    if (bell != NOBODY)
+        syscall4(SYS_WRITE, (long)bell - 1, (long)&one, sizeof one, 0);
+}
+
 static void enter(struct errand *errand, int vcpu)
 {
     errand->entered_ns = monotonic_ns();
@@ -124,7 +133,6 @@ static void enter(struct errand *errand, int vcpu)
 
 static void run(struct errand *errand)
 {
-    u64 one = 1;
     __atomic_store_n(&errand->cpu, this_cpu(), __ATOMIC_RELEASE);
     if (errand->clock)
         errand->slots[errand->clock].value -= (s64)__builtin_ia32_rdtsc();
@@ -134,10 +142,7 @@ static void run(struct errand *errand)
     int vcpu = (int)errand->slots[errand->vcpu].value;
     errand->result = let_signals_through(errand, vcpu);
     count_faults(errand->faults);
-    __atomic_store_n(&errand->rung, 1, __ATOMIC_SEQ_CST);
-    int event_fd = __atomic_load_n(&errand->event_fd, __ATOMIC_SEQ_CST);
-    if (event_fd >= 0)
-        syscall4(SYS_WRITE, event_fd, (long)&one, sizeof one, 0);
+    ring(errand);
     if (!errand->result && wait_while(&errand->gate, UNDECIDED) == OPEN)
         enter(errand, vcpu);
 }
@@ -153,7 +158,7 @@ EXPORTED u32 runner_wait(struct errand *errand)
     return state;
 }
 
-/* Decide a state or a gate that is 0 still; returns what it was. A full fence in any case. */
+/* Decide a state, a gate or a bell that is 0 still; returns what it was. */
 EXPORTED u32 runner_decide(u32 *word, u32 value)
 {
     u32 found = 0;
