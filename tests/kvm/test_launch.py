@@ -7,6 +7,7 @@ The guest is tests/guests/kvm/foreign.S: ``E`` echoes, polling its serial port, 
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import shutil
 import threading
@@ -458,6 +459,46 @@ async def test_no_descriptor_to_be_had_is_an_error_that_leaves_nothing(
         monkeypatch.setattr(os, "eventfd", eventfd)
         assert held(holdings) == before
     assert launches
+
+
+async def test_a_launch_that_a_signal_breaks_off_leaves_nothing_and_its_runner_serves_again(
+    ready: Ready, holdings: Count, launches: list[Launch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> int:
+        raise ZeroDivisionError  # as a signal's handler may, at any moment
+
+    async with ready("RE") as snapshot:
+        before = held(holdings)
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "eventfd", interrupted)
+            with pytest.raises(ZeroDivisionError):
+                await VM.restore(snapshot, prefetch=False)
+        assert held(holdings) == before
+        await in_thread(await_a_runner)
+        assert len(set(runner._idle)) == len(runner._idle)
+        async with await VM.restore(snapshot, prefetch=False) as vm:
+            assert await echoed(vm, b"x") == b"x"
+    assert launches
+
+
+async def test_a_failure_that_nobody_waits_for_any_more_is_not_complained_of(
+    ready: Ready, launches: list[Launch]
+) -> None:
+    complaints: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+
+    def fail(_: object) -> Any:
+        time.sleep(0.05)  # the launch has failed meanwhile
+        raise ZeroDivisionError
+
+    async with ready("RE") as snapshot, ShellPool(snapshot) as shells:
+        faulty(snapshot, IN_SHELL, given=(8, *snapshot.prepared[IN_SHELL].chain.given[1:]))  # no address of ours
+        with pytest.raises(ZeroDivisionError):
+            await VM.restore(snapshot, prefetch=False, shells=shells, prepare=fail)
+    assert launches
+    del launches[:]
+    gc.collect()
+    assert not complaints
 
 
 async def test_few_idle_runners_are_kept(ready: Ready) -> None:

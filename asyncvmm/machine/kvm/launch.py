@@ -55,8 +55,8 @@ class Launch:
     def __init__(
         self, blueprint: RestoreBlueprint, chain: LaunchChain, runner: Runner, shell: Shell | None, enters: bool | None
     ) -> None:
-        """Send the runner, which is the launch's from now on. ``enters``: whether the guest is, None if ``open`` or
-        ``shut`` will say."""
+        """Nothing is under way before ``send``. ``enters``: whether the guest is entered, None if ``decide`` will
+        say."""
         self.blueprint = blueprint
         self.opened = enters is True and not blueprint.board.ged.heeds_generation
         self._loop = asyncio.get_running_loop()
@@ -69,12 +69,22 @@ class Launch:
         self._serves: Callable[[FirstRun | None], None] | None = None
         given = chain.given if self._held is None else (*chain.given, *held_in(self._held, chain.steps))
         self._slots = chain.program.lay_out(*given)
-        gate = _UNDECIDED if enters is None else _OPEN if self.opened else _SHUT
-        runner.send(chain, self._slots, gate, self._serve)
-        os.sched_yield()  # where there is no other processor to be had, the runner goes first
-        self._mapped: asyncio.Future[None] = self._loop.create_future()
+        self._gate = _UNDECIDED if enters is None else _OPEN if self.opened else _SHUT
         self._event_fd = -1
-        self._listen()
+        self._mapped: asyncio.Future[None] = self._loop.create_future()
+
+    def send(self) -> None:
+        """Send the runner, which is the launch's from now on. Once, and at once. If that is broken off, nothing is
+        left of it."""
+        try:
+            self._runner.send(self._chain, self._slots, self._gate, self._serve)
+            os.sched_yield()  # where there is no other processor to be had, the runner goes first
+            self._listen()
+        except BaseException:  # a signal's handler raised it
+            self._give_up()
+            self.join()
+            self._deaf()
+            raise
 
     def _listen(self) -> None:
         try:
@@ -150,13 +160,18 @@ class Launch:
     async def aclose(self) -> None:
         """Give it up, unless it was taken: nothing is left of it. May be called again."""
         if not self._taken and not self._given_up:
-            self._given_up = True
-            self._decide(_SHUT)
-            self._kick()
+            self._give_up()
             try:
                 await in_thread(self.join)
             finally:
                 self._deaf()
+
+    def _give_up(self) -> None:
+        self._given_up = True
+        if self._mapped.done() and not self._mapped.cancelled():
+            self._mapped.exception()  # counts as seen, or asyncio would complain of it later
+        self._decide(_SHUT)
+        self._kick()
 
     def _on_mapped(self) -> None:
         self._deaf()
@@ -262,15 +277,17 @@ class PreparedLaunch:
         runner = take()
         if runner is None:
             return None
-        made = None
+        launch = None
         try:
-            if shell is None or (made := shell()) is not None:
-                return Launch(self.blueprint, self.chain, runner, made, enters)
-        except BaseException:
-            give_back(runner)
-            raise
-        give_back(runner)
-        return None
+            made = None if shell is None else shell()
+            if shell is None or made is not None:
+                launch = Launch(self.blueprint, self.chain, runner, made, enters)
+        finally:
+            if launch is None:
+                give_back(runner)
+        if launch is not None:
+            launch.send()
+        return launch
 
 
 def prepare_launch(plan: RestorePlan, *, in_shell: bool) -> PreparedLaunch | None:
