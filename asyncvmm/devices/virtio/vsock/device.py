@@ -86,8 +86,10 @@ class _HostsHalf:
         if error is None:
             try:
                 self._device.deliver()
-            except GuestFault as fault:
-                return self._device.session().__exit__(GuestFault, fault, None)
+            except BaseException as failure:
+                if not self._device.session().__exit__(type(failure), failure, failure.__traceback__):
+                    raise
+                return None
         return self._device.session().__exit__(kind, error, trace)
 
 

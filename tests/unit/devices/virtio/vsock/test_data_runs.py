@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncvmm.devices.virtio.vsock.connection import Connection
 from asyncvmm.devices.virtio.vsock.device import RX, TURN
 from asyncvmm.devices.virtio.vsock.packet import HEADER_SIZE, OP_RESPONSE, OP_RW, OP_SHUTDOWN, Header
-from tests.support.vsock_guest import Guest
+from tests.support.vsock_guest import PATIENCE_S, Guest
 
 PORT = 1024
 
@@ -95,3 +98,25 @@ def test_a_jump_in_the_midst_of_a_run_leaves_what_was_sent_counted() -> None:
         connection.offer(memoryview(bytes(30)))
     assert guest.driver.needs_reset
     assert connection.unsent == 20
+
+
+def test_an_observer_that_fails_keeps_nobody_out_of_the_device() -> None:
+    guest = Guest(rx_buffers=0)
+    connection = connect(guest, credit=1000)
+    guest.driver.send(RX, writable=[HEADER_SIZE, 100])
+
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    connection.observer = fail
+    with pytest.raises(ZeroDivisionError), guest.device.host():
+        connection.offer(memoryview(b"all of it"))
+    let_in = threading.Event()
+
+    def enter() -> None:
+        with guest.device.session():
+            let_in.set()
+
+    threading.Thread(target=enter, daemon=True).start()
+    assert let_in.wait(PATIENCE_S)
+    assert [payload for _, payload in packets(guest)] == [b"all of it"]
