@@ -134,17 +134,26 @@ class ShellPool:
         return Shell(self._shape, Timeline())
 
     async def aclose(self) -> None:
-        """Free what was not taken. May be called again."""
+        """Free what was not taken; a cancellation is heard once that is done. May be called again."""
         self._closed = True
         self._rest()
-        if self._filling is not None:
-            await wait_out(self._filling)
-        shells, self._shells = self._shells, deque()
-        for shell in shells:
-            await in_thread(shell.close)
+        try:
+            if self._filling is not None:
+                await wait_out(self._filling)
+        finally:
+            await in_thread(self._free)
+
+    def _free(self) -> None:
+        """On a worker thread."""
+        while self._shells:
+            self._shells.popleft().close()
 
     async def __aenter__(self) -> Self:
-        await self.fill()
+        try:
+            await self.fill()
+        except BaseException:
+            await self.aclose()
+            raise
         return self
 
     async def __aexit__(

@@ -1,0 +1,83 @@
+"""A pool of shells that fails, or is cancelled, on the way in or out keeps none."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+from asyncvmm import VM, VMConfig
+from asyncvmm.errors import MemorySizeError
+from asyncvmm.machine.kvm.restoring import Shell
+from asyncvmm.snapshot.shell_pool import ShellPool
+from asyncvmm.snapshot.snapshot import Snapshot
+from tests.support.holdings import Holdings
+
+pytestmark = pytest.mark.anyio
+
+MEMORY_MIB = 73
+"""A size that no other mapping has."""
+SIZE = 3
+
+Count = Callable[..., Holdings]
+
+
+@pytest.fixture
+async def snapshot(guest: Callable[[str], Path], temporary_directory: Path) -> AsyncIterator[Snapshot]:
+    config = VMConfig(kernel=guest("foreign"), cmdline="RH", memory_mib=MEMORY_MIB, accel="kvm")
+    async with VM(config) as original:
+        await original.boot()
+        made = await original.snapshot(then="stop")
+    async with made:
+        yield made
+
+
+def held(count: Count) -> Holdings:
+    return count(MEMORY_MIB << 20)
+
+
+async def test_a_pool_that_can_be_filled_in_part_only_leaves_no_shell(
+    snapshot: Snapshot, holdings: Count, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, made = ShellPool._make, list[Shell]()
+
+    def make_two(self: ShellPool) -> Shell:
+        if len(made) == 2:
+            raise MemorySizeError("guest memory", expected="a mapping of it", found="no more")
+        made.append(make(self))
+        return made[-1]
+
+    monkeypatch.setattr(ShellPool, "_make", make_two)
+    before = held(holdings)
+    with pytest.raises(MemorySizeError):
+        async with ShellPool(snapshot, SIZE):
+            pass
+    assert len(made) == 2
+    assert held(holdings) == before
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.0005, 0.002])
+async def test_whoever_is_cancelled_while_a_pool_is_filled_leaves_no_shell(
+    snapshot: Snapshot, holdings: Count, delay_s: float
+) -> None:
+    before = held(holdings)
+    entering = asyncio.ensure_future(ShellPool(snapshot, SIZE).__aenter__())
+    await asyncio.sleep(delay_s)
+    entering.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await entering
+    assert held(holdings) == before
+
+
+async def test_whoever_is_cancelled_while_a_pool_is_closed_leaves_no_shell(snapshot: Snapshot, holdings: Count) -> None:
+    before = held(holdings)
+    pool = ShellPool(snapshot, SIZE)
+    await pool.fill()
+    closing = asyncio.ensure_future(pool.aclose())
+    await asyncio.sleep(0)
+    closing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    assert held(holdings) == before
