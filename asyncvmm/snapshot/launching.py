@@ -89,6 +89,8 @@ class Preparation:
 
     async def renew(self) -> None:
         """The working set has become known, which the next one is to make present."""
+        if self._preparing is not None:
+            await wait_out(self._preparing)  # what it prepares is of no use any more
         if self._fits and self._later is None:
             await in_thread(self._prepare)
 
@@ -104,9 +106,12 @@ class Preparation:
         snapshot, options = self._snapshot, self._options
         try:
             if options.kind not in snapshot.prepared:
-                prepared = prepare_launch(options.plan(snapshot), in_shell=options.shells is not None)
+                plan = options.plan(snapshot)
+                prepared = prepare_launch(plan, in_shell=options.shells is not None)
                 if prepared is not None:
                     snapshot.prepared[options.kind] = prepared
+                if options.plan(snapshot) is not plan:  # the working set has become known meanwhile
+                    snapshot.prepared.pop(options.kind, None)
             make_one()
         except (AsyncVMMError, RuntimeError) as error:  # RuntimeError: no thread to be had
             _log.debug("no launch of %s prepared: %s", snapshot.path, error)

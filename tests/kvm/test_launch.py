@@ -27,6 +27,7 @@ from asyncvmm.errors import SnapshotDamaged, SnapshotMismatch
 from asyncvmm.events.base import Event
 from asyncvmm.events.snapshot_types import RestoreFirstExit, RestoreMapped
 from asyncvmm.events.types import PhaseEnded, RestoreProfileEvent, RuntimeRestoreProfileEvent
+from asyncvmm.machine.kvm import launch as launch_module
 from asyncvmm.machine.kvm import runner
 from asyncvmm.machine.kvm.launch import Launch, PreparedLaunch
 from asyncvmm.machine.kvm.machine import KvmMachine
@@ -171,6 +172,32 @@ async def test_what_the_first_guest_needed_is_there_for_the_second(ready: Ready,
             assert sum(size for _, size in present) >= sum(size for _, size in snapshot.working_set.touched)
             assert await echoed(second, b"y") == b"y"
     assert launches
+
+
+async def test_what_is_needed_is_made_present_though_it_was_found_while_a_launch_was_prepared(
+    guest: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, prepare_launch = threading.Event(), launch_module.prepare_launch
+
+    def take_a_while(*arguments: Any, **options: Any) -> PreparedLaunch | None:
+        prepared = prepare_launch(*arguments, **options)
+        if not begun.is_set():
+            begun.set()
+            time.sleep(0.3)
+        return prepared
+
+    monkeypatch.setattr(launch_module, "prepare_launch", take_a_while)
+    async with VM(VMConfig(kernel=guest("foreign"), cmdline="RE", memory_mib=MEMORY_MIB, accel="kvm")) as original:
+        await original.boot()
+        snapshot = await original.snapshot(then="stop")
+    async with snapshot:
+        async with await VM.restore(snapshot) as vm:
+            await in_thread(begun.wait)
+            assert await echoed(vm, b"x") == b"x"
+        assert snapshot.working_set.touched
+        wanted = prepare_launch(snapshot.restore_plan(), in_shell=False)
+        assert wanted is not None
+        assert snapshot.prepared[PREFETCHED].chain.program is wanted.chain.program
 
 
 async def test_launched_vms_do_not_see_each_other(ready: Ready, launches: list[Launch]) -> None:
