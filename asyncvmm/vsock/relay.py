@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
@@ -66,6 +67,16 @@ class Relay:
     def _stop(self) -> None:
         self._read(wanted=False)
         self._wait_for_client(full=False)
+
+    def _watches(self, add: Callable[[int, Callable[[], None]], object], told: Callable[[], None]) -> bool:
+        """False if it cannot be watched, which ends this relay: what raises in a turn ends the machine."""
+        try:
+            add(self._fd, told)
+        except OSError:  # more than the kernel lets one user have
+            self._metrics.muxer_event_fails += 1
+            self._end()
+            return False
+        return True
 
     # -- the connection has changed ------------------------------------------------------------------------------------
 
@@ -143,7 +154,8 @@ class Relay:
 
     def _wait_for_client(self, *, full: bool) -> None:
         if full and not self._is_client_full:
-            self._loop.add_writer(self._fd, self._client_has_room)
+            if not self._watches(self._loop.add_writer, self._client_has_room):
+                return
         elif self._is_client_full and not full:
             self._loop.remove_writer(self._fd)
         self._is_client_full = full
@@ -160,7 +172,8 @@ class Relay:
 
     def _read(self, *, wanted: bool) -> None:
         if wanted and not self._is_reading:
-            self._loop.add_reader(self._fd, self._client_has_data)
+            if not self._watches(self._loop.add_reader, self._client_has_data):
+                return
         elif self._is_reading and not wanted:
             self._loop.remove_reader(self._fd)
         self._is_reading = wanted

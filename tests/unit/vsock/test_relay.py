@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 import threading
 from collections.abc import AsyncIterator
+from contextlib import suppress
+from typing import Any
 
 import pytest
 
@@ -131,6 +134,41 @@ async def test_a_client_that_broke_off_ends_the_relay_and_is_counted_once(joined
     async with asyncio.timeout(10):
         await joined.task
     assert joined.kernel.metrics.tx_write_fails + joined.kernel.metrics.rx_read_fails == 1
+
+
+class Unwatching:
+    """A loop that can watch no further descriptor: the kernel lets one user have only so many (ENOSPC)."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loop, name)
+
+    def add_writer(self, *_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    add_reader = add_writer
+
+
+@pytest.mark.parametrize("guest_speaks", [True, False])
+async def test_a_socket_that_cannot_be_watched_ends_its_relay_and_nothing_else(
+    joined: Joined, monkeypatch: pytest.MonkeyPatch, guest_speaks: bool
+) -> None:
+    peer = joined.kernel.peers[joined.key]
+    monkeypatch.setattr(joined.relay, "_loop", Unwatching(asyncio.get_running_loop()))
+    if guest_speaks:
+        joined.end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+        joined.send(*[bytes(AT_ONCE)] * 10)
+    else:
+        peer.reading = False
+        while joined.relay._is_reading:
+            with suppress(BlockingIOError):
+                joined.client.send(bytes(65536))
+            await asyncio.sleep(0)
+        peer.reading = True
+    async with asyncio.timeout(10):
+        await joined.task
 
 
 async def test_a_relay_that_is_cancelled_watches_nothing_any_more(joined: Joined) -> None:
