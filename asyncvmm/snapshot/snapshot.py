@@ -9,6 +9,7 @@ Its files are opened and checked once, however many VMs are made of it.
 
 from __future__ import annotations
 
+import os
 import shutil
 import weakref
 from collections.abc import Awaitable, Callable
@@ -62,7 +63,7 @@ class Snapshot:
         self._users = 0
         self._closed = False
         self._doomed: list[Path] = []
-        self._close = weakref.finalize(self, _let_go, loaded, self._doomed)
+        self._close = weakref.finalize(self, _let_go, loaded, self._doomed, os.getpid())
 
     @classmethod
     async def load(cls, path: str | Path, *, check_memory: bool = False) -> Self:
@@ -203,7 +204,8 @@ def _guest(loaded: Loaded) -> GuestRecord:
     return GuestRecord.of_section(section)
 
 
-def _let_go(loaded: Loaded, doomed: list[Path]) -> None:
+def _let_go(loaded: Loaded, doomed: list[Path], owner: int) -> None:
+    """``owner`` is the process whose the directories are: one that was forked has a copy of all this."""
     loaded.close()
-    for directory in doomed:
+    for directory in doomed if os.getpid() == owner else ():
         shutil.rmtree(directory, ignore_errors=True)

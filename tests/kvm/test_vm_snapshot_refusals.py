@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 
 from asyncvmm import VM, ConfigError, StateError, VMConfig
 from asyncvmm.errors import SnapshotDamaged, SnapshotError, SnapshotFailed, SnapshotMismatch, TriggerImpossible
+from asyncvmm.machine.waiting import in_thread
 from asyncvmm.snapshot.directory import SnapshotDirectory
 from asyncvmm.snapshot.memory_map import MemoryMap
 from asyncvmm.snapshot.memory_writer import MemoryWriter
@@ -43,6 +45,23 @@ async def test_a_closed_snapshot_makes_no_more_vms(vm: Make) -> None:
                 pass
         with pytest.raises(StateError):
             await original.snapshot(base=snapshot)
+
+
+async def test_a_child_of_the_process_does_not_remove_its_snapshots(vm: Make) -> None:
+    async with vm("RE") as original:
+        await original.boot()
+        async with await original.snapshot() as snapshot:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # of a fork where there are threads
+                child = os.fork()
+            if child == 0:
+                try:
+                    snapshot.close()
+                finally:
+                    os._exit(0)
+            await in_thread(lambda: os.waitpid(child, 0))
+            assert snapshot.path.exists()
+        assert not snapshot.path.exists()
 
 
 async def test_a_restore_under_way_keeps_the_files_of_a_snapshot_that_is_closed(vm: Make) -> None:
