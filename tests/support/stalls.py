@@ -16,7 +16,8 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import CodeType, FrameType
 
@@ -90,11 +91,14 @@ class StallWatch:
 
     def look(self, now: float) -> None:
         """From the bystander: what does the loop's thread do, if it is late?"""
-        frame = _frame_of(self._thread)
-        if now - self._due > PERIOD_S and frame is not None and _is_ours(frame):
-            self._seen.append(now)
-            if now - self._due > LONGEST_STALL_S / 2 and not self._stack:
-                self._stack = "".join(traceback.format_stack(frame, 8))
+        if now - self._due <= PERIOD_S:
+            return
+        with _nothing_collected():
+            frame = sys._current_frames().get(self._thread)
+            if frame is not None and _is_ours(frame):
+                self._seen.append(now)
+                if now - self._due > LONGEST_STALL_S / 2 and not self._stack:
+                    self._stack = "".join(traceback.format_stack(frame, 8))
 
     async def _beat(self) -> None:
         while True:
@@ -117,16 +121,16 @@ class StallWatch:
             self.worst = Stall(seconds, self._stack)
 
 
-def _frame_of(thread: int) -> FrameType | None:
-    """What a thread executes just now.
-
-    Garbage collected amid that call may let go of the interpreter while its list of threads is locked; a thread that
-    ends then waits for that list with the interpreter in its hands, and nothing goes on ever again (CPython 3.11).
-    """
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Garbage collected amid ``sys._current_frames`` may let go of the interpreter while its list of threads is locked;
+    a thread that ends then waits for that list with the interpreter in its hands, and nothing goes on ever again.
+    Collected amid ``f_back``, it lets the frame that is being made into an object end before that is done. (CPython
+    3.11.)"""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
-        return sys._current_frames().get(thread)
+        yield
     finally:
         if was_enabled:
             gc.enable()
