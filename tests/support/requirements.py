@@ -24,7 +24,7 @@ MUSL_GCC = "12.2.0"
 Problem = str | None
 """Why a need is not met; None if it is."""
 
-_REASON = re.compile(r"requires ([a-z0-9-]+): ", re.ASCII)
+_REASON = re.compile(r"requires ([^:]+): ")
 
 
 def require(need: str) -> None:

@@ -23,6 +23,12 @@ def test_a_skip_for_what_the_machine_lacks_is_accepted(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("need", sorted(requirements.CHECKS))
+def test_what_a_missing_need_is_skipped_for_is_accepted(monkeypatch: pytest.MonkeyPatch, need: str) -> None:
+    monkeypatch.setitem(requirements.CHECKS, need, lambda: "none here")
+    assert requirements.objection_to(f"Skipped: requires {need}: none here") is None
+
+
+@pytest.mark.parametrize("need", sorted(requirements.CHECKS))
 def test_every_need_is_met_or_says_why_not(need: str) -> None:
     problem = requirements.problem_with(need)
     assert problem is None or problem
