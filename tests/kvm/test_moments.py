@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable
+import time
+from collections.abc import Awaitable, Callable
 from importlib import import_module
 from pathlib import Path
 
@@ -13,9 +14,12 @@ import attrs
 import pytest
 
 from asyncvmm.machine.base import BootPlan
+from asyncvmm.machine.kvm import runner
+from asyncvmm.machine.kvm.launch import PreparedLaunch, prepare_launch
 from asyncvmm.machine.kvm.machine import KvmMachine
 from asyncvmm.machine.kvm.state.host import host_state
 from asyncvmm.machine.saved import MemoryLayer, RestorePlan
+from asyncvmm.machine.waiting import in_thread
 from asyncvmm.snapshot.codec import decode, encode
 from asyncvmm.snapshot.memory_writer import MemoryWriter
 from asyncvmm.timing.timeline import Timeline
@@ -88,9 +92,31 @@ async def save(run: Run) -> RestorePlan:
     return RestorePlan(saved=saved, layers=(MemoryLayer(fd=fd, map=saved.memory),))
 
 
-@pytest.mark.parametrize("name", ["tally", "pulse-deadline", "pulse-one-shot"])
-async def test_whatever_the_moment_nothing_is_lost_and_nothing_comes_twice(name: str, guest: Guest) -> None:
-    chance, counting = random.Random(7), Counting(guest(name), name)
+async def restore(run: Run, plan: RestorePlan, _: bool) -> None:
+    """Made, and held."""
+    await run.machine.restore(plan)
+
+
+async def launch(run: Run, plan: RestorePlan, enters: bool) -> None:
+    """Made by a runner, which may have entered the guest by the time that the machine is there."""
+
+    def prepare() -> PreparedLaunch:
+        prepared = prepare_launch(plan, in_shell=False)
+        while not runner.any_idle():
+            runner.make_one()
+            time.sleep(0.001)
+        assert prepared is not None
+        return prepared
+
+    launched = (await in_thread(prepare)).begin(enters)
+    assert launched is not None
+    await run.machine.restore(plan, launch=launched)
+    assert launched.opened == enters
+
+
+async def go_through_moments(counting: Counting, restore: Callable[[Run, RestorePlan, bool], Awaitable[None]]) -> None:
+    """Save and stop it at one moment after another, and have what was saved go on."""
+    chance = random.Random(7)
     run = counting.run()
     try:
         await run.machine.start()
@@ -103,16 +129,25 @@ async def test_whatever_the_moment_nothing_is_lost_and_nothing_comes_twice(name:
             restored = counting.run(run)
             await run.machine.stop()
             restored.effects[:] = run.effects
-            run = restored
-            await run.machine.restore(plan)
+            run, enters = restored, chance.random() < 0.5
+            await restore(run, plan, enters)
             os.close(plan.layers[0].fd)
-            if chance.random() < 0.5:
+            if not enters:
                 await counting.feed(run)  # while it is still held
             await run.machine.resume()
             counting.check(run)
         await counting.goes_on(run)
     finally:
         await run.machine.stop()
+
+
+@pytest.mark.parametrize("name", ["tally", "pulse-deadline", "pulse-one-shot"])
+async def test_whatever_the_moment_nothing_is_lost_and_nothing_comes_twice(name: str, guest: Guest) -> None:
+    await go_through_moments(Counting(guest(name), name), restore)
+
+
+async def test_nor_where_the_guest_is_launched(guest: Guest) -> None:
+    await go_through_moments(Counting(guest("tally"), "tally"), launch)
 
 
 async def test_output_that_a_snapshot_still_has_is_told(guest: Guest) -> None:
