@@ -57,7 +57,7 @@ class Relay:
             await self._over
         finally:
             connection.observer, connection.sink = _ignore, None
-            self._stop()
+            self._end()
 
     def _end(self) -> None:
         self._stop()
@@ -98,11 +98,13 @@ class Relay:
     def _look(self) -> None:
         """Do what can be done now, in a session on the loop. What changes behind it is another turn's."""
         self._is_due = True
-        if not self._over.done():
-            self._send()
-        if not self._over.done():
-            self._settle()
-        self._is_due = False
+        try:
+            if not self._over.done():
+                self._send()
+            if not self._over.done():
+                self._settle()
+        finally:
+            self._is_due = False
 
     def _settle(self) -> None:
         connection = self._connection

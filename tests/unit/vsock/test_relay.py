@@ -136,17 +136,21 @@ async def test_a_client_that_broke_off_ends_the_relay_and_is_counted_once(joined
     assert joined.kernel.metrics.tx_write_fails + joined.kernel.metrics.rx_read_fails == 1
 
 
-class Unwatching:
-    """A loop that can watch no further descriptor: the kernel lets one user have only so many (ENOSPC)."""
+TOO_MANY = OSError(errno.ENOSPC, "No space left on device")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+
+class Unwatching:
+    """A loop that can watch no further descriptor: as a rule since the kernel lets one user have only so many."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, error: Exception = TOO_MANY) -> None:
         self._loop = loop
+        self._error = error
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loop, name)
 
     def add_writer(self, *_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise self._error
 
     add_reader = add_writer
 
@@ -179,3 +183,27 @@ async def test_a_relay_that_is_cancelled_watches_nothing_any_more(joined: Joined
     assert not loop.remove_writer(joined.end)
     joined.send(b"to nobody")
     assert joined.connection.incoming == b"to nobody"
+
+
+async def test_a_turn_that_goes_wrong_is_not_the_last(joined: Joined, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(joined.relay, "_loop", Unwatching(asyncio.get_running_loop(), RuntimeError("in use")))
+        joined.relay._read(wanted=False)
+        with pytest.raises(RuntimeError, match="in use"):
+            joined.relay._turn()
+    joined.send(b"still there?")
+    assert joined.client.recv(100) == b"still there?"
+
+
+async def test_a_relay_that_could_not_begin_watches_nothing_afterwards(joined: Joined) -> None:
+    loop = asyncio.get_running_loop()
+    joined.task.cancel()
+    await asyncio.wait([joined.task])
+    relay = Relay(joined.host.device, joined.connection, joined.end, joined.kernel.metrics)
+    relay._loop = Unwatching(loop, RuntimeError("in use"))  # type: ignore[assignment]
+    with pytest.raises(RuntimeError, match="in use"):
+        await relay.run()
+    relay._loop = loop
+    relay._turn()
+    assert not relay._is_reading
+    assert not loop.remove_reader(joined.end)
