@@ -131,10 +131,12 @@ class Relay:
 
     def _send(self) -> None:
         connection = self._connection
-        if connection.incoming and not self._is_client_full and not self._send_waiting():
+        if self._guest_ended:
+            self._drop_waiting()
+        elif connection.incoming and not self._is_client_full and not self._send_waiting():
             self._metrics.tx_write_fails += 1
-            self._end()
-        elif connection.incoming or self._guest_ended:
+            self._refuse_more()
+        elif connection.incoming:
             return
         elif connection.at_end:
             self._guest_ended = True
@@ -143,7 +145,7 @@ class Relay:
             self._end()
 
     def _send_waiting(self) -> bool:
-        """False if the client has gone."""
+        """False if the client takes no more."""
         try:
             self._connection.drop(self._client.send(self._connection.incoming))
         except BlockingIOError:
@@ -153,6 +155,16 @@ class Relay:
         if self._connection.incoming:
             self._wait_for_client(full=True)
         return True
+
+    def _refuse_more(self) -> None:
+        """The client takes no more, but what it said before, or says still, is to reach the guest."""
+        self._guest_ended = True
+        self._drop_waiting()
+        self._connection.finish_receiving()
+
+    def _drop_waiting(self) -> None:
+        if waiting := len(self._connection.incoming):
+            self._connection.drop(waiting)
 
     def _wait_for_client(self, *, full: bool) -> None:
         if full and not self._is_client_full:

@@ -136,6 +136,35 @@ async def test_a_client_that_broke_off_ends_the_relay_and_is_counted_once(joined
     assert joined.kernel.metrics.tx_write_fails + joined.kernel.metrics.rx_read_fails == 1
 
 
+@pytest.mark.parametrize("size", [1, AT_ONCE])
+async def test_what_a_client_said_before_it_went_reaches_a_guest_that_speaks_to_nobody(
+    joined: Joined, size: int
+) -> None:
+    joined.client.send(b" and last words")
+    joined.client.close()
+    joined.send(b"x" * size)
+    peer = joined.kernel.peers[joined.key]
+    await joined.kernel.until(lambda: peer.got == b"first and last words")
+    async with asyncio.timeout(10):
+        await joined.task
+    assert joined.kernel.metrics.tx_write_fails == 1
+
+
+async def test_a_guest_is_told_that_the_client_takes_no_more_and_may_go_on_listening(joined: Joined) -> None:
+    peer = joined.kernel.peers[joined.key]
+    joined.client.shutdown(socket.SHUT_RD)
+    for _ in range(3):
+        joined.send(b"is anybody there?")
+    await joined.kernel.until(lambda: peer.ended_by_host)
+    assert not joined.connection.incoming
+    joined.client.send(b" and second")
+    await joined.kernel.until(lambda: peer.got == b"first and second")
+    joined.client.close()
+    async with asyncio.timeout(10):
+        await joined.task
+    assert joined.kernel.metrics.tx_write_fails == 1
+
+
 TOO_MANY = OSError(errno.ENOSPC, "No space left on device")
 
 

@@ -212,6 +212,10 @@ class Connection:
         """Tell the guest that no more will come. May be called again."""
         self._shut(SHUTDOWN_SEND)
 
+    def finish_receiving(self) -> None:
+        """Tell the guest that no more is wanted. What it sends nevertheless has to be taken. May be called again."""
+        self._shut(SHUTDOWN_RCV)
+
     def close(self) -> None:
         """The host wants no more of it: shut down in order where it was established, refused or reset elsewhere."""
         self.withdraw()

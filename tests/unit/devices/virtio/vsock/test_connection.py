@@ -185,6 +185,20 @@ def test_an_end_of_sending_follows_the_data() -> None:
     assert not connection.can_send
 
 
+def test_an_end_of_receiving_is_told_once_and_what_crosses_it_is_no_violation() -> None:
+    connection = established()
+    connection.finish_receiving()
+    connection.finish_receiving()
+    head = fetch_header(connection)
+    assert (head.op, head.flags) == (OP_SHUTDOWN, SHUTDOWN_RCV)
+    assert connection.next_op() == 0
+    tell(connection, OP_RW, b"crossed")
+    assert connection.take(10) == b"crossed"
+    assert connection.can_send
+    connection.finish_sending()
+    assert fetch_header(connection).flags == SHUTDOWN_BOTH
+
+
 def test_a_close_waits_for_the_guest_s_reset() -> None:
     connection = established()
     connection.close()
