@@ -182,13 +182,14 @@ def _fill(base: Path, size: int, fd: int, for_qemu: bool) -> Literal["reflink", 
 
 
 def _reflink(base: Path, fd: int) -> bool:
-    source = os.open(base, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        clone_file(source, fd)
+        source = os.open(base, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            clone_file(source, fd)
+        finally:
+            os.close(source)
     except OSError:  # another file system, or one that shares no blocks: there are other ways
         return False
-    finally:
-        os.close(source)
     return True
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 from pathlib import Path
@@ -16,6 +17,7 @@ from asyncvmm.storage.opening import open_image
 from asyncvmm.storage.overlay import Overlay, make_overlay
 from asyncvmm.storage.overlay_file import MAP_AT, OverlayHeader, header_for, parse_header
 from asyncvmm.storage.qcow2 import base_of, empty_overlay
+from tests.support.scarcity import descriptors_left
 
 PATTERN = os.urandom(1 << 20)
 
@@ -358,3 +360,17 @@ def test_qemu_opens_and_writes_a_qcow2_overlay(tmp_path: Path, size: int) -> Non
         assert file.read(4096) == b"B" * 4096
     kept = make_overlay(base, tmp_path / "clone.qcow2", for_qemu=True)
     assert (kept.how, kept.format) == ("kept", overlay.format)
+
+
+def test_an_overlay_that_finds_no_descriptor_leaves_none(base: Path, tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for count in itertools.count():
+        try:
+            with descriptors_left(count):
+                overlay = make_overlay(base, None, directory=tmp_path)
+        except DriveError:
+            assert len(os.listdir("/proc/self/fd")) == before
+        else:
+            overlay.remove()
+            break
+    assert count
