@@ -22,7 +22,7 @@ import attrs
 
 from asyncvmm.config import can_be_path
 from asyncvmm.device_config import DriveConfig
-from asyncvmm.errors import ConfigError, SnapshotDamaged, SnapshotFailed, SnapshotMismatch
+from asyncvmm.errors import ConfigError, DriveError, SnapshotDamaged, SnapshotFailed, SnapshotMismatch
 from asyncvmm.machine.base import DriveResource, Resources
 from asyncvmm.machine.waiting import wait_out
 from asyncvmm.storage.block_map import BlockMap
@@ -239,12 +239,15 @@ def _restore(drive: DriveConfig, record: SavedDrive, open_file: OpenFile, for_qe
 
 def _check_image(path: Path, record: SavedDrive) -> None:
     try:
-        found = _facts(path)
-    except OSError as error:
+        facts = _facts(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise SnapshotMismatch("drive's image", expected=record.path, found=error.strerror) from None
-    if found != (record.size, record.mtime_ns):
+    except OSError as error:
+        found = f"{path} ({error.strerror})"
+        raise DriveError("drive's image", expected="a file that can be opened", found=found) from None
+    if facts != (record.size, record.mtime_ns):
         raise SnapshotMismatch(
             "drive's image",
             expected=f"{record.path} as it was: {record.size} bytes, changed {record.mtime_ns}",
-            found=f"{path}: {found[0]} bytes, changed {found[1]}",
+            found=f"{path}: {facts[0]} bytes, changed {facts[1]}",
         )

@@ -20,6 +20,7 @@ from asyncvmm.storage.image import Image
 from asyncvmm.storage.opening import open_image
 from asyncvmm.storage.overlay import make_overlay
 from asyncvmm.storage.snapshot import check_drives, restored_drives, save_drives
+from tests.support.scarcity import descriptors_left
 
 pytestmark = pytest.mark.anyio
 
@@ -226,6 +227,13 @@ def test_a_base_that_was_changed_meanwhile_is_refused(
         restored(saved, base, folder, undo)
     base.unlink()
     with pytest.raises(SnapshotMismatch, match="No such file"):
+        restored(saved, base, folder, undo)
+
+
+def test_a_base_that_cannot_be_opened_now_is_not_taken_for_another(
+    saved: Saved, base: Path, folder: Folder, undo: ExitStack
+) -> None:
+    with descriptors_left(0), pytest.raises(DriveError, match="Too many open files"):
         restored(saved, base, folder, undo)
 
 
