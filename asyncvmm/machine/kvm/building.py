@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from asyncvmm.effects import Stopped
-from asyncvmm.errors import SnapshotDamaged, SnapshotMismatch
+from asyncvmm.errors import HostError, SnapshotDamaged, SnapshotMismatch
 from asyncvmm.machine.base import BootPlan
 from asyncvmm.machine.kvm.dirty import DirtyLog
 from asyncvmm.machine.kvm.fastpath.binding import Fastpath
@@ -142,7 +142,7 @@ class Building:
     def expect(self, launch: Launch, plan: RestorePlan) -> None:
         """Make for a VM that is being launched what can be made before it is there. On the loop.
 
-        Raises SnapshotMismatch.
+        Raises SnapshotMismatch, HostError.
         """
         _check_size(plan.saved, self._plan)
         with self._timeline.phase("device_state_restore"):
@@ -202,9 +202,7 @@ class Building:
         self.log = _log(vm, is_on=self.tracked)
 
     def _make_board(self, state: BoardState | None = None) -> Board:
-        library = load_library()
-        if library is not None:
-            self.fastpath = Fastpath(library, self._joints.output.posted_fd)
+        self.fastpath = _fastpath(self._joints.output.posted_fd)
         board = self.board = Board(self._joints.outlets(), self.fastpath, state)
         self._joints.output.connect(board, self.fastpath)
         return board
@@ -242,6 +240,15 @@ def _check_size(saved: SavedMachine, plan: BootPlan) -> None:
         raise SnapshotMismatch("snapshot", expected="one of a KVM machine", found=f"one of {saved.accel}")
     if wanted != found:
         raise SnapshotMismatch("machine", expected="{} bytes of memory, {} vCPUs".format(*wanted), found=found)
+
+
+def _fastpath(posted_fd: int) -> Fastpath | None:
+    """None where the library cannot be loaded. Raises HostError."""
+    library = load_library()
+    try:
+        return None if library is None else Fastpath(library, posted_fd)
+    except OSError as error:
+        raise HostError("serial output", expected="memory for what is posted", found=error.strerror) from error
 
 
 def _log(vm: KvmVm, *, is_on: bool = False) -> DirtyLog:

@@ -12,6 +12,7 @@ import os
 from collections.abc import Sequence
 
 from asyncvmm.effects import Effect
+from asyncvmm.errors import HostError
 from asyncvmm.machine.base import EffectSink
 from asyncvmm.machine.kvm.fastpath.binding import Fastpath
 from asyncvmm.machine.kvm.interleave import Taken, interleave
@@ -37,9 +38,12 @@ class Output:
         self._fastpath: Fastpath | None = None
 
     def open(self) -> None:
-        """Listen to the native run loop, if there will be one."""
-        self.posted_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        asyncio.get_running_loop().add_reader(self.posted_fd, self._on_posted)
+        """Listen to the native run loop, if there will be one. Raises HostError where no descriptor is to be had."""
+        try:
+            self.posted_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            asyncio.get_running_loop().add_reader(self.posted_fd, self._on_posted)
+        except OSError as error:
+            raise HostError("serial output", expected="an eventfd to watch", found=error.strerror) from error
 
     def connect(self, board: Board, fastpath: Fastpath | None) -> None:
         """These are its ports. Called on any thread, before the guest runs."""
