@@ -100,6 +100,7 @@ class Vcpu:
         self._kicked = False
         self._thread: VcpuThread | None = None
         self._faults_before = NO_FAULTS
+        self._faults_in_all: Faults | None = None
 
     @cached_property
     def run(self) -> memoryview:
@@ -192,9 +193,12 @@ class Vcpu:
         return regs
 
     def faults(self) -> Faults:
-        """Page faults of its thread so far, Python's own among them."""
+        """Page faults of its thread so far, Python's own among them; once it has ended, those until then."""
         native_id = None if self._thread is None else self._thread.native_id
-        return NO_FAULTS if native_id is None else faults_of(native_id) - self._faults_before
+        so_far = NO_FAULTS if native_id is None else faults_of(native_id) - self._faults_before
+        # Looked at last: a thread that it was adopted by may be another vCPU's by now.
+        in_all = self._faults_in_all
+        return so_far if in_all is None else in_all
 
     def tell_it_was_held(self) -> None:
         """KVM_KVMCLOCK_CTRL: time has gone by in which it could do nothing, so that a guest's watchdogs need not bark.
@@ -233,6 +237,7 @@ class Vcpu:
         except Exception as error:  # a vCPU thread must never end in silence
             halt(Stopped("machine", detail=f"vCPU {self.index}: {type(error).__name__}: {error}", t_ns=clock()))
         finally:
+            self._faults_in_all = thread_faults() - self._faults_before
             with self._changed:
                 self._order, self._parked, self._kickable = "stop", True, None
                 self._changed.notify_all()
