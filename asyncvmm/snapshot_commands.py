@@ -96,12 +96,9 @@ async def restore(directory: Path, clones: int, jsonl: str | None, beyond_bend: 
     with closing(output):
         async with await Snapshot.load(directory) as snapshot:
             with _shared(jsonl) as target:
-                runs = _Runs(clones, target, output)
-                try:
-                    async with snapshot.clones(clones, prepare=runs.prepare, beyond_bend=beyond_bend) as vms:
-                        return await runs.finish(vms)
-                except BaseExceptionGroup as failed:
-                    raise first_error(failed) from None
+                runs = Runs(clones, target, output)
+                async with snapshot.clones(clones, prepare=runs.prepare, identity=runs.finish, beyond_bend=beyond_bend):
+                    return runs.code
 
 
 @contextmanager
@@ -120,33 +117,39 @@ def _shared(jsonl: str | None) -> Iterator[Target | None]:
         os.close(fd)
 
 
-class _Runs:
+class Runs:
     """The runs of some clones: their output, each line with its clone's number if there are several."""
 
     def __init__(self, count: int, target: Target | None, output: Output) -> None:
         self._readers: dict[int, ConsoleReader] = {}
+        self._codes: dict[int, int] = {}
         self._many = count > 1
         self._target = target
         self._output = output
 
+    @property
+    def code(self) -> int:
+        """Of those that have finished, the first exit code that is not 0, else 0."""
+        return next((code for _, code in sorted(self._codes.items()) if code), 0)
+
     def prepare(self, vm: VM, number: int) -> None:
+        """Listen to a clone, before anything is done with it."""
         if self._target is not None:
             vm.stream_to(self._target)
         self._readers[number] = vm.console.subscribe(OUTPUT_BYTES)
 
-    async def finish(self, vms: list[VM]) -> int:
-        codes: dict[int, int] = {}
+    async def finish(self, vm: VM, number: int) -> None:
+        """Copy a clone's output until its workload ends, then stop it: an idle guest takes time from the others."""
+        reader = self._readers[number]
 
-        async def one(number: int, vm: VM) -> None:
-            codes[number] = await vm.events.exit
-            self._readers[number].end()
+        async def end() -> None:
+            self._codes[number] = await vm.events.exit
+            reader.end()
 
         async with anyio.create_task_group() as group:
-            for number, vm in enumerate(vms):
-                prefix = f"{number}: " if self._many else ""
-                group.start_soon(_copy, self._readers[number], self._output, prefix)
-                group.start_soon(one, number, vm)
-        return next((code for _, code in sorted(codes.items()) if code), 0)
+            group.start_soon(_copy, reader, self._output, f"{number}: " if self._many else "")
+            group.start_soon(end)
+        await vm.stop()
 
 
 async def _copy(reader: ConsoleReader, output: Output, prefix: str) -> None:

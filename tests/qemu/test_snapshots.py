@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ import pytest
 
 from asyncvmm import VM, VMConfig
 from asyncvmm.errors import SnapshotFailed
+from asyncvmm.events.outputs import open_output
 from asyncvmm.events.snapshot_types import RestoreStep
 from asyncvmm.events.types import Event
 from asyncvmm.snapshot.resources import SnapshotResources
 from asyncvmm.snapshot.snapshot import Snapshot
+from asyncvmm.snapshot_commands import Runs
 
 pytestmark = [pytest.mark.anyio, pytest.mark.requires("qemu", "image")]
 
@@ -124,6 +127,23 @@ async def test_a_workload_can_be_held_without_a_snapshot() -> None:
 
 
 # -- the command line --------------------------------------------------------------------------------------------------
+
+
+async def test_a_clone_is_stopped_as_soon_as_its_workload_has_ended(held: tuple[Snapshot, str], tmp_path: Path) -> None:
+    snapshot, _ = held
+    states: list[str] = []
+    with anyio.fail_after(PATIENCE_S), closing(open_output(str(tmp_path / "output"))) as output:
+        runs = Runs(2, None, output)
+
+        async def finish(vm: VM, number: int) -> None:
+            await runs.finish(vm, number)
+            states.append(vm.state)
+
+        async with snapshot.clones(2, prepare=runs.prepare, identity=finish):
+            assert states == ["stopped", "stopped"]
+    lines = sorted((tmp_path / "output").read_text().splitlines())
+    assert [line[:10] for line in lines] == ["0: random=", "1: random="]
+    assert runs.code == 0
 
 
 def asyncvmm(directory: Path, *words: str) -> subprocess.CompletedProcess[str]:
