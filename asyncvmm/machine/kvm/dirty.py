@@ -28,17 +28,18 @@ class HostWrites:
         self._size = size
         self._lock = threading.Lock()
         self._pages = PageSet(0)
+        self._any = False
 
     def begin(self) -> None:
         """Listen from now on."""
         with self._lock:
             if not self.is_on:
-                self._pages, self.is_on = PageSet(self._size), True
+                self._pages, self._any, self.is_on = PageSet(self._size), False, True
 
     def end(self) -> None:
         """Forget all and listen no more."""
         with self._lock:
-            self._pages, self.is_on = PageSet(0), False
+            self._pages, self._any, self.is_on = PageSet(0), False, False
 
     def add(self, offset: int, size: int) -> None:
         """These bytes were written. On any thread."""
@@ -46,12 +47,15 @@ class HostWrites:
             with self._lock:
                 if self.is_on:
                     self._pages.add(offset, size)
+                    self._any = True
 
     def take(self) -> PageSet:
-        """What was written since the last call."""
+        """What was written since the last call; that it was nothing is known without a look at each page."""
         with self._lock:
+            if not self._any:
+                return PageSet(0)
             taken = self._pages
-            self._pages = PageSet(self._size if self.is_on else 0)
+            self._pages, self._any = PageSet(self._size if self.is_on else 0), False
             return taken
 
 
@@ -87,16 +91,19 @@ class DirtyLog:
             self.is_on = False
 
     def collect(self, sets: Sequence[PageSet]) -> None:
-        """Add what was written since the last call to each set. Raises KvmIoctlError; nothing is forgotten then."""
+        """Add what was written since the last call to each set. Raises HostError; nothing is forgotten then."""
+        self._collect_guest(sets)
+        host = self._host.take()
+        for pages in sets:
+            pages.update(host)
+
+    def _collect_guest(self, sets: Sequence[PageSet]) -> None:
         offset = 0
         for slot, region in enumerate(self._regions):
             bitmap = self._bitmap(slot, region.size)
             for pages in sets:
                 pages.add_bits(bitmap, offset, region.size)
             offset += region.size
-        host = self._host.take()
-        for pages in sets:
-            pages.update(host)
 
     def _bitmap(self, slot: int, size: int) -> bytearray:
         words = -(-(size // PAGE_BYTES) // _WORD_BITS)

@@ -65,6 +65,13 @@ def test_a_bitmap_may_be_that_of_a_later_part(wanted: set[int]) -> None:
     assert numbers_in(pages) == {page + PAGES for page in wanted}
 
 
+@given(sets, sets)
+def test_pages_are_taken_in_by_number(before: set[int], wanted: set[int]) -> None:
+    pages = of(before)
+    pages.add_numbers([*wanted, *wanted])
+    assert numbers_in(pages) == before | wanted
+
+
 @given(sets)
 def test_marks_are_a_byte_for_each_page(wanted: set[int]) -> None:
     pages = PageSet(SIZE + PAGE_BYTES)
