@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import anyio
+import anyio.lowlevel
 import anyio.to_thread
 
 from asyncvmm.accel import AccelChoice, choose_accel
@@ -112,8 +113,8 @@ class VM(TimingProperties, MachineProperties, SnapshotCalls):
         if self._state != "new":
             raise StateError("boot", expected="a new VM", state=self._state)
         self._go("starting")
-        self._holds_workload = self.config.pre_exec_window
         async with self._freed_unless_done("boot"):
+            await anyio.lowlevel.checkpoint()  # a snapshot() in a task that was begun before may have to be known
             with self.timeline.phase("total"):
                 accel = await self._boot()
             return self._report.tell_ready(accel, self.guest_profile, self.guest_clock)
@@ -221,6 +222,7 @@ class VM(TimingProperties, MachineProperties, SnapshotCalls):
 
     async def _attempt_boot(self, choice: AccelChoice) -> AccelName:
         with self.timeline.phase("setup"):
+            self._holds_workload = self.config.pre_exec_window
             self._attempt = Attempt(self.config, self.name, choice, self.timeline)
             await self._attempt.plan()
             self._watch = self._new_watch()

@@ -76,7 +76,8 @@ class SnapshotCalls(ABC):
         out: the directory to be made; None takes what ``when`` says, else one that goes when the Snapshot is closed.
         base: save only what changed since that snapshot of this VM, which has ``track_dirty`` (KVM alone). precopy:
         copy memory while the guest runs, so that it stands still for less time. then: ``resume`` or ``stop``. A call
-        that waits for the workload's exec, made before boot(), has PID 1 hold the workload; it is let go afterwards.
+        that waits for the workload's exec, made before boot() or in a task that was begun before it, has PID 1 hold the
+        workload; it is let go afterwards.
 
         Raises ConfigError, StateError, SnapshotFailed, TriggerImpossible, MachineError. Cancelled or failed, it leaves
         the VM as it was, and no snapshot; but with ``stop``, what is saved stays once the VM is being stopped.
@@ -84,7 +85,7 @@ class SnapshotCalls(ABC):
         from asyncvmm.snapshot.order import SnapshotOrder
 
         order = SnapshotOrder(when=when, out=out, base=base, precopy=precopy, then=then)
-        if self.state == "new" and order.wants_pre_exec:
+        if order.wants_pre_exec and self._attempt is None and self.state in ("new", "starting"):
             self.config = attrs.evolve(self.config, pre_exec_window=True)
         with self._activities.begin("snapshot"):
             snapshot = await self._snapshots.take(order)

@@ -98,6 +98,22 @@ async def test_the_manifest_says_which_machine_made_it_and_that_the_workload_wai
     assert snapshot.manifest.extra["trigger"]["trigger"] == "pre_exec"
 
 
+async def test_a_snapshot_that_is_asked_for_as_the_boot_begins_has_the_workload_held(tmp_path: Path) -> None:
+    when = SnapshotResources(on_pre_exec=True, out_path=tmp_path / "s")
+    taken: list[Snapshot] = []
+    async with VM(VMConfig(accel="qemu", workload=("sh", "-c", SAY))) as vm:
+
+        async def take() -> None:
+            taken.append(await vm.snapshot(when, then="stop"))
+
+        with anyio.fail_after(PATIENCE_S):
+            async with anyio.create_task_group() as group:
+                group.start_soon(take)
+                await vm.boot()
+    async with taken[0] as snapshot:
+        assert snapshot.guest.in_window
+
+
 async def test_a_difference_is_kvms_alone(held: tuple[Snapshot, str]) -> None:
     snapshot, _ = held
     async with await VM.restore(snapshot, paused=True) as vm:
