@@ -66,7 +66,8 @@ class BootPlan:
     none; it starts on a 4-byte boundary). ``cmdline`` is the caller's text; a machine adds what its own devices need.
     ``tsc_khz`` is the host's TSC frequency, None where it is not known. ``devices`` are the virtio devices, and
     ``resources`` what they stand on. ``acpi`` False describes the hardware without ACPI, on the command line.
-    ``track_dirty``: differences are to be saved of the machine.
+    ``track_dirty``: differences are to be saved of the machine. ``ring_bytes``: of the dirty ring of each of its vCPUs
+    on KVM, 0 for none; None leaves it to what pays.
     """
 
     name: str
@@ -81,6 +82,7 @@ class BootPlan:
     devices: DeviceConfig = attrs.field(factory=DeviceConfig)
     resources: Resources = attrs.field(factory=Resources)
     track_dirty: bool = False
+    ring_bytes: int | None = None
 
 
 @attrs.frozen

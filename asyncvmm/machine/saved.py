@@ -43,6 +43,7 @@ class RestorePlan:
 
     touched, written: runs known from an earlier restore to be read, and written, before the guest's first event; they
     are made present ahead. Empty for none. track_dirty: whether differences are to be saved of the restored machine.
+    ring_bytes: as in BootPlan.
     """
 
     saved: SavedMachine
@@ -50,3 +51,4 @@ class RestorePlan:
     touched: tuple[Run, ...] = ()
     written: tuple[Run, ...] = ()
     track_dirty: bool = False
+    ring_bytes: int | None = None

@@ -9,15 +9,20 @@ import pytest
 
 from asyncvmm.errors import ConfigError
 from asyncvmm.machine.kvm.dirty import DirtyLog, HostWrites
+from asyncvmm.machine.kvm.dirty_ring import DirtyRing
 from asyncvmm.machine.kvm.pages import PageSet
-from tests.support.memory_guest import OWN_PAGES, PAGE, MemoryGuest, booted, new_guest
+from tests.support.memory_guest import OWN_PAGES, PAGE, SMALLEST_RING, MemoryGuest, booted, new_guest
 
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-async def running(guest: Callable[[str], Path]) -> AsyncIterator[MemoryGuest]:
-    async with booted(new_guest(guest("memory"))) as found:
+@pytest.fixture(params=["bitmap", "ring", "small ring"])
+async def running(guest: Callable[[str], Path], request: pytest.FixtureRequest) -> AsyncIterator[MemoryGuest]:
+    """A guest whose log is off. A VM with rings must be made with them, and has its log on until it is turned off."""
+    ring_bytes = {"bitmap": 0, "ring": 1 << 16, "small ring": SMALLEST_RING}[request.param]
+    async with booted(new_guest(guest("memory"), track_dirty=ring_bytes > 0, ring_bytes=ring_bytes)) as found:
+        assert isinstance(log_of(found), DirtyRing) == (ring_bytes > 0)
+        log_of(found).end()
         yield found
 
 

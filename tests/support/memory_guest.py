@@ -33,6 +33,9 @@ OWN_PAGES = 512
 PLACE = 0x11
 """Where in a page ``store`` puts its byte."""
 
+SMALLEST_RING = 1 << 14
+"""Bytes of a dirty ring that every KVM takes: 1024 entries, of which it holds some hundreds back."""
+
 
 class MemoryGuest:
     """A machine that runs it; a restored one may have to be resumed first."""
@@ -104,13 +107,19 @@ class Save:
     maps: tuple[MemoryMap, ...]
 
     def plan(
-        self, *, track_dirty: bool = False, touched: Sequence[Place] = (), written: Sequence[Place] = ()
+        self,
+        *,
+        track_dirty: bool = False,
+        ring_bytes: int | None = None,
+        touched: Sequence[Place] = (),
+        written: Sequence[Place] = (),
     ) -> RestorePlan:
         """To restore it."""
         return RestorePlan(
             saved=self.machine,
             layers=tuple(MemoryLayer(fd=fd, map=found) for fd, found in zip(self.fds, self.maps, strict=True)),
             track_dirty=track_dirty,
+            ring_bytes=ring_bytes,
             touched=tuple(touched),
             written=tuple(written),
         )
@@ -195,6 +204,7 @@ def new_guest(
     memory_mib: int = 16,
     vcpus: int = 1,
     track_dirty: bool = False,
+    ring_bytes: int | None = None,
     name: str = "kvmtest",
     timeline: Timeline | None = None,
 ) -> MemoryGuest:
@@ -202,7 +212,15 @@ def new_guest(
     from tests.kvm.conftest import Run
 
     run = Run()
-    plan = BootPlan(name=name, memory_mib=memory_mib, vcpus=vcpus, kernel=kernel, initrd=None, track_dirty=track_dirty)
+    plan = BootPlan(
+        name=name,
+        memory_mib=memory_mib,
+        vcpus=vcpus,
+        kernel=kernel,
+        initrd=None,
+        track_dirty=track_dirty,
+        ring_bytes=ring_bytes,
+    )
     run.machine = KvmMachine(plan, timeline or Timeline(), run.take)
     return MemoryGuest(run)
 

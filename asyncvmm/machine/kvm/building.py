@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import attrs
@@ -99,9 +100,7 @@ class Building:
             if not self.given_up and self._prepared is not None:
                 vm = self.vm = KvmVm(self._prepared.blueprint, self._timeline)
                 self._let_go()
-                self.log = _log(vm)
-                if self._plan.track_dirty:
-                    self.log.begin()
+                self.log = _log(vm, is_on=self.tracked)
 
     def launch(self) -> None:
         """Let the guest run: here, so that it need not wait for the loop, nor the loop for its threads to start."""
@@ -253,4 +252,11 @@ def _fastpath(posted_fd: int) -> Fastpath | None:
 
 def _log(vm: KvmVm, *, is_on: bool = False) -> DirtyLog:
     memory = vm.memory
-    return DirtyLog(vm.fd, memory.regions, memory.host_address, memory.host_writes, is_on=is_on)
+    if not vm.rings:
+        return DirtyLog(vm.fd, memory.regions, memory.host_address, memory.host_writes, is_on=is_on)
+    from asyncvmm.machine.kvm.dirty_ring import DirtyRing
+
+    log = DirtyRing(vm.fd, memory.regions, memory.host_address, memory.host_writes, vm.rings, is_on=is_on)
+    for vcpu in vm.vcpus:
+        vcpu.on_ring_full = partial(log.make_room, vcpu.index)
+    return log

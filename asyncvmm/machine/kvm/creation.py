@@ -10,12 +10,15 @@ import ctypes
 import mmap
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import attrs
 
 from asyncvmm.machine.kvm.abi import (
+    KVM_DIRTY_LOG_PAGE_OFFSET,
     KVM_MEM_READONLY,
     KVM_PIT_SPEAKER_DUMMY,
+    KvmEnableCap,
     KvmPitConfig,
     KvmUserspaceMemoryRegion,
     Request,
@@ -27,6 +30,9 @@ from asyncvmm.machine.kvm.memory import map_memory, register_memory
 from asyncvmm.machine.kvm.registers import set_boot_msrs, set_boot_state, set_lint_pins
 from asyncvmm.machine.kvm.system import HostCpuid, SystemSteps, guest_cpuid, host_cpuid, open_system
 from asyncvmm.x86.layout import IDENTITY_MAP_ADDRESS, MMIO_BASE, MMIO_SIZE, TSS_ADDRESS, Region, ram_regions
+
+if TYPE_CHECKING:
+    from asyncvmm.machine.kvm.ring_shape import RingShape
 
 MOST_KEPT = 16
 """Chains kept for coming VMs of the same shape, some KiB each."""
@@ -42,10 +48,11 @@ class GuestCpuid:
 
 @attrs.frozen
 class VcpuSteps:
-    """Where a vCPU's descriptor and its kvm_run page are left."""
+    """Where a vCPU's descriptor and its kvm_run page are left, and its dirty ring, if it has one."""
 
     fd: At
     page: At
+    ring: At | None = None
 
 
 @attrs.frozen(eq=False)
@@ -67,6 +74,8 @@ class Creation:
     registers: At | None = None
     """The pages of the devices' registers, ``devices`` of them; None without devices."""
     devices: int = 0
+    ring_bytes: int = 0
+    """Of each vCPU's dirty ring; 0 if they have none."""
 
 
 @attrs.frozen(eq=False)
@@ -86,17 +95,25 @@ _seen_tsc_khz: int | None = None
 """The TSC's frequency as the newest VM had it: a VM's CPUID is written down before the VM can be asked."""
 
 
-def blueprint(memory_bytes: int, vcpus: int, contents: Contents | None = None, *, devices: int = 0) -> Blueprint:
+def blueprint(
+    memory_bytes: int,
+    vcpus: int,
+    contents: Contents | None = None,
+    *,
+    devices: int = 0,
+    track_dirty: bool = False,
+    ring: RingShape | None = None,
+) -> Blueprint:
     """Prepare the creation of a VM; without contents, of one that is given nothing to run. ``devices``: how many
-    virtio-mmio devices it has.
+    virtio-mmio devices it has. track_dirty: its dirty log is on from the start, by rings of that shape or by bitmaps.
 
     Raises MemorySizeError, ConfigError for contents outside of memory, and for the first VM of a process, which asks
     what CPUID it can have, KvmUnavailable.
     """
     if contents is None:
-        return Blueprint(_creation(memory_bytes, vcpus, devices, None, None), None, None, (), ())
+        return Blueprint(_creation(memory_bytes, vcpus, devices, None, None, track_dirty, ring), None, None, (), ())
     cpuid, sources = GuestCpuid(host_cpuid(), _seen_tsc_khz), contents.sources()
-    steps = _creation(memory_bytes, vcpus, devices, contents.shape(), cpuid)
+    steps = _creation(memory_bytes, vcpus, devices, contents.shape(), cpuid, track_dirty, ring)
     given = (contents.initrd_fd, *[source.address for source in sources])
     return Blueprint(steps, contents, cpuid, given, tuple(sources))
 
@@ -113,7 +130,15 @@ def expect_tsc_khz(tsc_khz: int) -> None:
 
 
 @lru_cache(MOST_KEPT)
-def _creation(memory_bytes: int, vcpus: int, devices: int, shape: Shape | None, cpuid: GuestCpuid | None) -> Creation:
+def _creation(
+    memory_bytes: int,
+    vcpus: int,
+    devices: int,
+    shape: Shape | None,
+    cpuid: GuestCpuid | None,
+    track_dirty: bool,
+    ring: RingShape | None,
+) -> Creation:
     """The chain for VMs like that; without ``shape`` nothing is loaded and no vCPU is given a state.
 
     Raises MemorySizeError, and ConfigError for contents outside of memory.
@@ -123,19 +148,21 @@ def _creation(memory_bytes: int, vcpus: int, devices: int, shape: Shape | None, 
         system = open_system(chain, vcpus=vcpus)
     with chain.phase("vm_create"):
         vm = create_vm(chain, system)
+        if ring is not None:
+            enable_rings(chain, vm, ring)
     # Before the interrupt controllers: creating those leaves the kernel waiting for readers of the VM's buses, and a
     # memslot that is registered then waits with it, for 4 to 8 ms.
     with chain.phase("memory"):
         with chain.phase("memory_alloc"):
             memory = map_memory(chain, regions)
         with chain.phase("memory_register"):
-            register_memory(chain, vm, memory, regions)
+            register_memory(chain, vm, memory, regions, track_dirty=track_dirty)
             registers = show_registers(chain, vm, len(regions), devices) if devices else None
     with chain.phase("irqchip_create"):
         chain.ioctl(Request.KVM_CREATE_IRQCHIP, vm)
         chain.ioctl(Request.KVM_CREATE_PIT2, vm, chain.data(KvmPitConfig(KVM_PIT_SPEAKER_DUMMY)))
     with chain.phase("vcpu_create"):
-        made = tuple(create_vcpu(chain, vm, index, system) for index in range(vcpus))
+        made = tuple(create_vcpu(chain, vm, index, system, ring) for index in range(vcpus))
         tsc_khz = chain.ioctl(Request.KVM_GET_TSC_KHZ, made[0].fd)
     read: At | None = None
     msrs_set: tuple[At, ...] = ()
@@ -143,7 +170,9 @@ def _creation(memory_bytes: int, vcpus: int, devices: int, shape: Shape | None, 
         sources = [chain.given(1 + index) for index in range(shape.sources)]
         read = Loader(chain, memory, regions, chain.given(0), sources).load(shape)
         msrs_set = _configure(chain, [vcpu.fd for vcpu in made], shape, cpuid)
-    return Creation(chain.program(), regions, system, vm, memory, made, tsc_khz, read, msrs_set, registers, devices)
+    ring_bytes = ring.size if ring is not None else 0
+    program = chain.program()
+    return Creation(program, regions, system, vm, memory, made, tsc_khz, read, msrs_set, registers, devices, ring_bytes)
 
 
 def create_vm(chain: Chain, system: SystemSteps) -> At:
@@ -154,6 +183,13 @@ def create_vm(chain: Chain, system: SystemSteps) -> At:
         chain.ioctl(Request.KVM_SET_IDENTITY_MAP_ADDR, vm, chain.data(ctypes.c_uint64(IDENTITY_MAP_ADDRESS)))
         chain.ioctl(Request.KVM_SET_TSS_ADDR, vm, TSS_ADDRESS)
     return vm
+
+
+def enable_rings(chain: Chain, vm: At, ring: RingShape) -> None:
+    """Append the step that has each vCPU created from then on have a dirty ring. KVM_GET_DIRTY_LOG fails then."""
+    wanted = KvmEnableCap(cap=ring.capability)
+    wanted.args[0] = ring.size
+    chain.ioctl(Request.KVM_ENABLE_CAP, vm, chain.data(wanted))
 
 
 def show_registers(chain: Chain, vm: At, slot: int, devices: int) -> At:
@@ -170,10 +206,17 @@ def show_registers(chain: Chain, vm: At, slot: int, devices: int) -> At:
     return pages
 
 
-def create_vcpu(chain: Chain, vm: At, index: int, system: SystemSteps) -> VcpuSteps:
-    """Append the steps that create a vCPU and map its kvm_run page."""
+def create_vcpu(chain: Chain, vm: At, index: int, system: SystemSteps, ring: RingShape | None = None) -> VcpuSteps:
+    """Append the steps that create a vCPU and map its kvm_run page, and its dirty ring if that was enabled."""
     fd = chain.closing(chain.ioctl(Request.KVM_CREATE_VCPU, vm, index))
-    return VcpuSteps(fd, chain.map("mmap of kvm_run", system.run_size, mmap.MAP_SHARED, fd))
+    page = chain.map("mmap of kvm_run", system.run_size, mmap.MAP_SHARED, fd)
+    return VcpuSteps(fd, page, None if ring is None else _map_ring(chain, fd, ring.size))
+
+
+def _map_ring(chain: Chain, fd: At, size: int) -> At:
+    protection, offset = mmap.PROT_READ | mmap.PROT_WRITE, KVM_DIRTY_LOG_PAGE_OFFSET * mmap.PAGESIZE
+    call = chain.call("mmap of dirty ring", SystemCall.MMAP, 0, size, protection, mmap.MAP_SHARED, fd, offset)
+    return chain.undoing(SystemCall.MUNMAP, call, size)
 
 
 def _configure(chain: Chain, vcpus: Sequence[At], shape: Shape, cpuid: GuestCpuid) -> tuple[At, ...]:

@@ -77,5 +77,5 @@ class Dispatcher:
 
 
 def needs_stop(current: Exit) -> bool:
-    """Whether the guest cannot run on after this exit. HLT is among them: the irqchip in the kernel never shows it."""
+    """Whether the guest cannot run on as it is. HLT is among them: the irqchip in the kernel never shows it."""
     return not isinstance(current, IoExit | MmioExit)

@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 
 from asyncvmm.errors import KvmIoctlError, KvmUnavailable
-from asyncvmm.machine.kvm.abi import KVM_API_VERSION, Capability, Request
+from asyncvmm.machine.kvm.abi import Request
 
 _IOCTL_TYPES = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
 
@@ -37,20 +37,6 @@ def ioctl(fd: int, request: Request, argument: ctypes.Structure | ctypes.Array[c
     return result
 
 
-def open_kvm(path: Path = DEV_KVM) -> int:
-    """Open /dev/kvm, check its API version. Raises KvmUnavailable saying what to mend."""
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except OSError as error:
-        raise open_refused(path, error.errno or 0) from None
-    try:
-        _check_version(fd)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
-
-
 def open_refused(path: Path, number: int) -> KvmUnavailable:
     """What this errno of open(2) means for the KVM device ``path``, and how to mend it."""
     expected, found = f"{path} opens", f"{errno.errorcode.get(number, number)} ({os.strerror(number)})"
@@ -61,15 +47,6 @@ def open_refused(path: Path, number: int) -> KvmUnavailable:
     return KvmUnavailable("KVM", expected=expected, found=found)
 
 
-def _check_version(fd: int) -> None:
-    try:
-        version = ioctl(fd, Request.KVM_GET_API_VERSION)
-    except KvmIoctlError as error:
-        raise KvmUnavailable("KVM", expected="a KVM device", found=error.found) from None
-    if version != KVM_API_VERSION:
-        raise KvmUnavailable("KVM", expected=f"API version {KVM_API_VERSION}", found=version)
-
-
-def check_extension(fd: int, capability: Capability) -> int:
+def check_extension(fd: int, capability: int) -> int:
     """KVM_CHECK_EXTENSION: 0 for absent, else 1 or the capability's number."""
-    return ioctl(fd, Request.KVM_CHECK_EXTENSION, int(capability))
+    return ioctl(fd, Request.KVM_CHECK_EXTENSION, capability)

@@ -54,8 +54,13 @@ def prepare(plan: BootPlan, timeline: Timeline) -> Prepared:
                 acpi=plan.acpi,
                 mmio_devices=[mmio_device(slot) for slot in range(count)],
             )
-            contents = _contents(layout, initrd, initrd_size, plan.appended)
-            return Prepared(blueprint(memory_bytes, plan.vcpus, contents, devices=count), files.pop_all())
+            contents, ring = _contents(layout, initrd, initrd_size, plan.appended), None
+            if plan.track_dirty:
+                from asyncvmm.machine.kvm.ring_shape import ring_shape
+
+                ring = ring_shape(memory_bytes, plan.ring_bytes)
+            made = blueprint(memory_bytes, plan.vcpus, contents, devices=count, track_dirty=plan.track_dirty, ring=ring)
+            return Prepared(made, files.pop_all())
 
 
 def _contents(layout: BootLayout, fd: int, size: int, appended: bytes) -> Contents:

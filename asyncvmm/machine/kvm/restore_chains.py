@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import attrs
 
 from asyncvmm.machine.kvm.abi import KVM_PIT_SPEAKER_DUMMY, KvmPitConfig, Request
-from asyncvmm.machine.kvm.creation import Creation, create_vcpu, create_vm, show_registers
+from asyncvmm.machine.kvm.creation import Creation, create_vcpu, create_vm, enable_rings, show_registers
 from asyncvmm.machine.kvm.fastpath.chain import Argument, At, Chain, Program, SystemCall
 from asyncvmm.machine.kvm.layers import Piece
 from asyncvmm.machine.kvm.memory import map_memory, map_saved, register_memory
@@ -21,18 +22,35 @@ from asyncvmm.machine.kvm.system import open_system
 from asyncvmm.machine.kvm.working_set import Advice
 from asyncvmm.x86.layout import ram_regions
 
+if TYPE_CHECKING:
+    from asyncvmm.machine.kvm.ring_shape import RingShape
+
 MOST_KEPT = 16
 """Chains kept for coming VMs of each kind."""
 
 
 @attrs.frozen(kw_only=True, cache_hash=True)
 class ShellShape:
-    """What a VM is before it has any state. Hashable."""
+    """What a VM is before it has any state. Hashable. ``ring``: of one with ``track_dirty``, None for bitmaps. Unless
+    it is given it is what pays, for which this host's KVM may be asked. Raises KvmUnavailable then.
+    """
 
     memory_bytes: int
     vcpus: int
     devices: int = 0
     track_dirty: bool = False
+    ring: RingShape | None = attrs.field()
+
+    @ring.default
+    def _ring_that_pays(self) -> RingShape | None:
+        return tracking_ring(self.memory_bytes) if self.track_dirty else None
+
+
+def tracking_ring(memory_bytes: int, wanted: int | None = None) -> RingShape | None:
+    """See ring_shape, which is imported for those alone whose writes are tracked."""
+    from asyncvmm.machine.kvm.ring_shape import ring_shape
+
+    return ring_shape(memory_bytes, wanted)
 
 
 @attrs.frozen(kw_only=True, cache_hash=True)
@@ -87,7 +105,9 @@ def _make_shell(chain: Chain, shape: ShellShape, saved: tuple[Sequence[Piece], S
     regions = ram_regions(shape.memory_bytes)
     with chain.phase("kvm_open"):
         system = open_system(chain, vcpus=shape.vcpus)
-    vm = create_vm(chain, system)
+    vm, ring = create_vm(chain, system), shape.ring
+    if ring is not None:
+        enable_rings(chain, vm, ring)
     with chain.phase("memory_alloc"):
         memory = map_memory(chain, regions)
     if saved is not None:
@@ -100,9 +120,10 @@ def _make_shell(chain: Chain, shape: ShellShape, saved: tuple[Sequence[Piece], S
         chain.ioctl(Request.KVM_CREATE_IRQCHIP, vm)
         chain.ioctl(Request.KVM_CREATE_PIT2, vm, chain.data(KvmPitConfig(KVM_PIT_SPEAKER_DUMMY)))
     with chain.phase("vcpu_create"):
-        vcpus = tuple(create_vcpu(chain, vm, index, system) for index in range(shape.vcpus))
+        vcpus = tuple(create_vcpu(chain, vm, index, system, ring) for index in range(shape.vcpus))
         tsc_khz = chain.ioctl(Request.KVM_GET_TSC_KHZ, vcpus[0].fd)
-    return Creation(_NO_PROGRAM, regions, system, vm, memory, vcpus, tsc_khz, None, (), registers, shape.devices)
+    size, devices = 0 if ring is None else ring.size, shape.devices
+    return Creation(_NO_PROGRAM, regions, system, vm, memory, vcpus, tsc_khz, None, (), registers, devices, size)
 
 
 _NO_PROGRAM = Chain().program()

@@ -29,7 +29,15 @@ from asyncvmm.machine.kvm.fastpath.chain import Failure, Made, Program
 from asyncvmm.machine.kvm.layers import Piece, arrange
 from asyncvmm.machine.kvm.mapped import Pinned
 from asyncvmm.machine.kvm.memory import MAP_SAVED, READ_SAVED
-from asyncvmm.machine.kvm.restore_chains import MOST_KEPT, Shape, ShellShape, filling, restoration, shell_chain
+from asyncvmm.machine.kvm.restore_chains import (
+    MOST_KEPT,
+    Shape,
+    ShellShape,
+    filling,
+    restoration,
+    shell_chain,
+    tracking_ring,
+)
 from asyncvmm.machine.kvm.state.arena import Arena, VcpuPlaces, VmPlaces
 from asyncvmm.machine.kvm.state.board import BoardState
 from asyncvmm.machine.kvm.state.cpu_check import check_cpu, check_tsc, cpu_facts, same_tsc
@@ -221,7 +229,8 @@ class _Kept:
 
     def is_of(self, plan: RestorePlan, devices: int, tsc_khz: int | None) -> bool:
         same = self.plan.saved is plan.saved and self.plan.layers is plan.layers
-        return same and (self.plan.track_dirty, self.devices, self.tsc_khz) == (plan.track_dirty, devices, tsc_khz)
+        mine = (self.plan.track_dirty, self.plan.ring_bytes, self.devices, self.tsc_khz)
+        return same and mine == (plan.track_dirty, plan.ring_bytes, devices, tsc_khz)
 
 
 _kept: deque[_Kept] = deque(maxlen=MOST_KEPT)
@@ -256,7 +265,13 @@ def _blueprint(plan: RestorePlan, devices: int, tsc_khz: int | None) -> RestoreB
     memory_bytes = saved.memory.size
     if tuple((region.start, region.size) for region in ram_regions(memory_bytes)) != tuple(saved.regions):
         raise SnapshotMismatch("memory layout", expected=f"{memory_bytes} bytes as laid out here", found=saved.regions)
-    shell = ShellShape(memory_bytes=memory_bytes, vcpus=saved.vcpus, devices=devices, track_dirty=plan.track_dirty)
+    shell = ShellShape(
+        memory_bytes=memory_bytes,
+        vcpus=saved.vcpus,
+        devices=devices,
+        track_dirty=plan.track_dirty,
+        ring=tracking_ring(memory_bytes, plan.ring_bytes) if plan.track_dirty else None,
+    )
     shape = Shape(
         shell=shell,
         pieces=_pieces(memory_bytes, tuple(layer.map for layer in plan.layers)),

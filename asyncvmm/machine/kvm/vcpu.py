@@ -32,10 +32,12 @@ from asyncvmm.machine.kvm.exits import (
     IMMEDIATE_EXIT,
     IO_COUNT_WORD,
     IO_KEY_WORD,
+    KVM_EXIT_DIRTY_RING_FULL,
     KVM_EXIT_IO,
     Exit,
     FailEntryExit,
     InternalErrorExit,
+    OtherExit,
     ShutdownExit,
     decode,
     exit_name,
@@ -48,6 +50,7 @@ from asyncvmm.machine.kvm.statistics import VcpuCounters
 
 KICK_SIGNAL = signal.SIGRTMIN + 6
 _KERNEL_SIGSET_BYTES = 8
+_RING_FULL = OtherExit(KVM_EXIT_DIRTY_RING_FULL)
 _TRANSIENT = (errno.EINTR, errno.EAGAIN)
 
 Order = Literal["run", "pause", "stop"]
@@ -82,6 +85,9 @@ class VcpuThread(Protocol):
 class Vcpu:
     """A created vCPU. ``start`` or ``adopt`` gives it its thread; ``order`` steers it; ``close`` ends it once the
     thread ended."""
+
+    on_ring_full: Callable[[], None] | None = None
+    """Of a VM with dirty rings: makes room in them, on the vCPU's thread."""
 
     def __init__(self, index: int, fd: int, run_address: int, run_size: int) -> None:
         """A vCPU that was made: its descriptor, and its kvm_run page as it was mapped."""
@@ -331,7 +337,12 @@ class Vcpu:
         if self.trace is not None:
             self.trace(self.index, time.monotonic_ns(), decode(self.run))
         current = dispatcher.answer()
-        return self._verdict(current) if needs_stop(current) else None
+        if not needs_stop(current):
+            return None
+        if self.on_ring_full is not None and current == _RING_FULL:
+            self.on_ring_full()
+            return None
+        return self._verdict(current)
 
     def _take_kick(self, number: int) -> bool:
         """Whether KVM_RUN's errno was a kick; an AP that waits for its SIPI gives EAGAIN and runs again."""

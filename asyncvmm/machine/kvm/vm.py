@@ -26,6 +26,7 @@ from asyncvmm.x86.layout import MMIO_SIZE
 from asyncvmm.x86.msrs import boot_msrs
 
 if TYPE_CHECKING:
+    from asyncvmm.machine.kvm.dirty_gfns import DirtyGfns
     from asyncvmm.machine.kvm.discard import Backing
 
 _IRQ_LINE = int(Request.KVM_IRQ_LINE)
@@ -72,6 +73,7 @@ class KvmVm:
         registers = made[steps.registers] if steps.registers is not None else 0
         self.registers = mapped_view(registers, steps.devices * MMIO_SIZE) if registers else memoryview(b"")
         run_size = made[steps.system.run_size]
+        self.rings = _rings(steps, made) if steps.ring_bytes else ()
         self.vcpus = [Vcpu(index, made[at.fd], made[at.page], run_size) for index, at in enumerate(steps.vcpus)]
 
     def set_irq_line(self, irq: int, level: bool) -> None:
@@ -83,6 +85,8 @@ class KvmVm:
         """Free everything. Every vCPU thread must have ended."""
         for vcpu in self.vcpus:
             vcpu.close()
+        for ring in self.rings:
+            ring.close()
         self.memory.close()
         self.registers.release()
         self._made.undo()
@@ -115,6 +119,14 @@ class KvmVm:
             raise _unreadable(failure.errno or 0) from None
         if read != size:
             raise InitrdError("initrd", expected=f"{size} bytes, as when it was opened", found=f"{read} bytes")
+
+
+def _rings(steps: Creation, made: Made) -> tuple[DirtyGfns, ...]:
+    from asyncvmm.machine.kvm.dirty_gfns import DirtyGfns
+
+    sizes = [region.size for region in steps.regions]
+    mapped = [made[vcpu.ring] for vcpu in steps.vcpus if vcpu.ring is not None]
+    return tuple(DirtyGfns(mapped_view(address, steps.ring_bytes), sizes) for address in mapped)
 
 
 def creation_error(failure: Failure, vcpus: int) -> AsyncVMMError:

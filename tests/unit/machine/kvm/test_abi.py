@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from asyncvmm.machine.kvm import abi
+from asyncvmm.machine.kvm import abi, dirty_gfns
 
 STRUCTURES = {
     "kvm_regs": abi.KvmRegs,
@@ -22,6 +22,7 @@ STRUCTURES = {
     "kvm_pit_state2": abi.KvmPitState2,
     "kvm_clock_data": abi.KvmClockData,
     "kvm_device_attr": abi.KvmDeviceAttr,
+    "kvm_enable_cap": abi.KvmEnableCap,
     "kvm_irq_level": abi.KvmIrqLevel,
     "kvm_msr_entry": abi.KvmMsrEntry,
     "kvm_cpuid_entry2": abi.KvmCpuidEntry2,
@@ -54,5 +55,11 @@ def test_structures_have_the_kernels_sizes_and_fields_their_places(tmp_path: Pat
         "offsetof(struct kvm_clock_data, host_tsc)": abi.KvmClockData.host_tsc.offset,
         "offsetof(struct kvm_irqchip, chip)": abi.KvmIrqchip.state.offset,
         "sizeof(struct kvm_xsave)": abi.XSAVE_BYTES,
+        "sizeof(struct kvm_dirty_gfn)": dirty_gfns.KVM_DIRTY_GFN_BYTES,
+        "offsetof(struct kvm_dirty_gfn, slot)": 4,
+        "offsetof(struct kvm_dirty_gfn, offset)": 8,
+        "KVM_DIRTY_GFN_F_DIRTY": dirty_gfns.KVM_DIRTY_GFN_F_DIRTY,
+        "KVM_DIRTY_GFN_F_RESET": dirty_gfns.KVM_DIRTY_GFN_F_RESET,
+        "KVM_DIRTY_LOG_PAGE_OFFSET": abi.KVM_DIRTY_LOG_PAGE_OFFSET,
     }
     assert told_by_c(tmp_path, list(places)) == list(places.values())

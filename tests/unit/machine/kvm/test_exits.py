@@ -117,6 +117,7 @@ def test_another_internal_error_is_no_emulation_failure() -> None:
 def test_a_reason_without_a_class_keeps_its_name_or_number() -> None:
     assert decode(page(24)) == OtherExit(24)
     assert OtherExit(24).name == exit_name(24) == "SYSTEM_EVENT"
+    assert OtherExit(31).name == exit_name(31) == "DIRTY_RING_FULL"
     assert OtherExit(4242).name == exit_name(4242) == "reason 4242"
 
 
