@@ -12,8 +12,9 @@ import pytest
 from asyncvmm.effects import SerialOutput
 from asyncvmm.machine.host_clock import clock_sample
 from asyncvmm.machine.kvm.abi import Request
-from asyncvmm.machine.kvm.fds import ioctl, open_kvm
+from asyncvmm.machine.kvm.fds import ioctl
 from asyncvmm.machine.kvm.guest_tsc import offset_by_attribute, offset_by_msr
+from asyncvmm.machine.kvm.system import KvmSystem
 
 if TYPE_CHECKING:
     from tests.kvm.conftest import Boot, Make, Run
@@ -76,7 +77,7 @@ async def test_a_machine_that_was_not_started_places_nothing(make: Make) -> None
 
 
 async def test_both_ways_to_learn_the_offset_agree() -> None:
-    fds = [open_kvm()]
+    fds = [KvmSystem.open().fd]
     try:
         fds.append(ioctl(fds[0], Request.KVM_CREATE_VM))
         for index in range(2):

@@ -24,8 +24,8 @@ from asyncvmm.errors import (
 )
 from asyncvmm.machine.assets import host_memory
 from asyncvmm.machine.base import BootPlan
-from asyncvmm.machine.kvm.fds import open_kvm
 from asyncvmm.machine.kvm.machine import KvmMachine
+from asyncvmm.machine.kvm.system import KvmSystem
 from asyncvmm.timing.timeline import Timeline
 
 if TYPE_CHECKING:
@@ -167,14 +167,14 @@ async def test_a_command_line_too_long_or_with_a_nul_is_refused(plan: BootPlan, 
 
 def test_a_missing_kvm_device_says_what_to_mend(tmp_path: Path) -> None:
     with pytest.raises(KvmUnavailable, match="no such file"):
-        open_kvm(tmp_path / "kvm")
+        KvmSystem.open(tmp_path / "kvm")
 
 
 def test_a_device_that_is_not_kvm_is_told_apart() -> None:
     with pytest.raises(KvmUnavailable):
-        open_kvm(Path("/dev/null"))
+        KvmSystem.open(Path("/dev/null"))
 
 
 def test_a_directory_is_no_kvm_device(tmp_path: Path) -> None:
     with pytest.raises(KvmUnavailable):
-        open_kvm(tmp_path)
+        KvmSystem.open(tmp_path)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
 
 from asyncvmm.machine.kvm.creation import blueprint
-from asyncvmm.machine.kvm.fds import open_kvm
-from asyncvmm.machine.kvm.system import cpuid_table, guest_cpuid, host_cpuid, supported_cpuid
+from asyncvmm.machine.kvm.system import KvmSystem, cpuid_table, guest_cpuid, host_cpuid, supported_cpuid
 from asyncvmm.machine.kvm.vm import KvmVm
 from asyncvmm.timing.timeline import Timeline
 from asyncvmm.x86.cpuid import vcpu_cpuid
@@ -22,9 +20,9 @@ MEMORY_BYTES = 16 << 20
 
 @pytest.fixture
 def kvm_fd() -> Iterator[int]:
-    fd = open_kvm()
-    yield fd
-    os.close(fd)
+    system = KvmSystem.open()
+    yield system.fd
+    system.close()
 
 
 def test_a_kept_cpuid_table_says_what_a_fresh_one_would(kvm_fd: int) -> None:

@@ -50,10 +50,10 @@ def objection_to(reason: str) -> str | None:
 
 def _kvm() -> Problem:
     from asyncvmm.errors import KvmUnavailable
-    from asyncvmm.machine.kvm.fds import open_kvm
+    from asyncvmm.machine.kvm.system import KvmSystem
 
     try:
-        os.close(open_kvm())
+        KvmSystem.open().close()
     except KvmUnavailable as error:
         return str(error)
     return None

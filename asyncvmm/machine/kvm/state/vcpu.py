@@ -114,10 +114,6 @@ class VcpuState:
         """Index and value of each register."""
         return [(index, value) for index, _, value in _MSR.iter_unpack(self.msrs)]
 
-    def cpuid_entries(self) -> tuple[CpuidEntry, ...]:
-        """What CPUID says on it."""
-        return _entries(self.cpuid)
-
 
 def save_vcpu(fd: int, host: HostState | None = None) -> bytes:
     """The section of a vCPU that does not run. Raises KvmIoctlError."""
