@@ -47,6 +47,12 @@ class KvmDirtyLog(Structure):
     _fields_ = [("slot", c_uint32), ("padding", c_uint32), ("dirty_bitmap", c_uint64)]
 
 
+class KvmEnableCap(Structure):
+    """struct kvm_enable_cap."""
+
+    _fields_ = [("cap", c_uint32), ("flags", c_uint32), ("args", c_uint64 * 4), ("pad", c_uint8 * 64)]
+
+
 class KvmPitConfig(Structure):
     """struct kvm_pit_config."""
 
@@ -296,7 +302,9 @@ class Request(IntEnum):
     KVM_SET_XSAVE = _iow(0xA5, XSAVE_BYTES)
     KVM_GET_XCRS = _ior(0xA6, sizeof(KvmXcrs))
     KVM_SET_XCRS = _iow(0xA7, sizeof(KvmXcrs))
+    KVM_ENABLE_CAP = _iow(0xA3, sizeof(KvmEnableCap))
     KVM_KVMCLOCK_CTRL = _io(0xAD)
+    KVM_RESET_DIRTY_RINGS = _io(0xC7)
     KVM_GET_XSAVE2 = _ior(0xCF, XSAVE_BYTES)
     KVM_SET_DEVICE_ATTR = _iow(0xE1, sizeof(KvmDeviceAttr))
     KVM_GET_DEVICE_ATTR = _iow(0xE2, sizeof(KvmDeviceAttr))
@@ -311,11 +319,15 @@ class Capability(IntEnum):
     KVM_CAP_TSC_CONTROL = 60
     KVM_CAP_MAX_VCPUS = 66
     KVM_CAP_IMMEDIATE_EXIT = 136
+    KVM_CAP_DIRTY_LOG_RING = 192
     KVM_CAP_XSAVE2 = 208
+    KVM_CAP_DIRTY_LOG_RING_ACQ_REL = 223
 
 
 KVM_MEM_LOG_DIRTY_PAGES = 1
 KVM_MEM_READONLY = 2
+KVM_DIRTY_LOG_PAGE_OFFSET = 64
+"""Where a vCPU's dirty ring is in its descriptor, in pages."""
 KVM_IOEVENTFD_FLAG_DATAMATCH = 1
 KVM_PIT_SPEAKER_DUMMY = 1
 KVM_VCPU_TSC_CTRL = 0

@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 
 from asyncvmm.errors import KvmIoctlError, KvmUnavailable
-from asyncvmm.machine.kvm.abi import Capability, Request
+from asyncvmm.machine.kvm.abi import Request
 
 _IOCTL_TYPES = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
 
@@ -47,6 +47,6 @@ def open_refused(path: Path, number: int) -> KvmUnavailable:
     return KvmUnavailable("KVM", expected=expected, found=found)
 
 
-def check_extension(fd: int, capability: Capability) -> int:
+def check_extension(fd: int, capability: int) -> int:
     """KVM_CHECK_EXTENSION: 0 for absent, else 1 or the capability's number."""
-    return ioctl(fd, Request.KVM_CHECK_EXTENSION, int(capability))
+    return ioctl(fd, Request.KVM_CHECK_EXTENSION, capability)
