@@ -39,6 +39,7 @@ FIGURES = {
     "snapshot_save": ("saving", "a snapshot, beside a plain copy of the touched pages; what its files take up"),
     "snapshot_pause": ("saving:measure_pause", "how long a guest stands whose memory is copied ahead, and otherwise"),
     "trigger_to_paused": ("saving:measure_trigger", "from a snapshot's trigger to two vCPUs standing, beside a kick"),
+    "dirty_collect": ("dirty", "finding out what a guest wrote, by dirty rings, beside bitmaps; by size of memory"),
     "restore_first_output": ("restore_peers", "restore to output in hand, beside QEMU, our QEMU machine, and mimobox"),
     "virtqueue_request": ("virtqueue", "a request popped from and pushed back to a virtqueue"),
     "linux_exits_to_ready": ("linux_exits", "userspace exits of a stock Linux until READY, in the lab (--lab)"),
