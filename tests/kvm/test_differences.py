@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 
 import anyio
@@ -30,23 +31,32 @@ from tests.support.memory_guest import (
 pytestmark = pytest.mark.anyio
 MIB = 1 << 20
 
+Named = tuple[MemoryGuest, Save]
 
-async def test_a_difference_has_what_was_written_since(new: New, files: Files) -> None:
+
+@pytest.fixture
+async def named(new: New, files: Files) -> AsyncIterator[Named]:
+    """A guest that runs on, most of its memory filled, and what it was saved as: ``whole``, all of it."""
     async with booted(new(track_dirty=True)) as guest:
-        await guest.fill(1000, 100, 1)
+        await guest.fill(600, 3400, 1)
         await guest.machine.pause()
         whole = await files.save(guest)
         guest.machine.saved_as("whole")
         await guest.machine.resume()
-        await guest.store(1050, 9)
-        await guest.fill(1060, 2, 0)
-        await guest.machine.pause()
-        less = await files.save(guest, whole, "whole")
-        assert await less.is_memory_of(guest)
-        found = less.machine.memory
-        assert (1050 * PAGE, PAGE) in found.data
-        assert found.zero == ((1060 * PAGE, 2 * PAGE),)
-        assert found.data_bytes <= 20 * PAGE
+        yield guest, whole
+
+
+async def test_a_difference_has_what_was_written_since(named: Named, files: Files) -> None:
+    guest, whole = named
+    await guest.store(1050, 9)
+    await guest.fill(1060, 2, 0)
+    await guest.machine.pause()
+    less = await files.save(guest, whole, "whole")
+    assert await less.is_memory_of(guest)
+    found = less.machine.memory
+    assert (1050 * PAGE, PAGE) in found.data
+    assert found.zero == ((1060 * PAGE, 2 * PAGE),)
+    assert found.data_bytes <= 20 * PAGE
 
 
 @pytest.mark.parametrize(
@@ -126,34 +136,26 @@ async def test_a_restored_machine_gives_differences_of_what_it_was_restored_from
         assert [await guest.load(page) for page in (1049, 1050)] == [1, 9]
 
 
-async def test_memory_copied_ahead_can_be_a_difference(new: New, files: Files) -> None:
-    async with booted(new(track_dirty=True)) as guest:
-        await guest.fill(1000, 1000, 1)
-        await guest.machine.pause()
-        whole = await files.save(guest)
-        guest.machine.saved_as("whole")
-        await guest.machine.resume()
-        await guest.fill(1100, 200, 2)
-        await guest.begin_dirtying(1100, 200, 2000)
-        writer = files.writer(16 * MIB, difference=True)
-        await guest.machine.precopy(writer)
-        await guest.machine.pause()
-        less = files.saved(await guest.machine.save(writer, difference_of="whole"), whole)
-        assert await less.is_memory_of(guest)
-        assert less.machine.memory.data_bytes <= 220 * PAGE
+async def test_memory_copied_ahead_can_be_a_difference(named: Named, files: Files) -> None:
+    guest, whole = named
+    await guest.fill(1100, 200, 2)
+    await guest.begin_dirtying(1100, 200, 2000)
+    writer = files.writer(16 * MIB, difference=True)
+    await guest.machine.precopy(writer)
+    await guest.machine.pause()
+    less = files.saved(await guest.machine.save(writer, difference_of="whole"), whole)
+    assert await less.is_memory_of(guest)
+    assert less.machine.memory.data_bytes <= 220 * PAGE
 
 
-async def test_a_difference_in_more_pieces_than_are_mapped_is_restored(new: New, files: Files) -> None:
+async def test_a_difference_in_more_pieces_than_are_mapped_is_restored(named: Named, new: New, files: Files) -> None:
     """Beyond a bound pieces are copied: data from the file, zeros over what was data."""
     pieces = range(600, 600 + 2 * 3 * MOST_MAPPINGS // 2, 2)
-    async with booted(new(track_dirty=True)) as guest:
-        await guest.fill(600, 3400, 1)
-        await guest.machine.pause()
-        whole = await files.save(guest)
-        guest.machine.saved_as("whole")
-        await in_thread(lambda: scatter(guest, pieces))
-        less = await files.save(guest, whole, "whole")
-        assert len(less.machine.memory.data) + len(less.machine.memory.zero) > MOST_MAPPINGS
+    guest, whole = named
+    await guest.machine.pause()
+    await in_thread(lambda: scatter(guest, pieces))
+    less = await files.save(guest, whole, "whole")
+    assert len(less.machine.memory.data) + len(less.machine.memory.zero) > MOST_MAPPINGS
     for shell in (None, await in_thread(lambda: Shell(ShellShape(memory_bytes=16 * MIB, vcpus=1), Timeline()))):
         async with restored(new(), less.plan(), shell) as guest:
             assert await less.is_memory_of(guest)
