@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from asyncvmm.console import ConsoleReader
 from asyncvmm.errors import ConfigError
 from asyncvmm.events.snapshot_types import RestoreStep
 from asyncvmm.events.types import Event, GuestGoDone
+from asyncvmm.machine.host_clock import realtime_ahead_ns
 from asyncvmm.snapshot import clones
 from tests.kvm.conftest import IN_LAB, PATIENCE_S
 
@@ -59,8 +59,7 @@ class Heard:
 def clock_error(vm: VM, done: GuestGoDone) -> tuple[int, int] | None:
     assert vm._machine is not None
     placed = vm._machine.guest_instant(done.tsc)
-    ahead_ns = time.time_ns() - time.monotonic_ns()
-    return None if placed is None else (done.realtime_ns - placed[0] - ahead_ns, placed[1])
+    return None if placed is None else (done.realtime_ns - placed[0] - realtime_ahead_ns(), placed[1])
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ held: an idle Linux takes an eighth of the lab's one processor, and a tenth of t
 from __future__ import annotations
 
 import os
-import time
 from contextlib import AsyncExitStack
 
 import anyio
@@ -17,6 +16,7 @@ import attrs
 from asyncvmm import VM, VMConfig
 from asyncvmm.console import ConsoleReader
 from asyncvmm.events.types import Event, GuestGoDone, GuestHeartbeat
+from asyncvmm.machine.host_clock import realtime_ahead_ns
 from asyncvmm.snapshot.resources import SnapshotResources
 from asyncvmm.snapshot.snapshot import Snapshot
 from tests.lab.conftest import PATIENCE_S
@@ -63,7 +63,7 @@ class Clone:
         assert vm._machine is not None
         placed = vm._machine.guest_instant(done.tsc)
         assert placed is not None
-        error_ns = done.realtime_ns - placed[0] - (time.time_ns() - time.monotonic_ns())
+        error_ns = done.realtime_ns - placed[0] - realtime_ahead_ns()
         self.clock_error = error_ns, placed[1]
 
     async def beats_on(self, vm: VM) -> None:

@@ -9,11 +9,10 @@ scales nothing and the offset is all there is.
 from __future__ import annotations
 
 import ctypes
-import time
 from collections.abc import Sequence
 
 from asyncvmm.errors import KvmIoctlError
-from asyncvmm.machine.host_clock import clock_sample
+from asyncvmm.machine.host_clock import clock_sample, realtime_ahead_ns
 from asyncvmm.machine.kvm.abi import (
     KVM_VCPU_TSC_CTRL,
     KVM_VCPU_TSC_OFFSET,
@@ -55,7 +54,7 @@ class GuestTsc:
 
     def now(self, khz: int) -> GuestTime | None:
         """The guest's TSC now, beside the host's time; ``khz`` is its frequency."""
-        ahead_ns = time.time_ns() - time.monotonic_ns()
+        ahead_ns = realtime_ahead_ns()
         sample = clock_sample()
         return None if sample is None else guest_time(sample, ahead_ns, self._offset, khz)
 
