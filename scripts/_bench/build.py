@@ -13,6 +13,8 @@ from _bench.bench import Bench, Skipped
 
 HERE = Path(__file__).parent
 GUEST_SCRIPT = HERE / "guests" / "guest.ld"
+TESTS_GUESTS = HERE.parents[1] / "tests" / "guests" / "kvm"
+"""What the bench's guests share with those of the tests: how ring 3 is entered."""
 _GUEST_FLAGS = (
     "-m64",
     "-nostdlib",
@@ -20,6 +22,7 @@ _GUEST_FLAGS = (
     "-no-pie",
     "-Wl,--build-id=none,--no-warn-rwx-segments",
     f"-Wl,-T,{GUEST_SCRIPT}",
+    f"-I{TESTS_GUESTS}",
 )
 _FLOOR_FLAGS = ("-std=gnu11", "-O2", "-Wall", "-Wextra")
 
@@ -64,6 +67,6 @@ def _build(bench: Bench, source: Path, flags: Sequence[str], compiler: str = "gc
 def _key(source: Path, flags: Sequence[str]) -> str:
     beside = sorted(path for path in source.parent.iterdir() if path.suffix in (".h", ".inc", ".ld"))
     digest = hashlib.sha256(" ".join(flags).encode())
-    for path in (source, *beside):
+    for path in (source, *beside, TESTS_GUESTS / "ring3.inc"):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

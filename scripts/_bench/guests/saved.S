@@ -7,6 +7,7 @@
 #   i   answer i, and rest
 # It rests by halting for good in ring 0, and in a loop in ring 3. With TWO, vCPU 1 goes round in a loop of its own.
 #include "pvh.inc"
+#include "ring3.inc"
 .set DATA_AT, 0x1000000         # what is filled
 .set PAGE, 4096
 .set AP_PAGE, 0x10
@@ -23,13 +24,6 @@
     jnz 1b
     movl $0x4600 + AP_PAGE, LAPIC_ICR
 #endif
-    mov $tables, %edi           # 512 entries of 2 MiB, open to ring 3
-    mov $0x87, %eax
-1:  mov %eax, (%edi)
-    add $8, %edi
-    add $0x200000, %eax
-    cmp $0x40000087, %eax
-    jne 1b
     mov $top, %eax
     mov %eax, %cr3
     mov %cr4, %eax
@@ -51,12 +45,7 @@ long:
     mov %eax, %ds
     mov %eax, %es
     mov %eax, %ss
-    mov $tss, %eax
-    mov %ax, gdt + 0x40 + 2
-    shr $16, %eax
-    mov %al, gdt + 0x40 + 4
-    mov $0x40, %ax
-    ltr %ax
+    load_ring3_tables
 #if RING0
     mov $DATA_AT, %edi
     mov $(TOUCHED_MIB << 8), %ecx
@@ -67,25 +56,7 @@ long:
     jnz 1b
     jmp filled
 #endif
-    xor %eax, %eax
-    cpuid
-    cmp $0x756e6547, %ebx       # "Genu"ineIntel: an emulator that lacks IRET knows SYSEXIT
-    jne 2f
-    mov $0x174, %ecx
-    mov $0x10, %eax
-    xor %edx, %edx
-    wrmsr
-    pushq $0x3002               # IOPL 3
-    popfq
-    mov $ring3, %edx
-    mov $stack_top, %ecx
-    rex.w sysexit
-2:  pushq $0x3b
-    pushq $stack_top
-    pushq $0x3002
-    pushq $0x33
-    pushq $ring3
-    iretq
+    enter_ring3 ring3
 ring3:
     cld
     mov $DATA_AT, %edi
@@ -189,24 +160,4 @@ put:
 
     .data
 text: .asciz "READY\n"
-    .balign 4096
-top: .quad pointers + 7
-    .fill 511, 8, 0
-pointers: .quad tables + 7
-    .fill 511, 8, 0
-tables: .fill 512, 8, 0
-gdt: .quad 0, 0
-    .quad 0x00af9b000000ffff    # 0x10: ring 0, 64-bit code
-    .quad 0x00cf93000000ffff    # 0x18: ring 0, data
-    .quad 0, 0
-    .quad 0x00affb000000ffff    # 0x30: ring 3, 64-bit code
-    .quad 0x00cff3000000ffff    # 0x38: ring 3, data
-    .quad 0x0000890000000fff, 0 # 0x40: the TSS
-gdtr: .word gdtr - gdt - 1
-    .quad gdt
-    .balign 4096
-tss: .fill 102, 1, 0
-    .word 104                   # where the I/O permission bitmap begins
-    .fill 4096 - 104, 1, 0
-    .fill 4096, 1, 0
-stack_top:
+    ring3_tables 512
