@@ -18,7 +18,8 @@ from asyncvmm.devices.virtio.balloon.pages import MOST_PFNS, PAGE_BYTES
 from asyncvmm.devices.virtio.queue import Chain
 from asyncvmm.metrics.groups import BalloonMetrics
 from asyncvmm.testing import Driver
-from tests.fuzz.guest import SHARE, play
+from tests.fuzz.driver import SHARE
+from tests.fuzz.guest import play
 from tests.fuzz.limits import lowered
 from tests.fuzz.memory import HIGH, HIGH_BYTES
 from tests.fuzz.reference import Range

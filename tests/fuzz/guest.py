@@ -13,19 +13,15 @@ from typing import Any
 
 import orjson
 
-from asyncvmm.devices.virtio import mmio, registers
-from asyncvmm.devices.virtio.device import VirtioDevice
+from asyncvmm.devices.virtio import registers
 from asyncvmm.devices.virtio.queue import DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE
 from asyncvmm.errors import ConfigError
-from asyncvmm.testing import Driver, DriverQueue
-from tests.fuzz.memory import HIGH, ObservedView
+from tests.fuzz.driver import SHARE, ObservedDriver
+from tests.fuzz.memory import HIGH
 from tests.fuzz.mutation import mutate
 from tests.fuzz.script import Script
 from tests.fuzz.target import Target
 from tests.fuzz.watch import Watch
-
-SHARE = 0x2000
-"""Bytes of RAM for each queue of a well-behaved driver: rings, and buffers behind them."""
 
 MOST_ACTIONS = 100
 REGISTERS = tuple(range(0, 0x100, 4))
@@ -33,26 +29,6 @@ SIZES = (1, 2, 4, 8, 16)
 _MOST_ADDRESS = (1 << 64) - 1
 _DESCRIPTOR = struct.Struct("<QIHH")
 _STATUSES = (1, 3, 0xB, 0xF, 0xF, 0xB, 4, 7, 8, 0x4F, 0x8F, 0, 0x10, 0xFFFFFFFF)
-
-
-class ObservedDriver(Driver):
-    """The driver, with its memory observed."""
-
-    view: ObservedView
-
-    def new_transport(self, device: VirtioDevice) -> mmio.VirtioMmio:
-        """As Driver, but of the observed memory."""
-        if not isinstance(self.view, ObservedView):
-            self.view = ObservedView(self.memory)
-        return super().new_transport(device)
-
-    def _set_up(self, index: int, share: int) -> DriverQueue:
-        wanted = self._queue_size
-        self._queue_size = min(wanted or 16, self.device.queues[index].max_size)
-        try:
-            return super()._set_up(index, share)
-        finally:
-            self._queue_size = wanted
 
 
 class Play:
