@@ -74,7 +74,7 @@ class StallWatch:
         self._bystander = bystander
         self._due = float("inf")
         self._seen: list[float] = []
-        self._stack = ""
+        self._stack: traceback.StackSummary | None = None
 
     async def __aenter__(self) -> StallWatch:
         self._thread = threading.get_ident()
@@ -97,13 +97,13 @@ class StallWatch:
             frame = sys._current_frames().get(self._thread)
             if frame is not None and _is_ours(frame):
                 self._seen.append(now)
-                if now - self._due > LONGEST_STALL_S / 2 and not self._stack:
-                    self._stack = "".join(traceback.format_stack(frame, 8))
+                if now - self._due > LONGEST_STALL_S / 2 and self._stack is None:
+                    self._stack = _stack_of(frame)
 
     async def _beat(self) -> None:
         while True:
             waited, ran = self._waited(), time.thread_time()
-            self._seen, self._stack, self._due = [], "", time.monotonic() + PERIOD_S
+            self._seen, self._stack, self._due = [], None, time.monotonic() + PERIOD_S
             await asyncio.sleep(PERIOD_S)
             self._judge(self._due, self._waited() - waited, time.thread_time() - ran)
 
@@ -118,7 +118,7 @@ class StallWatch:
         late_too = max(0.0, self._bystander.lateness_between(due, last) - ran)
         seconds = last - due - waited - late_too
         if seconds > (self.worst.seconds if self.worst else 0.0):
-            self.worst = Stall(seconds, self._stack)
+            self.worst = Stall(seconds, "".join(self._stack.format()) if self._stack is not None else "")
 
 
 @contextmanager
@@ -134,6 +134,14 @@ def _nothing_collected() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+def _stack_of(frame: FrameType) -> traceback.StackSummary:
+    """Its lines are read when it is formatted: a file that is open for a moment, on another thread than the test's,
+    would be counted among what the test holds."""
+    stack = traceback.StackSummary.extract(traceback.walk_stack(frame), limit=8, lookup_lines=False)
+    stack.reverse()
+    return stack
 
 
 def _is_ours(frame: FrameType) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import linecache
 import subprocess
 import sys
 import time
@@ -36,6 +37,22 @@ async def test_a_loop_that_is_blocked_is_noticed_and_by_what(bystander: Bystande
     assert watch.worst is not None
     assert watch.worst.seconds > LONGEST_STALL_S
     assert "test_stalls.py" in watch.worst.stack
+
+
+async def test_a_look_at_a_blocked_loop_opens_no_file(bystander: Bystander) -> None:
+    """Tests count the descriptors of the process."""
+    for _ in range(5):
+        linecache.clearcache()
+        async with StallWatch(bystander) as watch:
+            await asyncio.sleep(0.02)
+            busy()
+            read = [name for name, entry in linecache.cache.items() if len(entry) > 1]  # others are to be read yet
+            await asyncio.sleep(0.02)
+        assert not read
+        if watch.worst is not None:
+            break
+    assert watch.worst is not None
+    assert "busy()" in watch.worst.stack
 
 
 @pytest.fixture
