@@ -187,7 +187,6 @@ async def test_a_clone_has_a_network_helper_of_its_own(new_vm: NewVm, holdings: 
             async with await VM.restore(snapshot) as clone:
                 assert len(holdings().children - before.children) == 1
                 assert clone.state == "ready"
-            await anyio.sleep(0.1)  # uvloop closes a pipe a turn later
             assert holdings(MEMORY_MIB << 20) == before
 
 
