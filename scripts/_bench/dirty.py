@@ -17,6 +17,7 @@ from _bench.bench import Bench, Skipped
 from _bench.figure import Figure
 from _bench.guest import GuestRun, plan_of
 from _bench.saved import middle, saved_guest
+from asyncvmm.errors import MemorySizeError
 from asyncvmm.machine.base import BootPlan
 from asyncvmm.machine.kvm.creation import blueprint
 from asyncvmm.machine.kvm.dirty import DirtyLog
@@ -36,8 +37,13 @@ async def measure(bench: Bench) -> list[Figure]:
     """dirty_collect, for each of MEMORIES_MIB."""
     if ring_shape(0, RING_BYTES) is None:
         raise Skipped("this host's KVM has no dirty rings")
-    guest = saved_guest(bench)
-    return [await _collected(bench, guest, memory_mib) for memory_mib in MEMORIES_MIB]
+    guest, figures = saved_guest(bench), []
+    for memory_mib in MEMORIES_MIB:
+        try:
+            figures.append(await _collected(bench, guest, memory_mib))
+        except MemorySizeError as reason:
+            bench.say(f"dirty_collect, {memory_mib} MiB: not measured: {reason}")
+    return figures
 
 
 async def _collected(bench: Bench, guest: Path, memory_mib: int) -> Figure:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import anyio
+import anyio.lowlevel
 import pytest
 
 from asyncvmm.errors import HostError, KvmIoctlError
@@ -33,6 +34,7 @@ from asyncvmm.machine.kvm.ring_shape import (
 from asyncvmm.machine.kvm.vm import KvmVm
 from asyncvmm.machine.waiting import in_thread
 from asyncvmm.timing.timeline import Timeline
+from tests.support.holdings import Holdings
 from tests.support.memory_guest import (
     OWN_PAGES,
     PAGE,
@@ -48,6 +50,8 @@ from tests.support.memory_guest import (
 
 pytestmark = pytest.mark.anyio
 MIB = 1 << 20
+FILL_BYTES = 10
+"""Of the command: the guest begins when it has the last."""
 
 
 def ring_of(guest: MemoryGuest) -> DirtyRing:
@@ -262,10 +266,12 @@ async def test_a_guest_is_paused_at_any_moment_of_filling_its_ring(new: New, fil
 
 @pytest.fixture
 async def filling(new: New, files: Files) -> Save:
-    """Of a guest that fills its memory, and makes no exit before it is done."""
-    async with booted(new()) as guest, anyio.create_task_group() as group:
-        group.start_soon(guest.fill, 600, 3400, 3)
-        await anyio.sleep(0.003)
+    """Of a guest that has begun to fill 60 MiB of its 64, and makes no exit before it is done."""
+    async with booted(new(memory_mib=64)) as guest, anyio.create_task_group() as group:
+        heard = guest.run.count("in 0x3f8")
+        group.start_soon(guest.fill, 1000, 15360, 3)
+        while guest.run.count("in 0x3f8") < heard + FILL_BYTES:
+            await anyio.lowlevel.checkpoint()
         await guest.machine.pause()
         save = await files.save(guest)
         await guest.machine.resume()
@@ -284,9 +290,10 @@ async def goes_on(guest: MemoryGuest, files: Files, whole: Save) -> None:
 async def test_the_first_exit_of_a_restored_guest_may_be_that_its_ring_is_full(
     new: New, files: Files, filling: Save
 ) -> None:
-    shape = ShellShape(memory_bytes=16 * MIB, vcpus=1, track_dirty=True, ring=ring_shape(16 * MIB, SMALLEST_RING))
+    shape = ShellShape(memory_bytes=64 * MIB, vcpus=1, track_dirty=True, ring=ring_shape(64 * MIB, SMALLEST_RING))
     for shell in (None, await in_thread(lambda: Shell(shape, Timeline()))):
-        async with restored(new(), filling.plan(track_dirty=True, ring_bytes=SMALLEST_RING), shell) as guest:
+        plan = filling.plan(track_dirty=True, ring_bytes=SMALLEST_RING)
+        async with restored(new(memory_mib=64), plan, shell) as guest:
             guest.machine.saved_as("whole")
             await guest.machine.resume()
             await goes_on(guest, files, filling)
@@ -301,7 +308,7 @@ async def test_the_first_exit_of_a_launched_guest_may_be_that_its_ring_is_full(
     if prepared is None:
         pytest.skip("this host restores without launching")
     await in_thread(await_a_runner)
-    launch, guest = prepared.begin(enters), new()
+    launch, guest = prepared.begin(enters), new(memory_mib=64)
     assert launch is not None
     try:
         await guest.machine.restore(plan, launch=launch)
@@ -386,6 +393,17 @@ async def test_without_rings_differences_are_told_by_bitmaps(new: New, files: Fi
         await guest.fill(700, 50, 3)
         await guest.machine.pause()
         assert await (await files.save(guest, whole, "whole")).is_memory_of(guest)
+
+
+async def test_a_vm_with_rings_leaves_nothing(new: New, files: Files, holdings: Callable[..., Holdings]) -> None:
+    before = holdings(16 * MIB)
+    async with booted(new(track_dirty=True, ring_bytes=65536)) as guest:
+        await guest.fill(600, 100, 1)
+        await guest.machine.pause()
+        await files.save(guest)
+        assert holdings(16 * MIB) != before
+    files.close()
+    assert holdings(16 * MIB) == before
 
 
 @pytest.mark.parametrize("ring_bytes", [1, 3 << 12])
