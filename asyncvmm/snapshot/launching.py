@@ -1,4 +1,4 @@
-"""Launching: a restore whose VM is made beside the loop, which meanwhile makes the Python half (see kvm/launch.py).
+"""Launching: a restore whose VM is made on a thread outside of the interpreter (see kvm/launch.py).
 
 So is every restore of a KVM machine with one vCPU and without devices, from the second one of a snapshot on: what it
 takes is prepared a moment after a restore, when the restored guest is on its way.
@@ -92,12 +92,26 @@ class Preparation:
         if self._preparing is not None:
             await wait_out(self._preparing)  # what it prepares is of no use any more
         if self._fits and self._later is None:
-            await in_thread(self._prepare)
+            await self._prepare_and_arm()
 
     def _begin(self) -> None:
         self._later = None
-        if self._options.kind not in self._snapshot.prepared or not any_idle():
-            self._preparing = asyncio.get_running_loop().create_task(in_thread(self._prepare))
+        if self._options.kind in self._snapshot.prepared and any_idle():
+            self._arm()
+        else:
+            self._preparing = asyncio.get_running_loop().create_task(self._prepare_and_arm())
+
+    async def _prepare_and_arm(self) -> None:
+        await in_thread(self._prepare)
+        self._arm()
+
+    def _arm(self) -> None:
+        prepared = self._snapshot.prepared.get(self._options.kind)
+        if prepared is None:
+            return
+        prepared.arm()
+        if self._snapshot.closed:
+            prepared.disarm()
 
     def _prepare(self) -> None:
         """On a worker thread."""
@@ -111,7 +125,7 @@ class Preparation:
                 if prepared is not None:
                     snapshot.prepared[options.kind] = prepared
                 if options.plan(snapshot) is not plan:  # the working set has become known meanwhile
-                    snapshot.prepared.pop(options.kind, None)
+                    snapshot.forget_prepared(options.kind)
             make_one()
         except (AsyncVMMError, RuntimeError) as error:  # RuntimeError: no thread to be had
             _log.debug("no launch of %s prepared: %s", snapshot.path, error)

@@ -63,7 +63,7 @@ class Snapshot:
         self._users = 0
         self._closed = False
         self._doomed: list[Path] = []
-        self._close = weakref.finalize(self, _let_go, loaded, self._doomed, os.getpid())
+        self._close = weakref.finalize(self, _let_go, loaded, self.prepared, self._doomed, os.getpid())
 
     @classmethod
     async def load(cls, path: str | Path, *, check_memory: bool = False) -> Self:
@@ -169,8 +169,15 @@ class Snapshot:
         """What a restored guest was found to need first, for the next ones."""
         if not self.working_set:
             self.working_set = found
-            self.prepared.clear()
+            for kind in list(self.prepared):
+                self.forget_prepared(kind)
             await in_thread(lambda: keep_working_set(self.path, found))
+
+    def forget_prepared(self, kind: LaunchKind) -> None:
+        """What was prepared of that kind is of no use any more. On any thread."""
+        prepared = self.prepared.pop(kind, None)
+        if prepared is not None:
+            prepared.disarm()
 
     def remove_when_closed(self) -> None:
         """It was made in a directory of ours, which nobody named: both go with it. Raises ValueError for any other."""
@@ -204,8 +211,12 @@ def _guest(loaded: Loaded) -> GuestRecord:
     return GuestRecord.of_section(section)
 
 
-def _let_go(loaded: Loaded, doomed: list[Path], owner: int) -> None:
-    """``owner`` is the process whose the directories are: one that was forked has a copy of all this."""
+def _let_go(loaded: Loaded, prepared: dict[LaunchKind, PreparedLaunch], doomed: list[Path], owner: int) -> None:
+    """``owner`` is the process whose launches and directories they are: one that was forked has a copy of all this."""
     loaded.close()
-    for directory in doomed if os.getpid() == owner else ():
+    if os.getpid() != owner:
+        return
+    for launches in list(prepared.values()):
+        launches.disarm()
+    for directory in doomed:
         shutil.rmtree(directory, ignore_errors=True)

@@ -25,8 +25,11 @@ from asyncvmm import VM, VMConfig
 from asyncvmm.device_list import DeviceConfig
 from asyncvmm.effects import Effect, ExitStatistics, SerialOutput, Stopped
 from asyncvmm.machine.base import BootPlan
+from asyncvmm.machine.kvm.launch import Launch, PreparedLaunch
 from asyncvmm.machine.kvm.machine import KvmMachine
+from asyncvmm.snapshot.snapshot import Snapshot
 from asyncvmm.timing.timeline import Timeline
+from tests.support.launched import Ready, grasping_snapshot, ready_snapshot
 from tests.support.memory_guest import Files, New, new_guest
 from tests.support.requirements import require
 
@@ -323,3 +326,32 @@ def vm(guest: Callable[[str], Path]) -> Callable[..., VM]:
         return VM(VMConfig(kernel=guest("foreign"), cmdline=program, memory_mib=4, accel="kvm", **options))
 
     return make
+
+
+@pytest.fixture
+def ready(guest: Callable[[str], Path]) -> Ready:
+    """Snapshots whose restores are launched, see tests/support/launched.py."""
+    return lambda program: ready_snapshot(guest("foreign"), program)
+
+
+@pytest.fixture
+async def grasping(guest: Callable[[str], Path]) -> AsyncIterator[Snapshot]:
+    """See grasping_snapshot."""
+    async with grasping_snapshot(guest("foreign")) as snapshot:
+        yield snapshot
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    """Those that begin."""
+    found: list[Launch] = []
+    begin = PreparedLaunch.begin
+
+    def noted(self: PreparedLaunch, *arguments: Any) -> Launch | None:
+        launch = begin(self, *arguments)
+        if launch is not None:
+            found.append(launch)
+        return launch
+
+    monkeypatch.setattr(PreparedLaunch, "begin", noted)
+    return found

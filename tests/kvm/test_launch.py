@@ -1,147 +1,42 @@
-"""Restores that begin on a thread of their own before their VM is there: the same restores, and nothing left of any.
-
-The guest is tests/guests/kvm/foreign.S: ``E`` echoes, polling its serial port, ``H`` halts for good, and
-``G`` echoes without a look whether there is anything.
-"""
+"""Restores that begin on a thread of their own before their VM is there: they are the same restores."""
 
 from __future__ import annotations
 
-import asyncio
-import gc
-import os
-import shutil
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import anyio
-import attrs
 import pytest
 
-from asyncvmm import VM, ConfigError, StateError, VMConfig
+from asyncvmm import VM, VMConfig
 from asyncvmm.console import ConsoleReader
-from asyncvmm.errors import HostError, SnapshotDamaged, SnapshotMismatch
 from asyncvmm.events.base import Event
 from asyncvmm.events.snapshot_types import RestoreFirstExit, RestoreMapped
 from asyncvmm.events.types import PhaseEnded, RestoreProfileEvent, RuntimeRestoreProfileEvent
 from asyncvmm.machine.kvm import launch as launch_module
 from asyncvmm.machine.kvm import runner
 from asyncvmm.machine.kvm.launch import Launch, PreparedLaunch
-from asyncvmm.machine.kvm.machine import KvmMachine
 from asyncvmm.machine.kvm.state.setting import TscPlan
 from asyncvmm.machine.waiting import in_thread
-from asyncvmm.snapshot import snapshot as snapshot_module
 from asyncvmm.snapshot.shell_pool import ShellPool
-from asyncvmm.snapshot.snapshot import LaunchKind, Snapshot
-from tests.support.holdings import Holdings
+from asyncvmm.snapshot.snapshot import Snapshot
+from tests.support.echoing import echoed
+from tests.support.launched import (
+    MEMORY_MIB,
+    PATIENCE_S,
+    PLAIN,
+    PREFETCHED,
+    Ready,
+    await_a_runner,
+    faulty,
+    hear,
+    kvm_of,
+)
 
 pytestmark = pytest.mark.anyio
-
-MEMORY_MIB = 69
-"""A size that no other mapping has."""
-PATIENCE_S = 60
-PLAIN, IN_SHELL, PREFETCHED = (False, False, False), (False, False, True), (True, False, False)
-DELAYS_S = (0.0, 0.0001, 0.0003, 0.0005, 0.0008, 0.001, 0.0015, 0.002, 0.003, 0.005)
-
-Ready = Callable[[str], AbstractAsyncContextManager[Snapshot]]
-Count = Callable[..., Holdings]
-
-
-@pytest.fixture
-def ready(guest: Callable[[str], Path]) -> Ready:
-    """A snapshot of a guest with that program, all kinds of whose restores are prepared."""
-
-    @asynccontextmanager
-    async def make(program: str) -> AsyncIterator[Snapshot]:
-        config = VMConfig(kernel=guest("foreign"), cmdline=program, memory_mib=MEMORY_MIB, accel="kvm")
-        async with VM(config) as original:
-            await original.boot()
-            snapshot = await original.snapshot(then="stop")
-        async with snapshot:
-            await prepare(snapshot)
-            yield snapshot
-
-    return make
-
-
-async def prepare(snapshot: Snapshot) -> None:
-    async with ShellPool(snapshot) as shells:
-        for options in ({"prefetch": False}, {"prefetch": False, "shells": shells}, {}):
-            async with await VM.restore(snapshot, **options):
-                pass
-    assert {PLAIN, IN_SHELL, PREFETCHED} <= set(snapshot.prepared)
-    await in_thread(await_a_runner)
-
-
-def await_a_runner() -> None:
-    """It says itself when it is ready."""
-    runner.make_one()
-    while not runner.any_idle():
-        time.sleep(0.001)
-
-
-@pytest.fixture
-async def grasping(guest: Callable[[str], Path]) -> AsyncIterator[Snapshot]:
-    """A snapshot of a guest whose first access will take ``x`` out of its serial port; a restore of it is prepared."""
-    config = VMConfig(kernel=guest("foreign"), cmdline="RG", memory_mib=MEMORY_MIB, accel="kvm")
-    async with VM(config) as original:
-        await original.boot()
-        await original.pause()
-        await kvm_of(original).write("console", b"x")
-        snapshot = await original.snapshot(then="stop")
-    async with snapshot:
-        while PREFETCHED not in snapshot.prepared:
-            async with await VM.restore(snapshot):
-                await anyio.sleep(0.02)
-        await in_thread(await_a_runner)
-        yield snapshot
-
-
-@pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
-    """Those that begin."""
-    found: list[Launch] = []
-    begin = PreparedLaunch.begin
-
-    def noted(self: PreparedLaunch, *arguments: Any) -> Launch | None:
-        launch = begin(self, *arguments)
-        if launch is not None:
-            found.append(launch)
-        return launch
-
-    monkeypatch.setattr(PreparedLaunch, "begin", noted)
-    return found
-
-
-async def echoed(vm: VM, text: bytes) -> bytes:
-    reader, answer = vm.console.subscribe(), b""
-    await vm.console.write(text)
-    with anyio.fail_after(PATIENCE_S):
-        while len(answer) < len(text):
-            answer += await anext(reader)
-    await reader.aclose()
-    return answer
-
-
-def hear(vm: VM, told: list[Event]) -> None:
-    vm.events.attach(told.append)
-
-
-def kvm_of(vm: VM) -> KvmMachine:
-    assert isinstance(vm._machine, KvmMachine)
-    return vm._machine
-
-
-def faulty(snapshot: Snapshot, kind: LaunchKind, **changes: Any) -> None:
-    """Have launches of that kind go wrong."""
-    prepared = snapshot.prepared[kind]
-    snapshot.prepared[kind] = PreparedLaunch(prepared.blueprint, attrs.evolve(prepared.chain, **changes))
-
-
-# -- the same restores -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prefetch", [False, True])
@@ -347,272 +242,3 @@ async def test_without_an_idle_runner_a_restore_needs_none(ready: Ready, launche
         for idle in busy:
             runner.give_back(idle)
     assert not launches
-
-
-# -- nothing is left ---------------------------------------------------------------------------------------------------
-
-
-def held(count: Count) -> Holdings:
-    return count(MEMORY_MIB << 20)
-
-
-@pytest.mark.parametrize("program", ["RE", "RH"])
-async def test_a_launch_that_is_cancelled_at_some_moment_leaves_nothing(
-    ready: Ready, holdings: Count, launches: list[Launch], program: str
-) -> None:
-    async with ready(program) as snapshot:
-        before = held(holdings)
-        for delay_s in DELAYS_S:
-            with anyio.move_on_after(delay_s):
-                async with await VM.restore(snapshot, prefetch=False):
-                    pass
-            assert held(holdings) == before
-            await prepare(snapshot)
-            before = held(holdings)
-    assert launches
-
-
-@pytest.mark.parametrize("delay_s", DELAYS_S[:6])
-async def test_a_launch_in_a_shell_that_is_cancelled_leaves_nothing_of_it(
-    ready: Ready, holdings: Count, launches: list[Launch], delay_s: float
-) -> None:
-    async with ready("RE") as snapshot:
-        before = held(holdings)
-        async with ShellPool(snapshot) as shells:
-            with anyio.move_on_after(delay_s):
-                async with await VM.restore(snapshot, prefetch=False, shells=shells):
-                    pass
-        assert held(holdings) == before
-    assert launches
-
-
-async def test_a_hook_that_fails_leaves_nothing(ready: Ready, holdings: Count, launches: list[Launch]) -> None:
-    def fail(_: object) -> Any:
-        raise ZeroDivisionError
-
-    async with ready("RE") as snapshot:
-        before = held(holdings)
-        with pytest.raises(ZeroDivisionError):
-            await VM.restore(snapshot, prefetch=False, prepare=fail)
-        with pytest.raises(ZeroDivisionError):
-            await VM.restore(snapshot, prefetch=False, configure=fail)
-        assert held(holdings) == before
-    assert launches
-
-
-@pytest.mark.parametrize("kind", [PLAIN, IN_SHELL])
-async def test_a_memory_file_that_fails_is_a_typed_error_and_leaves_nothing(
-    ready: Ready, holdings: Count, launches: list[Launch], kind: LaunchKind
-) -> None:
-    async with ready("RE") as snapshot:
-        before = held(holdings)
-        chain = snapshot.prepared[kind].chain
-        read_only = os.open("/proc/self/stat", os.O_RDONLY)
-        faulty(snapshot, kind, given=(*chain.given[:2], read_only))
-        async with ShellPool(snapshot) as shells:
-            with pytest.raises(SnapshotDamaged):
-                await VM.restore(snapshot, prefetch=False, shells=shells if kind == IN_SHELL else None)
-        os.close(read_only)
-        assert held(holdings) == before
-    assert launches
-
-
-async def test_a_state_that_kvm_refuses_is_a_typed_error_and_leaves_nothing(
-    ready: Ready, holdings: Count, launches: list[Launch]
-) -> None:
-    async with ready("RE") as snapshot:
-        before = held(holdings)
-        given = snapshot.prepared[PLAIN].chain.given
-        faulty(snapshot, PLAIN, given=(8, *given[1:]))  # no address of ours
-        with pytest.raises(SnapshotMismatch):
-            await VM.restore(snapshot, prefetch=False)
-        assert held(holdings) == before
-    assert launches
-
-
-async def test_a_vm_that_is_stopped_while_it_is_launched_leaves_nothing(
-    ready: Ready, holdings: Count, launches: list[Launch]
-) -> None:
-    stopping: list[asyncio.Task[None]] = []
-    made: list[VM] = []
-
-    def stop_soon(vm: VM) -> None:
-        made.append(vm)
-        stopping.append(asyncio.ensure_future(vm.stop()))
-
-    async with ready("RE") as snapshot:
-        before = held(holdings)
-        with suppress(StateError):  # unless the restore was as good as done
-            await VM.restore(snapshot, prefetch=False, prepare=stop_soon)
-        await stopping.pop()
-        assert made.pop().state == "stopped"
-        assert held(holdings) == before
-    assert launches
-
-
-async def test_a_machine_that_is_stopped_while_it_is_launched_leaves_nothing(
-    ready: Ready, holdings: Count, launches: list[Launch], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    mapped = Launch.mapped
-    async with ready("RE") as snapshot:
-        before = held(holdings)
-
-        async def stopped_before(self: Launch) -> None:
-            assert made
-            await made[0]._machine.stop()  # type: ignore[union-attr]
-            await mapped(self)
-
-        made: list[VM] = []
-        monkeypatch.setattr(Launch, "mapped", stopped_before)
-        with pytest.raises(StateError):
-            await VM.restore(snapshot, prefetch=False, prepare=made.append)
-        made.clear()
-        assert held(holdings) == before
-    assert launches
-
-
-async def test_no_descriptor_to_be_had_is_an_error_that_leaves_nothing(
-    ready: Ready, holdings: Count, launches: list[Launch], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def none(*_: object) -> int:
-        raise OSError(24, "Too many open files")
-
-    async with ready("RE") as snapshot:
-        before = held(holdings)
-        eventfd = os.eventfd
-        monkeypatch.setattr(os, "eventfd", none)
-        with pytest.raises((HostError, OSError), match="Too many"):
-            await VM.restore(snapshot, prefetch=False)
-        monkeypatch.setattr(os, "eventfd", eventfd)
-        assert held(holdings) == before
-    assert launches
-
-
-async def test_a_launch_that_a_signal_breaks_off_leaves_nothing_and_its_runner_serves_again(
-    ready: Ready, holdings: Count, launches: list[Launch], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted(*_: object) -> int:
-        raise ZeroDivisionError  # as a signal's handler may, at any moment
-
-    async with ready("RE") as snapshot:
-        before = held(holdings)
-        with monkeypatch.context() as patched:
-            patched.setattr(os, "eventfd", interrupted)
-            with pytest.raises(ZeroDivisionError):
-                await VM.restore(snapshot, prefetch=False)
-        assert held(holdings) == before
-        await in_thread(await_a_runner)
-        assert len(set(runner._idle)) == len(runner._idle)
-        async with await VM.restore(snapshot, prefetch=False) as vm:
-            assert await echoed(vm, b"x") == b"x"
-    assert launches
-
-
-async def test_a_failure_that_nobody_waits_for_any_more_is_not_complained_of(
-    ready: Ready, launches: list[Launch]
-) -> None:
-    complaints: list[object] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
-
-    def fail(_: object) -> Any:
-        time.sleep(0.05)  # the launch has failed meanwhile
-        raise ZeroDivisionError
-
-    async with ready("RE") as snapshot, ShellPool(snapshot) as shells:
-        faulty(snapshot, IN_SHELL, given=(8, *snapshot.prepared[IN_SHELL].chain.given[1:]))  # no address of ours
-        with pytest.raises(ZeroDivisionError):
-            await VM.restore(snapshot, prefetch=False, shells=shells, prepare=fail)
-    assert launches
-    del launches[:]
-    gc.collect()
-    assert not complaints
-
-
-async def test_few_idle_runners_are_kept(ready: Ready) -> None:
-    async with ready("RE") as snapshot, snapshot.clones(12) as vms:
-        for vm in vms:
-            assert await echoed(vm, b"x") == b"x"
-    assert sum(thread.name == runner.IDLE_NAME for thread in threading.enumerate()) <= runner.MOST_IDLE
-
-
-# -- shells ------------------------------------------------------------------------------------------------------------
-
-
-async def test_what_is_no_pool_of_shells_is_refused(ready: Ready) -> None:
-    async with ready("RE") as snapshot:
-        wrong: Any
-        for wrong in ([], True, "shells"):
-            with pytest.raises(ConfigError, match="shells"):
-                await VM.restore(snapshot, shells=wrong)
-
-
-async def test_a_closed_pool_is_refused(ready: Ready, holdings: Count) -> None:
-    async with ready("RE") as snapshot:
-        before = held(holdings)
-        async with ShellPool(snapshot) as shells:
-            pass
-        with pytest.raises(StateError):
-            await VM.restore(snapshot, prefetch=False, shells=shells)
-        assert held(holdings) == before
-
-
-@pytest.mark.parametrize("delay_s", [0.0, 0.0003, 0.001])
-async def test_whoever_is_cancelled_while_a_shell_is_made_leaves_none(
-    ready: Ready, holdings: Count, delay_s: float
-) -> None:
-    async with ready("RE") as snapshot:
-        before = held(holdings)
-        shells, vm = ShellPool(snapshot), None
-        with anyio.move_on_after(delay_s):
-            vm = await VM.restore(snapshot, prefetch=False, shells=shells)
-        if vm is not None:  # it was as quick as that
-            await vm.stop()
-        await shells.aclose()
-        assert held(holdings) == before
-
-
-async def test_the_last_to_use_a_closed_snapshot_removes_it_beside_the_loop(
-    ready: Ready, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    threads: list[threading.Thread] = []
-    remove = shutil.rmtree
-
-    def noted(*arguments: Any, **options: Any) -> None:
-        threads.append(threading.current_thread())
-        remove(*arguments, **options)
-
-    async with ready("RE") as snapshot:
-        assert snapshot.is_temporary
-        monkeypatch.setattr(shutil, "rmtree", noted)
-        async with await VM.restore(snapshot, prefetch=False, prepare=lambda _: snapshot.close()) as vm:
-            assert await echoed(vm, b"x") == b"x"
-            assert not snapshot.path.exists()
-    assert threads
-    assert threading.main_thread() not in threads
-
-
-@pytest.mark.parametrize("by_name", [False, True])
-async def test_a_restore_cancelled_while_its_snapshot_is_let_go_leaves_no_vm(
-    ready: Ready, holdings: Count, monkeypatch: pytest.MonkeyPatch, by_name: bool
-) -> None:
-    let_go = snapshot_module._let_go
-
-    def take_a_while(*arguments: Any) -> None:
-        time.sleep(0.3)
-        let_go(*arguments)
-
-    async with ready("RE") as snapshot:
-        before = held(holdings)
-        monkeypatch.setattr(snapshot_module, "_let_go", take_a_while)
-        copy = await Snapshot.load(snapshot.path)
-        if by_name:
-            restoring = asyncio.ensure_future(VM.restore(snapshot.path))
-        else:
-            restoring = asyncio.ensure_future(VM.restore(copy, prepare=lambda _: copy.close()))
-        await asyncio.sleep(0.15)
-        restoring.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await restoring
-        await copy.aclose()
-        after = held(holdings)
-        assert (after.threads, after.mappings) == (before.threads, before.mappings)

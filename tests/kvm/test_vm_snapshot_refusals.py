@@ -24,6 +24,7 @@ from asyncvmm.snapshot.memory_writer import MemoryWriter
 from asyncvmm.snapshot.predicates import console
 from asyncvmm.snapshot.snapshot import Snapshot
 from tests.support.echoing import echoed
+from tests.support.launched import disarm
 
 pytestmark = pytest.mark.anyio
 PATIENCE_S = 60
@@ -84,6 +85,7 @@ async def test_a_memory_file_that_is_cut_off_after_it_was_loaded_is_refused(
         for _ in range(earlier):  # later ones are launched
             async with await VM.restore(snapshot):
                 pass
+        disarm(snapshot)
         before = len(os.listdir("/proc/self/fd"))
         os.truncate(tmp_path / "s" / "memory.bin", 4096)
         with pytest.raises(SnapshotDamaged, match=r"memory\.bin"):

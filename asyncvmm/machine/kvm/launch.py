@@ -1,12 +1,14 @@
-"""Launch: a restore under way on a runner's thread, beside the loop, which makes the VM's Python half.
+"""Launch: a restore under way on a runner's thread, outside of the interpreter; the loop makes the VM's Python half
+beside it or, where they share a processor, after it.
 
     prepared = prepare_launch(plan, in_shell=False)
+    prepared.arm()                           what can be made ahead is
 
-    launch = prepared.begin(None)            nothing but this is between the call and the chain of calls
-    launch.decide(True)                  the guest may be entered as soon as its state is there
-    await launch.mapped()                it is; the guest may run already
+    launch = prepared.begin(None)            as little as can be is between the call and the chain of calls
+    launch.decide(True)                      the guest may be entered as soon as its state is there
+    await launch.mapped()                    it is; the guest may run already
     vm = launch.take(timeline)
-    launch.hand_over(...)                from here on its exits are answered
+    launch.hand_over(...)                    from here on its exits are answered
 
 What a guest does before its first exit is answered nobody else can see: a launch can be given up until then.
 """
@@ -14,21 +16,23 @@ What a guest does before its first exit is answered nobody else can see: a launc
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
+from ctypes import addressof
 from typing import TYPE_CHECKING, Final
 
 import attrs
 
-from asyncvmm.machine.kvm.fastpath.binding import load
-from asyncvmm.machine.kvm.fastpath.chain import At
+from asyncvmm.machine.kvm.bell import Bell
+from asyncvmm.machine.kvm.fastpath.binding import Library, load
+from asyncvmm.machine.kvm.fastpath.chain import BEGAN, At
 from asyncvmm.machine.kvm.faults import NO_FAULTS, Faults
+from asyncvmm.machine.kvm.launch_chain import LaunchChain
 from asyncvmm.machine.kvm.restoring import (
     OFFSET_SLOT,
-    LaunchChain,
     RestoreBlueprint,
     Shell,
     held_in,
@@ -50,52 +54,57 @@ _SHUT: Final = 2
 
 
 class Launch:
-    """``blueprint`` is what is restored. All but ``join`` and ``native_id`` is for the loop."""
+    """``blueprint`` is what is restored. All but ``join`` and ``native_id`` is for the loop it is made on."""
 
-    def __init__(
-        self, blueprint: RestoreBlueprint, chain: LaunchChain, runner: Runner, shell: Shell | None, enters: bool | None
-    ) -> None:
-        """Nothing is under way before ``send``. ``enters``: whether the guest is entered, None if ``decide`` will
-        say."""
+    _runner: Runner
+    """From ``send`` on."""
+
+    def __init__(self, blueprint: RestoreBlueprint, chain: LaunchChain, library: Library) -> None:
+        """Nothing is under way before ``send``; ``disarm`` gives it up until then. Raises OSError."""
         self.blueprint = blueprint
-        self.opened = enters is True and not blueprint.board.ged.heeds_generation
-        self._loop = asyncio.get_running_loop()
-        self._runner = runner
+        self.opened = False
         self._chain = chain
-        self._held = None if shell is None else shell.take()
+        self._held: Made | None = None
         self._handed, self._over, self._lock = _locked(), _locked(), threading.Lock()
         self._taken = self._given_up = False
         self._kickable = True
         self._serves: Callable[[FirstRun | None], None] | None = None
-        given = chain.given if self._held is None else (*chain.given, *held_in(self._held, chain.steps))
-        self._slots = chain.program.lay_out(*given)
-        self._gate = _UNDECIDED if enters is None else _OPEN if self.opened else _SHUT
-        self._event_fd = -1
+        self._slots = chain.lay_out()
+        self._bell = Bell(library, self._on_mapped)
+        self._loop = self._bell.loop
         self._mapped: asyncio.Future[None] = self._loop.create_future()
+        self._order = chain.order(self._slots, self._bell.fd)
 
-    def send(self) -> None:
-        """Send the runner, which is the launch's from now on. Once, and at once. If that is broken off, nothing is
-        left of it."""
+    def send(self, runner: Runner, shell: Shell | None, enters: bool | None) -> None:
+        """Send ``runner``, which is the launch's from now on, as ``shell`` is. Once. ``enters``: whether the guest is
+        entered, None if ``decide`` will say. If that is broken off, nothing is left of it."""
         try:
-            self._runner.send(self._chain, self._slots, self._gate, self._serve)
-            os.sched_yield()  # where there is no other processor to be had, the runner goes first
-            self._listen()
+            self._runner = runner
+            self.opened = enters is True and not self.blueprint.board.ged.heeds_generation
+            gate = _UNDECIDED if enters is None else _OPEN if self.opened else _SHUT
+            if shell is not None:
+                self._held = shell.take()
+                self._chain.program.give(self._slots, len(self._chain.given), held_in(self._held, self._chain.steps))
+            self._slots[BEGAN] = time.monotonic_ns()
+            runner.send(addressof(self._order), gate, self._serve)
         except BaseException:  # a signal's handler raised it
-            self._give_up()
-            self.join()
-            self._deaf()
+            self._break_off()
             raise
 
-    def _listen(self) -> None:
-        try:
-            self._event_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            self._loop.add_reader(self._event_fd, self._on_mapped)
-        except OSError as error:
-            self._on_failure(error)
-            return
-        with self._lock:
-            if self._kickable and self._runner.ring(self._event_fd):
-                self._loop.call_soon(self._on_mapped)
+    def _break_off(self) -> None:
+        self._given_up = True
+        if self._runner.is_sent or not self._kickable:  # or it was, and is done with it
+            self._give_up()
+            self.join()
+        else:
+            self._runner.recall()
+            if self._held is not None:
+                self._held.undo()
+        self._bell.close()
+
+    def disarm(self) -> None:
+        """It will not be sent. On any thread."""
+        self._bell.drop()
 
     # -- on the loop -------------------------------------------------------------------------------------------------
 
@@ -114,9 +123,10 @@ class Launch:
         each would keep the other waiting; and to create a VM the kernel waits for its own threads, and for processors
         to leave what they are at. Raises nothing of the chain's."""
         if self._held is None or self._runner.is_here():
-            with suppress(Exception):  # ``mapped`` raises it
+            try:
                 await self._mapped
-            os.sched_yield()
+            except Exception:
+                return  # ``mapped`` raises it
 
     async def mapped(self) -> None:
         """Wait until memory and state are in place.
@@ -142,6 +152,11 @@ class Launch:
         self._release()
 
     @property
+    def is_for_running_loop(self) -> bool:
+        """Whether it was made for the loop that runs now."""
+        return self._bell.loop is asyncio.get_running_loop()
+
+    @property
     def mapped_ns(self) -> int:
         """When memory and state were in place, CLOCK_MONOTONIC."""
         program = self._chain.program
@@ -164,7 +179,7 @@ class Launch:
             try:
                 await in_thread(self.join)
             finally:
-                self._deaf()
+                self._bell.close()
 
     def _give_up(self) -> None:
         self._given_up = True
@@ -174,20 +189,13 @@ class Launch:
         self._kick()
 
     def _on_mapped(self) -> None:
-        self._deaf()
         if not self._mapped.done():
             self._mapped.set_result(None)
 
     def _on_failure(self, error: BaseException) -> None:
-        self._deaf()
+        self._bell.close()
         if not self._mapped.done() and not self._given_up:
             self._mapped.set_exception(error)
-
-    def _deaf(self) -> None:
-        event_fd, self._event_fd = self._event_fd, -1
-        if event_fd >= 0:
-            self._loop.remove_reader(event_fd)
-            os.close(event_fd)
 
     def _kick(self) -> None:
         with self._lock:
@@ -225,7 +233,7 @@ class Launch:
     def _serve(self) -> None:
         errand = self._runner.errand
         try:
-            if errand.done < errand.count:
+            if errand.done < errand.order.count:
                 self._fail(self._made(errand.done))
             else:
                 self._handed.acquire()
@@ -266,10 +274,23 @@ def _locked() -> threading.Lock:
 
 @attrs.frozen(eq=False)
 class PreparedLaunch:
-    """Restores of one plan, as often as wanted."""
+    """Restores of one plan, as often as wanted. One of them can be armed, made but for what only the call tells."""
 
     blueprint: RestoreBlueprint
     chain: LaunchChain
+    library: Library
+    _armed: list[Launch] = attrs.field(factory=list, init=False)
+
+    def arm(self) -> None:
+        """Have one armed for the running loop, if there is a descriptor to be had."""
+        if not self._armed:
+            self._put_back(self._made())
+
+    def disarm(self) -> None:
+        """Have none armed. On any thread."""
+        while self._armed:
+            with suppress(IndexError):  # it is being used at this moment
+                self._armed.pop().disarm()
 
     def begin(self, enters: bool | None, shell: Callable[[], Shell | None] | None = None) -> Launch | None:
         """Begin one, ``enters`` as Launch has it. ``shell`` gives a VM made ahead, if there is one. None where it has
@@ -277,24 +298,47 @@ class PreparedLaunch:
         runner = take()
         if runner is None:
             return None
-        launch = None
+        launch = made = None
         try:
-            made = None if shell is None else shell()
-            if shell is None or made is not None:
-                launch = Launch(self.blueprint, self.chain, runner, made, enters)
+            launch = self._at_hand()
+            made = None if launch is None or shell is None else shell()
         finally:
-            if launch is None:
+            if launch is None or (shell is not None and made is None):
                 give_back(runner)
+                self._put_back(launch)
+                launch = None
         if launch is not None:
-            launch.send()
+            launch.send(runner, made, enters)
         return launch
+
+    def _at_hand(self) -> Launch | None:
+        """What is armed, if that is for this loop. None if there is no descriptor to be had."""
+        try:
+            launch = self._armed.pop()
+        except IndexError:
+            return self._made()
+        if launch.is_for_running_loop:
+            return launch
+        launch.disarm()
+        return self._made()
+
+    def _put_back(self, launch: Launch | None) -> None:
+        if launch is not None:
+            self._armed.append(launch)
+
+    def _made(self) -> Launch | None:
+        try:
+            return Launch(self.blueprint, self.chain, self.library)
+        except OSError:
+            return None
 
 
 def prepare_launch(plan: RestorePlan, *, in_shell: bool) -> PreparedLaunch | None:
     """Prepare restores of this plan, of a VM without devices and with one vCPU; None where they cannot be launched.
     Blocks. Raises as restore_blueprint does."""
-    if load() is None:
+    library = load()
+    if library is None:
         return None
     blueprint = restore_blueprint(plan)
     chain = blueprint.launch_chain(plan, in_shell=in_shell)
-    return None if chain is None else PreparedLaunch(blueprint, chain)
+    return None if chain is None else PreparedLaunch(blueprint, chain, library)

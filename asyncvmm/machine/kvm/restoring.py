@@ -26,6 +26,7 @@ from asyncvmm.errors import AsyncVMMError, MemorySizeError, SnapshotDamaged, Sna
 from asyncvmm.machine.host_clock import clock_sample
 from asyncvmm.machine.kvm.creation import Creation, expect_tsc_khz, seen_tsc_khz
 from asyncvmm.machine.kvm.fastpath.chain import Failure, Made, Program
+from asyncvmm.machine.kvm.launch_chain import LaunchChain
 from asyncvmm.machine.kvm.layers import Piece, arrange
 from asyncvmm.machine.kvm.mapped import Pinned
 from asyncvmm.machine.kvm.memory import MAP_SAVED, READ_SAVED
@@ -96,26 +97,6 @@ class Shell:
         """Free it, unless it was taken. May be called again."""
         if self.made is not None:
             self.take().undo()
-
-
-@attrs.frozen(eq=False, kw_only=True)
-class LaunchChain:
-    """What a launch makes: the program, what it is given but for what a shell holds, and the slots of its vCPU's
-    descriptor, and of the TSC offset, which lacks the host's TSC still; 0 if it is complete.
-
-    steps: where the chain leaves what, or, in a shell, the shell's. address, count, first: of the program's steps.
-    """
-
-    steps: Creation
-    program: Program
-    vcpu: int
-    clock: int
-    tsc: TscPlan
-    given: tuple[int, ...]
-    address: int
-    count: int
-    first: int
-    _pinned: Pinned
 
 
 @attrs.frozen(eq=False)
@@ -191,7 +172,6 @@ class RestoreBlueprint:
         else:
             steps = restoration(self.shape, tsc, ahead)
             program, vcpu = steps.program, steps.vcpus[0].fd.slot
-        pinned = Pinned(program.steps)
         offset, then = self.state.vcpus[0].tsc_offset or 0, self.state.vm.host_tsc
         return LaunchChain(
             steps=steps,
@@ -200,10 +180,7 @@ class RestoreBlueprint:
             clock=OFFSET_SLOT if then is not None else 0,
             tsc=tsc,
             given=(self._arena.address, _signed(offset + (then or 0)), *self.fds),
-            address=pinned.address,
-            count=len(program.names),
-            first=program.first,
-            pinned=pinned,
+            pinned=Pinned(program.steps),
         )
 
     def launched(self, chain: LaunchChain, made: Made, held: Made | None) -> KvmVm:

@@ -9,26 +9,18 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-import struct
 import threading
-from array import array
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from asyncvmm.machine.kvm.fastpath.binding import Errand, Library, load
 from asyncvmm.machine.kvm.vcpu import KICK_SIGNAL
-
-if TYPE_CHECKING:
-    from asyncvmm.machine.kvm.restoring import LaunchChain
 
 IDLE_NAME = "asyncvmm idle runner"
 MOST_IDLE = 4
 """Runners that are kept."""
 
 _SENT = 1
-_GATE, _BELL = Errand.gate.offset, Errand.bell.offset
-_ORDER = struct.Struct("<IQQIIII")
-"""Errand from ``gate`` to ``clock``."""
+_GATE = Errand.gate.offset
 
 Serve = Callable[[], None]
 
@@ -43,27 +35,28 @@ class Runner:
         self._address = ctypes.addressof(self.errand)
         self._library = library
         self._serve: Serve | None = None
-        self._lent: tuple[object, ...] = ()
         self.thread = threading.Thread(target=self._main, name=IDLE_NAME, daemon=True)
         self.thread.start()
 
-    def send(self, chain: LaunchChain, slots: array[int], gate: int, serve: Serve) -> None:
-        """Have a chain made that was laid out in ``slots``, and its vCPU entered if the gate is open, or once it is
-        (``gate`` 0). Then ``serve`` is called there.
+    def send(self, order: int, gate: int, serve: Serve) -> None:
+        """Have a chain made, and its vCPU entered if the gate is open, or once it is (``gate`` 0). Then ``serve`` is
+        called there. ``order``: the address of an Order; what it names must last until then. Its bell, see bell.py, is
+        rung once when the chain is made: a little later if the guest would have to wait for whom it wakes.
 
         An idle runner that was taken, only; at once, on any thread.
         """
-        self._serve, self._lent = serve, (chain, slots)
-        address, _ = slots.buffer_info()
-        _ORDER.pack_into(
-            self.errand, _GATE, gate, chain.address, address, chain.count, chain.first, chain.vcpu, chain.clock
-        )
-        self._library.decide(self._address, _SENT)
+        self._serve = serve
+        self._library.send(self._address, order, gate, _SENT)
 
-    def ring(self, event_fd: int) -> bool:
-        """Have ``event_fd`` rung once, when the chain is made; it must not be closed before. True if that was so
-        already: it is not rung then. Once an errand."""
-        return self._library.decide(self._address + _BELL, event_fd + 1) != 0
+    @property
+    def is_sent(self) -> bool:
+        """Whether it is on its way."""
+        return bool(self.errand.state)
+
+    def recall(self) -> None:
+        """Have it idle again: whoever was to send it was broken off before that."""
+        self._clear()
+        give_back(self)
 
     def decide(self, gate: int) -> None:
         """Open the gate or shut it, see runner.c. The first decision holds."""
@@ -87,11 +80,15 @@ class Runner:
 
     def _forget(self) -> None:
         """The VM is gone, and with it all that it was sent for; a kick that came too late must not reach the next."""
+        self._clear()
+        self.thread.name = IDLE_NAME
+        signal.sigtimedwait([KICK_SIGNAL], 0)
+
+    def _clear(self) -> None:
         errand, mask = self.errand, self.errand.mask
         ctypes.memset(self._address, 0, ctypes.sizeof(Errand))
         errand.mask = mask
-        self._serve, self._lent, self.thread.name = None, (), IDLE_NAME
-        signal.sigtimedwait([KICK_SIGNAL], 0)
+        self._serve = None
 
 
 _idle: list[Runner] = []

@@ -69,21 +69,31 @@ class FastpathData(Structure):
     ]
 
 
-class Errand(Structure):
-    """struct errand of runner.c."""
+class Order(Structure):
+    """struct order of runner.c."""
 
     _fields_ = [
-        ("state", c_uint32),
-        ("gate", c_uint32),
         ("steps", c_uint64),
         ("slots", c_uint64),
         ("count", c_uint32),
         ("given", c_uint32),
         ("vcpu", c_uint32),
         ("clock", c_uint32),
-        ("bell", c_uint32),
-        ("cpu", c_uint32),
+        ("bell", c_int),
+        ("unused", c_uint32),
+    ]
+
+
+class Errand(Structure):
+    """struct errand of runner.c."""
+
+    _fields_ = [
+        ("state", c_uint32),
+        ("gate", c_uint32),
+        ("order", Order),
         ("mask", c_uint64),
+        ("sender", c_uint32),
+        ("cpu", c_uint32),
         ("done", c_uint32),
         ("entered", c_uint32),
         ("result", c_int64),
@@ -96,7 +106,7 @@ class Errand(Structure):
 
 class Library:
     """The library's functions. ``run``, ``chain`` and ``wait`` release the GIL, the others keep it: they take a
-    microsecond at the most, ``decide`` some when it wakes a thread."""
+    microsecond at the most, ``send`` and ``decide`` some when they wake a thread."""
 
     def __init__(self) -> None:
         released, kept = ctypes.CDLL(str(LIBRARY)), ctypes.PyDLL(str(LIBRARY))
@@ -110,8 +120,12 @@ class Library:
         self.take.argtypes, self.take.restype = (POINTER(FastpathData), c_void_p, c_void_p, POINTER(c_uint32)), c_uint32
         self.wait: Callable[[int], int] = released.runner_wait
         released.runner_wait.argtypes, released.runner_wait.restype = (c_void_p,), c_uint32
-        self.decide: Callable[[int, int], int] = kept.runner_decide
-        kept.runner_decide.argtypes, kept.runner_decide.restype = (c_void_p, c_uint32), c_uint32
+        self.decide: Callable[[int, int], None] = kept.runner_decide
+        kept.runner_decide.argtypes, kept.runner_decide.restype = (c_void_p, c_uint32), None
+        self.send: Callable[[int, int, int, int], None] = kept.runner_send
+        kept.runner_send.argtypes, kept.runner_send.restype = (c_void_p, c_void_p, c_uint32, c_uint32), None
+        self.bell: Callable[[], int] = kept.runner_bell
+        kept.runner_bell.argtypes, kept.runner_bell.restype = (), c_int
         self.is_here: Callable[[int], int] = kept.runner_is_here
         kept.runner_is_here.argtypes, kept.runner_is_here.restype = (c_void_p,), c_uint32
         sizes = (kept.fastpath_size(), kept.chain_step_size(), kept.runner_size())

@@ -45,6 +45,8 @@ MOST_STEPS = NOTHING - 256
 _WORD_BITS = (1 << 64) - 1
 _SLOT_WORDS = 2
 _DATA_SLOT = 0
+BEGAN = 1
+"""The word of the slots that says when the run began, CLOCK_MONOTONIC ns."""
 _ANY_RESULT = -1 << 63
 
 Executor = Callable[[bytes, int, int, int], int]
@@ -246,16 +248,24 @@ class Program:
 
     def lay_out(self, *given: int) -> array[int]:
         """The slots of a run that begins now."""
-        first = self.first
-        if len(given) != first - 1:
-            raise ValueError(f"{len(given)} given values, not {first - 1}")
+        if len(given) != self.given:
+            raise ValueError(f"{len(given)} given values, not {self.given}")
         slots = self.template[:]
         address, _ = slots.buffer_info()
         slots[0] = address + self.data_offset
-        for index, value in enumerate(given, 1):
-            slots[_SLOT_WORDS * index] = value
-        slots[1] = time.monotonic_ns()
+        self.give(slots, 0, given)
+        slots[BEGAN] = time.monotonic_ns()
         return slots
+
+    def give(self, slots: array[int], first: int, given: Sequence[int]) -> None:
+        """Put these in the places of given values, from the one with this number on."""
+        for index, value in enumerate(given, 1 + first):
+            slots[_SLOT_WORDS * index] = value
+
+    @property
+    def given(self) -> int:
+        """How many values a run is given."""
+        return self.first - 1
 
 
 class Made:
@@ -291,7 +301,7 @@ class Made:
 
         0 but for the first and last moments of phases, and for a step that failed: time is not asked for in between.
         """
-        return self._slots[_SLOT_WORDS * (self._program.first + step) + 1] if step >= 0 else self._slots[1]
+        return self._slots[_SLOT_WORDS * (self._program.first + step) + 1] if step >= 0 else self._slots[BEGAN]
 
     def spans(self) -> list[Span]:
         """The chain's phases; of a chain that failed those that had begun."""

@@ -1,12 +1,13 @@
 /* A thread that waits, outside of the interpreter, for a VM to make: it makes the chain and enters the guest at once.
  *
- * So from the moment it is sent until the guest's first exit it needs no interpreter, which meanwhile is busy with the
- * VM's other half. Who sends it decides at the gate whether the guest is entered, before or while the thread gets there;
- * the eventfd is rung when the chain is made, before the gate. A signal that the thread has blocked, and KVM_RUN lets
- * through, ends the first run as any other; one that comes too early is still pending then.
+ * So from the moment it is sent until the guest's first exit it needs no interpreter. Who sends it decides at the gate
+ * whether the guest is entered, before or while the thread gets there. The bell, a timer that the loop listens to, is rung
+ * when the chain is made, before the gate. A signal that the thread has blocked, and KVM_RUN lets through, ends the first
+ * run as any other; one that comes too early is still pending then.
  *
  * Where a processor is to be shared with the loop's thread, the runner goes first: until the guest is out it asks for short
- * slices of time, for which it is let in soon (sched(7), Linux 6.12; older kernels take no notice).
+ * slices of time, for which it is let in soon (sched(7), Linux 6.12; older kernels take no notice), and the bell of a guest
+ * that is entered at once rings a little later, for the thread that it wakes would take the guest's place.
  *
  * Freestanding as fastpath.c is. `state` and `gate` are futexes.
  */
@@ -18,12 +19,13 @@ typedef unsigned long long u64;
 typedef long long s64;
 
 enum { KVM_RUN = 0xAE80, KVM_SET_SIGNAL_MASK = 0x4004AE8B };
-enum { SYS_WRITE = 1, SYS_IOCTL = 16, SYS_GETRUSAGE = 98, SYS_FUTEX = 202, SYS_CLOCK_GETTIME = 228, SYS_GETCPU = 309 };
-enum { SYS_SCHED_SETATTR = 314, SYS_SCHED_GETATTR = 315, SCHED_OTHER = 0, SHORT_SLICE_NS = 100000, USUAL_SLICE = 0 };
+enum { SYS_IOCTL = 16, SYS_GETRUSAGE = 98, SYS_FUTEX = 202, SYS_CLOCK_GETTIME = 228, SYS_GETCPU = 309 };
+enum { SYS_TIMERFD_CREATE = 283, TFD_NONBLOCK = 0x800, TFD_CLOEXEC = 0x80000, SYS_TIMERFD_SETTIME = 286 };
+enum { SYS_SCHED_SETATTR = 314, SYS_SCHED_GETATTR = 315, SCHED_OTHER = 0, SHORT_SLICE_NS = 100000 };
 enum { CLOCK_MONOTONIC = 1, RUSAGE_THREAD = 1, FUTEX_WAIT_PRIVATE = 128, FUTEX_WAKE_PRIVATE = 129 };
 enum { IDLE = 0 };
 enum { UNDECIDED = 0, OPEN = 1 };
-enum { NOBODY = 0, RUNG = 0xFFFFFFFF };
+enum { AT_ONCE_NS = 1, LATEST_NS = 1000000, PART = 3 };
 enum { RUSAGE_WORDS = 18, RUSAGE_MINFLT = 8, RUSAGE_MAJFLT = 9 };
 
 struct slot {
@@ -31,17 +33,23 @@ struct slot {
     u64 end_ns;
 };
 
-struct errand {
-    u32 state;         /* IDLE until it is sent; what it is then is the sender's affair */
-    u32 gate;          /* UNDECIDED until it is OPEN, or shut by any other value */
+struct order {
     const void *steps; /* the chain, see chain.c */
     struct slot *slots;
     u32 count, given;
     u32 vcpu;          /* the slot that has the vCPU's descriptor */
     u32 clock;         /* the slot that the time stamp counter is taken off, 0 for none */
-    u32 bell;          /* the eventfd, counted from 1, for NOBODY as yet; RUNG if it was too late for any */
-    u32 cpu;           /* the processor that it has begun on, counted from 1 */
+    int bell;          /* the timer that the loop listens to */
+    u32 unused;
+};
+
+struct errand {
+    u32 state;         /* IDLE until it is sent; what it is then is the sender's affair */
+    u32 gate;          /* UNDECIDED until it is OPEN, or shut by any other value */
+    struct order order;
     u64 mask;          /* the signals that are blocked in the guest */
+    u32 sender;        /* the processor that it was sent from, counted from 1 */
+    u32 cpu;           /* the processor that it has begun on */
     u32 done;          /* steps of the chain that did not fail */
     u32 entered;       /* whether the guest was entered, and the following is known */
     s64 result;        /* of KVM_RUN, 0 or -errno; of KVM_SET_SIGNAL_MASK if that failed */
@@ -90,13 +98,16 @@ struct sched_attr {
     u64 runtime, deadline, period;
 };
 
-static void ask_for_slices(u64 ns)
+/* Returns what the slices were. */
+static u64 ask_for_slices(u64 ns)
 {
     struct sched_attr attr = {.size = sizeof attr};
     if (syscall4(SYS_SCHED_GETATTR, 0, (long)&attr, sizeof attr, 0) < 0 || attr.policy != SCHED_OTHER)
-        return;
+        return ns;
+    u64 before = attr.runtime;
     attr.runtime = ns;
     syscall4(SYS_SCHED_SETATTR, 0, (long)&attr, 0, 0);
+    return before;
 }
 
 static s64 let_signals_through(const struct errand *errand, int vcpu)
@@ -113,13 +124,19 @@ static void count_faults(u64 faults[2])
     faults[1] = usage[RUSAGE_MAJFLT];
 }
 
-/* Either this finds the eventfd, or who brings it finds RUNG: it is rung once or never. */
-static void ring(struct errand *errand)
+static void ring(const struct errand *errand, u64 after_ns)
 {
-    u64 one = 1;
-    u32 bell = __atomic_exchange_n(&errand->bell, RUNG, __ATOMIC_SEQ_CST);
-    if (bell != NOBODY)
-        syscall4(SYS_WRITE, (long)bell - 1, (long)&one, sizeof one, 0);
+    s64 timer[4] = {0, 0, 0, (s64)after_ns};
+    syscall4(SYS_TIMERFD_SETTIME, errand->order.bell, 0, (long)timer, 0);
+}
+
+/* By then the guest will have come out, whose first run has taken a third of its chain where it was measured. */
+static u64 patience_ns(const struct errand *errand, u64 chain_ns)
+{
+    int enters = !errand->result && __atomic_load_n(&errand->gate, __ATOMIC_ACQUIRE) == OPEN;
+    if (!enters || this_cpu() != errand->sender)
+        return AT_ONCE_NS;
+    return chain_ns / PART < LATEST_NS ? chain_ns / PART + AT_ONCE_NS : LATEST_NS;
 }
 
 static void enter(struct errand *errand, int vcpu)
@@ -133,16 +150,17 @@ static void enter(struct errand *errand, int vcpu)
 
 static void run(struct errand *errand)
 {
+    u64 begun_ns = monotonic_ns();
     __atomic_store_n(&errand->cpu, this_cpu(), __ATOMIC_RELEASE);
-    if (errand->clock)
-        errand->slots[errand->clock].value -= (s64)__builtin_ia32_rdtsc();
-    errand->done = chain_run(errand->steps, errand->count, errand->slots, errand->given);
-    if (errand->done < errand->count)
+    if (errand->order.clock)
+        errand->order.slots[errand->order.clock].value -= (s64)__builtin_ia32_rdtsc();
+    errand->done = chain_run(errand->order.steps, errand->order.count, errand->order.slots, errand->order.given);
+    if (errand->done < errand->order.count)
         return;
-    int vcpu = (int)errand->slots[errand->vcpu].value;
+    int vcpu = (int)errand->order.slots[errand->order.vcpu].value;
     errand->result = let_signals_through(errand, vcpu);
     count_faults(errand->faults);
-    ring(errand);
+    ring(errand, patience_ns(errand, monotonic_ns() - begun_ns));
     if (!errand->result && wait_while(&errand->gate, UNDECIDED) == OPEN)
         enter(errand, vcpu);
 }
@@ -150,21 +168,34 @@ static void run(struct errand *errand)
 /* Wait until it is sent, and run, if there are steps. Returns the state it was sent with. */
 EXPORTED u32 runner_wait(struct errand *errand)
 {
-    ask_for_slices(SHORT_SLICE_NS);
     u32 state = wait_while(&errand->state, IDLE);
-    if (errand->count)
+    u64 usual_ns = ask_for_slices(SHORT_SLICE_NS);
+    if (errand->order.count)
         run(errand);
-    ask_for_slices(USUAL_SLICE);
+    ask_for_slices(usual_ns);
     return state;
 }
 
-/* Decide a state, a gate or a bell that is 0 still; returns what it was. */
-EXPORTED u32 runner_decide(u32 *word, u32 value)
+/* Decide a gate that is undecided still. */
+EXPORTED void runner_decide(u32 *gate, u32 value)
 {
     u32 found = 0;
-    if (__atomic_compare_exchange_n(word, &found, value, 0, __ATOMIC_RELEASE, __ATOMIC_ACQUIRE))
-        syscall4(SYS_FUTEX, (long)word, FUTEX_WAKE_PRIVATE, 1, 0);
-    return found;
+    if (__atomic_compare_exchange_n(gate, &found, value, 0, __ATOMIC_RELEASE, __ATOMIC_ACQUIRE))
+        syscall4(SYS_FUTEX, (long)gate, FUTEX_WAKE_PRIVATE, 1, 0);
+}
+
+EXPORTED void runner_send(struct errand *errand, const struct order *order, u32 gate, u32 state)
+{
+    errand->order = *order;
+    errand->gate = gate;
+    errand->sender = this_cpu();
+    runner_decide(&errand->state, state);
+}
+
+/* A timer's descriptor for a bell, or -errno. */
+EXPORTED int runner_bell(void)
+{
+    return (int)syscall4(SYS_TIMERFD_CREATE, CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC, 0, 0);
 }
 
 /* Whether it has begun on the caller's processor. */

@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
 import time
-from types import SimpleNamespace
-from typing import Any
+from ctypes import addressof
 
 import pytest
 
 from asyncvmm.machine.kvm import runner
-from asyncvmm.machine.kvm.fastpath.binding import load
+from asyncvmm.machine.kvm.bell import Bell
+from asyncvmm.machine.kvm.fastpath.binding import Library, Order, load
 from asyncvmm.machine.kvm.fastpath.chain import Chain
 from asyncvmm.machine.kvm.mapped import Pinned
 from asyncvmm.machine.kvm.runner import Runner
 
+pytestmark = pytest.mark.anyio
+
 GETPID = 39
 NO_VCPU = -1
-ROUNDS = 3000
+UNDECIDED, OPEN = 0, 1
+ROUNDS = 300
 PATIENCE_S = 10
 
 if load() is None:
     pytest.skip("the native library cannot be loaded here", allow_module_level=True)
+
+
+@pytest.fixture
+def library() -> Library:
+    found = load()
+    assert found is not None
+    return found
 
 
 def taken() -> Runner:
@@ -43,28 +54,68 @@ class Errand:
             chain.call("getpid", GETPID)
         self.program = chain.program()
         self.pinned = Pinned(self.program.steps)
+        self.slots = self.program.lay_out(NO_VCPU)
         self.over = threading.Event()
+        self.order = Order()
 
-    def send(self, to: Runner) -> None:
+    def send(self, to: Runner, bell: Bell, gate: int = OPEN) -> None:
+        address, _ = self.slots.buffer_info()
+        count, first = len(self.program.names), self.program.first
+        self.order = Order(self.pinned.address, address, count, first, 1, 0, bell.fd)
         self.over.clear()
-        names: Any = SimpleNamespace(
-            address=self.pinned.address, count=len(self.program.names), first=self.program.first, vcpu=1, clock=0
-        )
-        to.send(names, self.program.lay_out(NO_VCPU), 1, self.over.set)
+        to.send(addressof(self.order), gate, self.over.set)
+
+    def wait(self) -> None:
+        assert self.over.wait(PATIENCE_S)
 
 
-def test_who_is_told_that_the_bell_was_rung_before_does_not_hear_it() -> None:
-    errand, bell = Errand(calls=3), os.eventfd(0, os.EFD_NONBLOCK)
-    for round_ in range(ROUNDS):
+@pytest.mark.parametrize("gate", [UNDECIDED, OPEN])
+async def test_who_listens_hears_the_bell_once(library: Library, gate: int) -> None:
+    errand = Errand(calls=3)
+    for _ in range(ROUNDS):
+        heard = asyncio.Event()
+        bell = Bell(library, heard.set)
         idle = taken()
-        errand.send(idle)
-        for _ in range(round_ % 50):  # so that both come at all moments of the other
-            pass
-        was_rung = idle.ring(bell)
-        assert errand.over.wait(PATIENCE_S)
-        if was_rung:
-            with pytest.raises(BlockingIOError):
-                os.eventfd_read(bell)
-        else:
-            assert os.eventfd_read(bell) == 1
-    os.close(bell)
+        errand.send(idle, bell, gate)
+        async with asyncio.timeout(PATIENCE_S):
+            await heard.wait()
+        assert bell.fd == -1
+        idle.decide(OPEN)
+        await asyncio.to_thread(errand.wait)
+    assert errand.slots[2 * (errand.program.first + 2)] == os.getpid()
+
+
+async def test_a_bell_that_was_closed_is_not_heard_and_leaves_nothing(library: Library) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for end in (Bell.close, Bell.drop, lambda bell: (bell.drop(), bell.close())):
+        bell = Bell(library, lambda: pytest.fail("heard"))
+        end(bell)
+        await asyncio.sleep(0)
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
+async def test_a_bell_is_dropped_from_another_thread(library: Library) -> None:
+    bell = Bell(library, lambda: pytest.fail("heard"))
+    await asyncio.to_thread(bell.drop)
+    await asyncio.sleep(0.01)
+    assert bell.fd == -1
+
+
+def test_a_bell_is_dropped_after_its_loop(library: Library) -> None:
+    bells: list[Bell] = []
+
+    async def leave_one() -> None:
+        bells.append(Bell(library, lambda: pytest.fail("heard")))
+
+    before = len(os.listdir("/proc/self/fd"))
+    asyncio.run(leave_one())
+    bells[0].drop()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_runner_that_was_not_sent_is_idle_again() -> None:
+    idle = taken()
+    assert not idle.is_sent
+    idle.recall()
+    assert runner.take() is idle
+    runner.give_back(idle)

@@ -1,0 +1,43 @@
+"""LaunchChain: the chain of system calls of a restore, as a runner is told of it (see launch.py and runner.py)."""
+
+from __future__ import annotations
+
+from array import array
+from typing import TYPE_CHECKING
+
+import attrs
+
+from asyncvmm.machine.kvm.fastpath.binding import Order
+
+if TYPE_CHECKING:
+    from asyncvmm.machine.kvm.creation import Creation
+    from asyncvmm.machine.kvm.fastpath.chain import Program
+    from asyncvmm.machine.kvm.mapped import Pinned
+    from asyncvmm.machine.kvm.state.setting import TscPlan
+
+
+@attrs.frozen(eq=False, kw_only=True)
+class LaunchChain:
+    """What a launch makes: the program, what it is given but for what a shell holds, and the slots of its vCPU's
+    descriptor, and of the TSC offset, which lacks the host's TSC still; 0 if it is complete.
+
+    steps: where the chain leaves what, or, in a shell, the shell's.
+    """
+
+    steps: Creation
+    program: Program
+    vcpu: int
+    clock: int
+    tsc: TscPlan
+    given: tuple[int, ...]
+    _pinned: Pinned
+
+    def lay_out(self) -> array[int]:
+        """The slots of one launch; those for what a shell holds are empty still."""
+        return self.program.lay_out(*self.given, *(0,) * (self.program.given - len(self.given)))
+
+    def order(self, slots: array[int], bell: int) -> Order:
+        """What a runner is told of it."""
+        address, _ = slots.buffer_info()
+        program = self.program
+        return Order(self._pinned.address, address, len(program.names), program.first, self.vcpu, self.clock, bell)
