@@ -35,7 +35,8 @@ class Target:
 class Figure:
     """One figure: samples of ours, and of the peer (floor or competitor) taken in turns with them in the same run.
 
-    ``conditions`` says under which load and settings; ``detail`` is what helps to read the figure.
+    ``conditions`` says under which load and settings, ``order`` in which order the sides take their turns; ``detail``
+    is what helps to read the figure.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Figure:
     target: Target | None = None
     conditions: Mapping[str, Any] = attrs.field(factory=dict)
     detail: Mapping[str, Any] = attrs.field(factory=dict)
+    order: str = "A B A B"
 
     def record(self) -> dict[str, Any]:
         """The figure as one JSON object."""
@@ -62,7 +64,7 @@ class Figure:
             "target": str(self.target) if self.target else None,
             "met": self.target.met(values) if self.target else None,
             "n": len(self.ours),
-            "order": "A B A B" if self.peer else "A",
+            "order": self.order if self.peer else "A",
             "ours_spread": spread(self.ours),
             "peer_spread": spread(self.peer) if self.peer else None,
             "detail": dict(self.detail),
