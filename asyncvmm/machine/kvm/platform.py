@@ -22,7 +22,7 @@ from asyncvmm.devices.serial import Serial
 from asyncvmm.devices.serial_state import SerialState
 from asyncvmm.effects import Port
 from asyncvmm.machine.kvm.fastpath.binding import Fastpath
-from asyncvmm.machine.kvm.fastpath.serial import PostedSerial
+from asyncvmm.machine.kvm.fastpath.serial import CONSOLE_SLOTS, CONTROL_SLOTS, PolledSerial, Slots
 from asyncvmm.machine.kvm.interleave import Taken
 from asyncvmm.machine.kvm.state.board import BoardState
 from asyncvmm.x86 import layout
@@ -53,7 +53,7 @@ class SerialPort:
         self.name: Port = name
         self.gsi = gsi
         self.lock = threading.Lock()
-        self.posted: PostedSerial | None = None
+        self.polled: PolledSerial | None = None
         self.is_high = False
         self._outlets: Outlets | None = None
         self.device = Serial.from_state(
@@ -78,11 +78,11 @@ class SerialPort:
     @property
     def on_bus(self) -> ByteDevice:
         """What the bus is to see."""
-        return self.posted or self.device
+        return self.polled or self.device
 
-    def post_through(self, fastpath: Fastpath, first_port: int) -> None:
+    def poll_through(self, fastpath: Fastpath, first_port: int, slots: Slots) -> None:
         """Let the native run loop answer this port's polled accesses."""
-        self.posted = PostedSerial(self.device, fastpath, first_port)
+        self.polled = PolledSerial(self.device, fastpath, first_port, slots)
 
     def transmitted(self) -> int:
         """Bytes the guest has written so far."""
@@ -106,13 +106,13 @@ class SerialPort:
         """Bytes for the guest; returns how many the port took."""
         with self.lock:
             taken = self.device.feed(data)
-            if self.posted is not None:
-                self.posted.publish()
+            if self.polled is not None:
+                self.polled.publish()
             return taken
 
     def _collect(self) -> None:
-        if self.posted is not None:
-            self.posted.collect()
+        if self.polled is not None:
+            self.polled.collect()
 
 
 class Board:
@@ -139,7 +139,8 @@ class Board:
         if state is not None:
             self.control_marks = list(state.control_marks)
         if fastpath is not None:
-            self.console.post_through(fastpath, layout.COM1_PORT)
+            self.console.poll_through(fastpath, layout.COM1_PORT, CONSOLE_SLOTS)
+            self.control.poll_through(fastpath, layout.COM2_PORT, CONTROL_SLOTS)
         self._attach(outlets)
 
     def announce_output(self) -> None:
