@@ -73,6 +73,8 @@ class SerialPort:
     def _set_line(self, level: bool) -> None:
         self.is_high = level
         if self._outlets is not None:
+            if level and self.polled is not None:
+                self.polled.publish()  # the handler may look at LSR before the call that raises the line has ended
             self._outlets.irq(self.gsi, level)
 
     @property

@@ -115,6 +115,15 @@ def test_a_byte_of_the_host_shows_at_once_and_until_it_is_read(rig: Rig, com: in
 
 
 @BOTH
+def test_a_byte_shows_before_its_interrupt_can_be_taken(rig: Rig, com: int) -> None:
+    rig.write(com + IER, RECEIVED)
+    seen: list[int | None] = []
+    rig.on_irq = lambda level: seen.append(rig.lsr(com))
+    rig.feed(com, b"x")
+    assert seen == [EMPTY | DATA_READY]
+
+
+@BOTH
 def test_a_reset_of_the_fifos_shows(rig: Rig, com: int) -> None:
     rig.write(com + FCR, FIFOS)
     rig.feed(com, b"x")
