@@ -1,27 +1,31 @@
 """Bell: how a thread outside of Python tells a loop that something is done, now or a little later: by a timer.
 
-It is rung with timerfd_settime(2), see fastpath/runner.c; a loop that is not on a processor then is woken by it.
+It is rung with timerfd_settime(2), see fastpath/runner.c, and may be rung again when it was heard already: its
+descriptor is closed when the loop listens no more, and nobody rings it any more.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import Callable
 
 from asyncvmm.machine.kvm.fastpath.binding import Library
 
 
 class Bell:
-    """For one loop, the running one. ``fd`` is the timer's descriptor, open until it was heard or is closed."""
+    """For one loop, the running one. ``fd`` is the timer's descriptor, -1 when it is closed."""
 
     def __init__(self, library: Library, heard: Callable[[], None]) -> None:
-        """``heard`` is called on the loop, once. Raises OSError if there is none to be had."""
+        """``heard`` is called on the loop, once. Raises OSError if there is no descriptor to be had."""
         self.loop = asyncio.get_running_loop()
         self.fd = library.bell()
         if self.fd < 0:
             raise OSError(-self.fd, os.strerror(-self.fd))
         self._heard = heard
+        self._lock = threading.Lock()
+        self._is_listened_to = self._may_be_rung = True
         try:
             self.loop.add_reader(self.fd, self._hear)
         except BaseException:
@@ -29,15 +33,19 @@ class Bell:
             raise
 
     def _hear(self) -> None:
-        self.close()
+        self._listen_no_more()
         self._heard()
 
+    def silence(self) -> None:
+        """Nobody rings it any more. On any thread, any number of times."""
+        with self._lock:
+            self._may_be_rung = False
+            self._close_if_unused()
+
     def close(self) -> None:
-        """Nothing is heard any more. On the loop, and when nobody rings it any more. May be called again."""
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            self.loop.remove_reader(fd)
-            os.close(fd)
+        """Nobody listens or rings any more. On the loop, any number of times."""
+        self._listen_no_more()
+        self.silence()
 
     def drop(self) -> None:
         """As ``close``, on any thread, and after the loop's end: soon."""
@@ -47,9 +55,20 @@ class Bell:
         try:
             self.loop.call_soon_threadsafe(self.close)
         except RuntimeError:  # the loop has closed, and listens to nothing
-            fd, self.fd = self.fd, -1
-            if fd >= 0:
-                os.close(fd)
+            self._is_listened_to = False
+            self.silence()
+
+    def _listen_no_more(self) -> None:
+        with self._lock:
+            if self._is_listened_to:
+                self._is_listened_to = False
+                self.loop.remove_reader(self.fd)
+                self._close_if_unused()
+
+    def _close_if_unused(self) -> None:
+        if not self._is_listened_to and not self._may_be_rung and self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
 
 def _running() -> asyncio.AbstractEventLoop | None:

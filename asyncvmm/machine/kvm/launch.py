@@ -232,6 +232,7 @@ class Launch:
 
     def _serve(self) -> None:
         errand = self._runner.errand
+        self._bell.silence()
         try:
             if errand.done < errand.order.count:
                 self._fail(self._made(errand.done))
@@ -257,8 +258,10 @@ class Launch:
     def _fail(self, made: Made) -> None:
         error = self.blueprint.launch_error(made)
         self._undo(made)
-        with suppress(RuntimeError):  # the loop has closed
+        try:
             self._loop.call_soon_threadsafe(self._on_failure, error)
+        except RuntimeError:  # the loop has closed
+            self._bell.drop()
 
     def _undo(self, made: Made) -> None:
         made.undo()

@@ -41,7 +41,7 @@ class Runner:
     def send(self, order: int, gate: int, serve: Serve) -> None:
         """Have a chain made, and its vCPU entered if the gate is open, or once it is (``gate`` 0). Then ``serve`` is
         called there. ``order``: the address of an Order; what it names must last until then. Its bell, see bell.py, is
-        rung once when the chain is made: a little later if the guest would have to wait for whom it wakes.
+        rung when the chain is made, or a little later, in no case later than ``serve``.
 
         An idle runner that was taken, only; at once, on any thread.
         """
@@ -63,7 +63,7 @@ class Runner:
         self._library.decide(self._address + _GATE, gate)
 
     def is_here(self) -> bool:
-        """Whether it has begun, on this thread's processor."""
+        """Whether it may need this thread's processor: it has begun there, or nowhere yet."""
         return bool(self._library.is_here(self._address))
 
     # -- on its thread -----------------------------------------------------------------------------------------------

@@ -2,12 +2,12 @@
  *
  * So from the moment it is sent until the guest's first exit it needs no interpreter. Who sends it decides at the gate
  * whether the guest is entered, before or while the thread gets there. The bell, a timer that the loop listens to, is rung
- * when the chain is made, before the gate. A signal that the thread has blocked, and KVM_RUN lets through, ends the first
- * run as any other; one that comes too early is still pending then.
+ * when the chain is made, before the gate; for a guest that is let in at once when it has come out again, or has been in
+ * for as long as the chain took, for the thread that it wakes may take the guest's place. A signal that the thread has
+ * blocked, and KVM_RUN lets through, ends the first run as any other; one that comes too early is still pending then.
  *
  * Where a processor is to be shared with the loop's thread, the runner goes first: until the guest is out it asks for short
- * slices of time, for which it is let in soon (sched(7), Linux 6.12; older kernels take no notice), and the bell of a guest
- * that is entered at once rings a little later, for the thread that it wakes would take the guest's place.
+ * slices of time, for which it is let in soon (sched(7), Linux 6.12; older kernels take no notice).
  *
  * Freestanding as fastpath.c is. `state` and `gate` are futexes.
  */
@@ -25,7 +25,7 @@ enum { SYS_SCHED_SETATTR = 314, SYS_SCHED_GETATTR = 315, SCHED_OTHER = 0, SHORT_
 enum { CLOCK_MONOTONIC = 1, RUSAGE_THREAD = 1, FUTEX_WAIT_PRIVATE = 128, FUTEX_WAKE_PRIVATE = 129 };
 enum { IDLE = 0 };
 enum { UNDECIDED = 0, OPEN = 1 };
-enum { AT_ONCE_NS = 1, LATEST_NS = 1000000, PART = 3 };
+enum { AT_ONCE_NS = 1, LATEST_NS = 1000000 };
 enum { RUSAGE_WORDS = 18, RUSAGE_MINFLT = 8, RUSAGE_MAJFLT = 9 };
 
 struct slot {
@@ -48,10 +48,10 @@ struct errand {
     u32 gate;          /* UNDECIDED until it is OPEN, or shut by any other value */
     struct order order;
     u64 mask;          /* the signals that are blocked in the guest */
-    u32 sender;        /* the processor that it was sent from, counted from 1 */
-    u32 cpu;           /* the processor that it has begun on */
+    u32 cpu;           /* the processor that it has begun on, counted from 1 */
     u32 done;          /* steps of the chain that did not fail */
     u32 entered;       /* whether the guest was entered, and the following is known */
+    u32 unused;
     s64 result;        /* of KVM_RUN, 0 or -errno; of KVM_SET_SIGNAL_MASK if that failed */
     u64 entered_ns, left_ns;
     u64 faults[2];     /* minor and major page faults of this thread when the chain was made */
@@ -130,15 +130,6 @@ static void ring(const struct errand *errand, u64 after_ns)
     syscall4(SYS_TIMERFD_SETTIME, errand->order.bell, 0, (long)timer, 0);
 }
 
-/* By then the guest will have come out, whose first run has taken a third of its chain where it was measured. */
-static u64 patience_ns(const struct errand *errand, u64 chain_ns)
-{
-    int enters = !errand->result && __atomic_load_n(&errand->gate, __ATOMIC_ACQUIRE) == OPEN;
-    if (!enters || this_cpu() != errand->sender)
-        return AT_ONCE_NS;
-    return chain_ns / PART < LATEST_NS ? chain_ns / PART + AT_ONCE_NS : LATEST_NS;
-}
-
 static void enter(struct errand *errand, int vcpu)
 {
     errand->entered_ns = monotonic_ns();
@@ -147,6 +138,8 @@ static void enter(struct errand *errand, int vcpu)
     count_faults(errand->left_faults);
     errand->entered = 1;
 }
+
+static u64 at_most(u64 ns, u64 most) { return ns < most ? ns : most; }
 
 static void run(struct errand *errand)
 {
@@ -160,9 +153,12 @@ static void run(struct errand *errand)
     int vcpu = (int)errand->order.slots[errand->order.vcpu].value;
     errand->result = let_signals_through(errand, vcpu);
     count_faults(errand->faults);
-    ring(errand, patience_ns(errand, monotonic_ns() - begun_ns));
+    int at_once = !errand->result && __atomic_load_n(&errand->gate, __ATOMIC_ACQUIRE) == OPEN;
+    ring(errand, at_once ? at_most(monotonic_ns() - begun_ns, LATEST_NS) : AT_ONCE_NS);
     if (!errand->result && wait_while(&errand->gate, UNDECIDED) == OPEN)
         enter(errand, vcpu);
+    if (at_once)
+        ring(errand, AT_ONCE_NS);
 }
 
 /* Wait until it is sent, and run, if there are steps. Returns the state it was sent with. */
@@ -188,7 +184,6 @@ EXPORTED void runner_send(struct errand *errand, const struct order *order, u32 
 {
     errand->order = *order;
     errand->gate = gate;
-    errand->sender = this_cpu();
     runner_decide(&errand->state, state);
 }
 
@@ -198,10 +193,11 @@ EXPORTED int runner_bell(void)
     return (int)syscall4(SYS_TIMERFD_CREATE, CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC, 0, 0);
 }
 
-/* Whether it has begun on the caller's processor. */
+/* Whether it may need the caller's processor: it has begun there, or nowhere yet. */
 EXPORTED u32 runner_is_here(const struct errand *errand)
 {
-    return __atomic_load_n(&errand->cpu, __ATOMIC_ACQUIRE) == this_cpu();
+    u32 cpu = __atomic_load_n(&errand->cpu, __ATOMIC_ACQUIRE);
+    return !cpu || cpu == this_cpu();
 }
 
 EXPORTED u32 runner_size(void)

@@ -79,9 +79,11 @@ async def test_who_listens_hears_the_bell_once(library: Library, gate: int) -> N
         errand.send(idle, bell, gate)
         async with asyncio.timeout(PATIENCE_S):
             await heard.wait()
-        assert bell.fd == -1
         idle.decide(OPEN)
         await asyncio.to_thread(errand.wait)
+        assert bell.fd >= 0
+        bell.silence()
+        assert bell.fd == -1
     assert errand.slots[2 * (errand.program.first + 2)] == os.getpid()
 
 
