@@ -228,7 +228,7 @@ def _memories(points: list[Point]) -> list[Figure]:
                 name="clones_memory",
                 unit="KiB/VM",
                 ours=[(after.memory.ours - before.memory.ours) / vms],
-                target=MEMORY_LIMIT,
+                target=MEMORY_LIMIT if before.live else None,  # it is of further VMs
                 conditions={**CONDITIONS, "live": after.live, "than": before.live},
                 detail={
                     "guest_kib": round((after.memory.guests - before.memory.guests) / vms, 1),
