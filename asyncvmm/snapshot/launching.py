@@ -111,7 +111,7 @@ class Preparation:
             return
         prepared.arm()
         if self._snapshot.closed:
-            prepared.disarm()
+            prepared.retire()
 
     def _prepare(self) -> None:
         """On a worker thread."""
@@ -123,7 +123,7 @@ class Preparation:
                 plan = options.plan(snapshot)
                 prepared = prepare_launch(plan, in_shell=options.shells is not None)
                 if prepared is not None:
-                    snapshot.prepared[options.kind] = prepared
+                    snapshot.prepared.setdefault(options.kind, prepared)  # another restore's may have come first
                 if options.plan(snapshot) is not plan:  # the working set has become known meanwhile
                     snapshot.forget_prepared(options.kind)
             make_one()

@@ -270,8 +270,9 @@ async def _restored(
     prepare: Callable[[VM], None] | None,
     configure: Configure | None,
 ) -> VM:
-    launch = begin(snapshot, options, at_once=prepare is None)
+    launch: Launch | None = None
     try:
+        launch = begin(snapshot, options, at_once=prepare is None)
         if launch is not None:
             await launch.go_first()
         snapshot.loaded.check_sizes()

@@ -177,7 +177,7 @@ class Snapshot:
         """What was prepared of that kind is of no use any more. On any thread."""
         prepared = self.prepared.pop(kind, None)
         if prepared is not None:
-            prepared.disarm()
+            prepared.retire()
 
     def remove_when_closed(self) -> None:
         """It was made in a directory of ours, which nobody named: both go with it. Raises ValueError for any other."""
@@ -217,6 +217,6 @@ def _let_go(loaded: Loaded, prepared: dict[LaunchKind, PreparedLaunch], doomed: 
     if os.getpid() != owner:
         return
     for launches in list(prepared.values()):
-        launches.disarm()
+        launches.retire()
     for directory in doomed:
         shutil.rmtree(directory, ignore_errors=True)

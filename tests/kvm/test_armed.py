@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from asyncvmm import VM
-from asyncvmm.machine.kvm.launch import Launch
+from asyncvmm.machine.kvm import launch as launch_module
+from asyncvmm.machine.kvm.launch import Launch, PreparedLaunch
 from asyncvmm.machine.waiting import in_thread
 from asyncvmm.snapshot.snapshot import LaunchKind, Snapshot
 from tests.support.echoing import echoed
@@ -18,6 +24,7 @@ from tests.support.launched import (
     PREFETCHED,
     Count,
     Ready,
+    ready_snapshot,
 )
 
 pytestmark = pytest.mark.anyio
@@ -77,6 +84,38 @@ async def test_a_working_set_that_becomes_known_has_what_was_armed_before_given_
         assert snapshot.working_set
         assert armed(snapshot)[PREFETCHED] == 1
         assert bells() == sum(armed(snapshot).values())
+
+
+async def test_what_is_prepared_twice_at_once_is_armed_once(
+    guest: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def a_while_apart(*arguments: Any, **options: Any) -> PreparedLaunch | None:
+        time.sleep(0.05 + 0.05 * next(numbers))  # both have begun before one is done
+        return prepare_launch(*arguments, **options)
+
+    numbers, prepare_launch = count(), launch_module.prepare_launch
+    async with ready_snapshot(guest("foreign"), "RE") as snapshot:
+        for kind in list(snapshot.prepared):
+            snapshot.forget_prepared(kind)
+        monkeypatch.setattr(launch_module, "prepare_launch", a_while_apart)
+        vms = await asyncio.gather(*(VM.restore(snapshot, prefetch=False) for _ in range(2)))
+        await asyncio.sleep(0.01)
+        await asyncio.gather(*(vm.stop() for vm in vms))
+        assert next(numbers) >= 2
+        assert armed(snapshot) == {PLAIN: 1}
+        assert bells() == 1
+    await asyncio.sleep(0)
+    assert bells() == 0
+
+
+async def test_what_was_retired_is_not_armed_again(ready: Ready) -> None:
+    async with ready("RE") as snapshot:
+        prepared = snapshot.prepared[PLAIN]
+        snapshot.forget_prepared(PLAIN)
+        prepared.arm()
+        assert not prepared._armed
+        await asyncio.sleep(0)
+        assert bells() == 2
 
 
 def armed(snapshot: Snapshot) -> dict[LaunchKind, int]:

@@ -19,6 +19,7 @@ import pytest
 
 from asyncvmm import VM, ConfigError, StateError
 from asyncvmm.errors import HostError, SnapshotDamaged, SnapshotMismatch
+from asyncvmm.machine.kvm import launch as launch_module
 from asyncvmm.machine.kvm import runner
 from asyncvmm.machine.kvm.launch import Launch
 from asyncvmm.machine.kvm.runner import Runner
@@ -83,6 +84,26 @@ async def test_a_hook_that_fails_leaves_nothing(ready: Ready, holdings: Count, l
             await VM.restore(snapshot, prefetch=False, prepare=fail)
         with pytest.raises(ZeroDivisionError):
             await VM.restore(snapshot, prefetch=False, configure=fail)
+        assert held(holdings, snapshot) == before
+    assert launches
+
+
+async def test_what_fails_where_no_thread_is_to_be_had_leaves_nothing(
+    ready: Ready, holdings: Count, launches: list[Launch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: object) -> Any:
+        monkeypatch.setattr(launch_module, "in_thread", none)
+        raise ZeroDivisionError
+
+    async def none(*_: object) -> Any:
+        raise RuntimeError("can't start new thread")
+
+    async with ready("RE") as snapshot:
+        before = held(holdings, snapshot)
+        with pytest.raises((ZeroDivisionError, RuntimeError)):
+            await VM.restore(snapshot, prefetch=False, prepare=fail)
+        for launch in launches:
+            await in_thread(launch.join)
         assert held(holdings, snapshot) == before
     assert launches
 

@@ -95,12 +95,13 @@ class Launch:
         self._given_up = True
         if self._runner.is_sent or not self._kickable:  # or it was, and is done with it
             self._give_up()
+            self._bell.deafen()
             self.join()
         else:
+            self._bell.close()
             self._runner.recall()
             if self._held is not None:
                 self._held.undo()
-        self._bell.close()
 
     def disarm(self) -> None:
         """It will not be sent. On any thread."""
@@ -176,10 +177,9 @@ class Launch:
         """Give it up, unless it was taken: nothing is left of it. May be called again."""
         if not self._taken and not self._given_up:
             self._give_up()
-            try:
-                await in_thread(self.join)
-            finally:
-                self._bell.close()
+            self._bell.deafen()
+            self._release()  # whether there is a thread to be had to wait on, or not
+            await in_thread(self.join)
 
     def _give_up(self) -> None:
         self._given_up = True
@@ -193,7 +193,7 @@ class Launch:
             self._mapped.set_result(None)
 
     def _on_failure(self, error: BaseException) -> None:
-        self._bell.close()
+        self._bell.deafen()
         if not self._mapped.done() and not self._given_up:
             self._mapped.set_exception(error)
 
@@ -275,7 +275,7 @@ def _locked() -> threading.Lock:
     return lock
 
 
-@attrs.frozen(eq=False)
+@attrs.define(eq=False)
 class PreparedLaunch:
     """Restores of one plan, as often as wanted. One of them can be armed, made but for what only the call tells."""
 
@@ -283,6 +283,8 @@ class PreparedLaunch:
     chain: LaunchChain
     library: Library
     _armed: list[Launch] = attrs.field(factory=list, init=False)
+    _retired: bool = attrs.field(default=False, init=False)
+    _lock: threading.Lock = attrs.field(factory=threading.Lock, init=False)
 
     def arm(self) -> None:
         """Have one armed for the running loop, if there is a descriptor to be had."""
@@ -294,6 +296,12 @@ class PreparedLaunch:
         while self._armed:
             with suppress(IndexError):  # it is being used at this moment
                 self._armed.pop().disarm()
+
+    def retire(self) -> None:
+        """Have none armed any more. On any thread."""
+        with self._lock:
+            self._retired = True
+        self.disarm()
 
     def begin(self, enters: bool | None, shell: Callable[[], Shell | None] | None = None) -> Launch | None:
         """Begin one, ``enters`` as Launch has it. ``shell`` gives a VM made ahead, if there is one. None where it has
@@ -326,8 +334,13 @@ class PreparedLaunch:
         return self._made()
 
     def _put_back(self, launch: Launch | None) -> None:
-        if launch is not None:
-            self._armed.append(launch)
+        if launch is None:
+            return
+        with self._lock:
+            if not self._retired:
+                self._armed.append(launch)
+                return
+        launch.disarm()
 
     def _made(self) -> Launch | None:
         try:

@@ -87,34 +87,6 @@ async def test_who_listens_hears_the_bell_once(library: Library, gate: int) -> N
     assert errand.slots[2 * (errand.program.first + 2)] == os.getpid()
 
 
-async def test_a_bell_that_was_closed_is_not_heard_and_leaves_nothing(library: Library) -> None:
-    before = len(os.listdir("/proc/self/fd"))
-    for end in (Bell.close, Bell.drop, lambda bell: (bell.drop(), bell.close())):
-        bell = Bell(library, lambda: pytest.fail("heard"))
-        end(bell)
-        await asyncio.sleep(0)
-        assert len(os.listdir("/proc/self/fd")) == before
-
-
-async def test_a_bell_is_dropped_from_another_thread(library: Library) -> None:
-    bell = Bell(library, lambda: pytest.fail("heard"))
-    await asyncio.to_thread(bell.drop)
-    await asyncio.sleep(0.01)
-    assert bell.fd == -1
-
-
-def test_a_bell_is_dropped_after_its_loop(library: Library) -> None:
-    bells: list[Bell] = []
-
-    async def leave_one() -> None:
-        bells.append(Bell(library, lambda: pytest.fail("heard")))
-
-    before = len(os.listdir("/proc/self/fd"))
-    asyncio.run(leave_one())
-    bells[0].drop()
-    assert len(os.listdir("/proc/self/fd")) == before
-
-
 def test_a_runner_that_was_not_sent_is_idle_again() -> None:
     idle = taken()
     assert not idle.is_sent
