@@ -110,8 +110,8 @@ class VM(TimingProperties, MachineProperties, SnapshotCalls):
         the evidence if the guest does not become ready, StateError if stop() is called meanwhile. Cancelled or failed,
         it leaves nothing behind.
         """
-        if self._state != "new":
-            raise StateError("boot", expected="a new VM", state=self._state)
+        if self._state != "new" or self._ending is not None:
+            raise StateError("boot", expected="a new VM", state=self._state if self._ending is None else "stopping")
         self._go("starting")
         async with self._freed_unless_done("boot"):
             await anyio.lowlevel.checkpoint()  # a snapshot() in a task that was begun before may have to be known

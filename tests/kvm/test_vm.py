@@ -5,6 +5,7 @@ The guest's command line is its program, a letter a step; see its source.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from jsonschema import Draft202012Validator
 from asyncvmm import VM, BootError, GuestStopped, StateError
 from asyncvmm.events.schema import schema
 from asyncvmm.events.types import Event, GuestExit, VmError, VmState
+from tests.support.holdings import Holdings
 
 pytestmark = pytest.mark.anyio
 
@@ -114,6 +116,18 @@ async def test_a_vm_boots_once(vm: Make) -> None:
             await machine.boot()
     with pytest.raises(StateError, match="a new VM"):
         await machine.boot()
+
+
+async def test_a_vm_that_is_being_stopped_boots_no_more_and_leaves_nothing(
+    vm: Make, holdings: Callable[[], Holdings]
+) -> None:
+    before, machine = holdings(), vm("RE")
+    booting = asyncio.ensure_future(machine.boot())  # begins when the stop has
+    await machine.stop()
+    with pytest.raises(StateError):
+        await booting
+    assert machine.state == "stopped"
+    assert holdings() == before
 
 
 async def test_a_stopped_vm_boots_no_more_and_stops_again(vm: Make) -> None:
