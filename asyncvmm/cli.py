@@ -138,14 +138,16 @@ def snapshot() -> None:
 
 
 @snapshot.command("take", context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False})
-@click.option("--on", required=True, metavar="pre-exec|listener|heartbeat=N|after=MS", help="What to wait for.")
+@click.option(
+    "--on", required=True, multiple=True, metavar="pre-exec|listener|heartbeat=N|after=MS", help="What to wait for."
+)
 @click.option("--quiesce-ms", default=0, show_default=True, metavar="MS", help="How long to wait then.")
 @click.option("--out", required=True, type=FILE, metavar="DIR", help="The directory to be made.")
 @click.option("--precopy", is_flag=True, help="Copy memory while the guest runs, for a shorter pause.")
 @vm_options
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, required=True)
 def snapshot_take(
-    on: str,
+    on: tuple[str, ...],
     quiesce_ms: int,
     out: Path,
     precopy: bool,
@@ -174,7 +176,8 @@ for _command in (inspect, verify, flatten):
 @click.option("--jsonl", metavar="PATH|-", help="Write events as JSON lines; with - the output goes to stderr.")
 @click.pass_context
 def restore(ctx: click.Context, directory: Path, clones: int, beyond_bend: bool, jsonl: str | None) -> None:
-    """Run the guest that is saved in DIR, or several of it, until its workload ends: its exit code is ours."""
+    """Run the guest that is saved in DIR, or several of it, until its workload ends: its exit code is ours, of several
+    the first, by their numbers, that is not 0."""
     with signals_held():
         from asyncvmm.snapshot_commands import restore as run_restored
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -27,8 +27,14 @@ OUTPUT_BYTES = 64 << 20
 """Bytes of one guest's output that are held for a stdout that is behind."""
 
 
-def policy(on: str, quiesce_ms: int, out: Path) -> SnapshotResources:
-    """What ``--on`` says: ``pre-exec``, ``listener``, ``heartbeat=N`` or ``after=MS``. Raises ConfigError."""
+def policy(on: Sequence[str], quiesce_ms: int, out: Path) -> SnapshotResources:
+    """What ``--on`` says, once: ``pre-exec``, ``listener``, ``heartbeat=N`` or ``after=MS``. Raises ConfigError."""
+    if len(on) != 1:
+        raise ConfigError("--on", expected="one", found=" ".join(on))
+    return _policy(on[0], quiesce_ms, out)
+
+
+def _policy(on: str, quiesce_ms: int, out: Path) -> SnapshotResources:
     name, _, value = on.partition("=")
     number = int(value) if value.isascii() and value.isdigit() and len(value) < 20 else None
     if on == "pre-exec":

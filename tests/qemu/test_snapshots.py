@@ -19,7 +19,7 @@ import orjson
 import pytest
 
 from asyncvmm import VM, VMConfig
-from asyncvmm.errors import SnapshotFailed
+from asyncvmm.errors import SnapshotFailed, TriggerImpossible
 from asyncvmm.events.outputs import open_output
 from asyncvmm.events.snapshot_types import RestoreStep
 from asyncvmm.events.types import Event
@@ -112,6 +112,16 @@ async def test_a_snapshot_that_is_asked_for_as_the_boot_begins_has_the_workload_
                 await vm.boot()
     async with taken[0] as snapshot:
         assert snapshot.guest.in_window
+
+
+async def test_a_workload_that_was_let_run_cannot_be_saved_before_its_exec() -> None:
+    async with VM(VMConfig(accel="qemu", workload=("sleep", "600"))) as vm:
+        with anyio.fail_after(PATIENCE_S):
+            await vm.boot()
+            await vm.events.pre_exec
+            with pytest.raises(TriggerImpossible, match="ask before boot"):
+                await vm.snapshot(SnapshotResources(on_pre_exec=True))
+        assert vm.state == "ready"
 
 
 async def test_a_difference_is_kvms_alone(held: tuple[Snapshot, str]) -> None:

@@ -30,3 +30,10 @@ def test_with_it_or_with_fewer_the_snapshot_is_looked_at(nothing: Path) -> None:
         done = CliRunner().invoke(main, ["restore", str(nothing), *words])
         assert done.exit_code == 2
         assert str(nothing) in done.output
+
+
+def test_two_things_to_wait_for_are_refused(nothing: Path) -> None:
+    words = ["snapshot", "take", "--on", "pre-exec", "--on", "after=5", "--out", str(nothing), "--", "true"]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 2
+    assert done.output == "asyncvmm: --on: expected one, found pre-exec after=5\n"
