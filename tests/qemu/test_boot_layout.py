@@ -56,12 +56,20 @@ def console(tmp_path_factory: pytest.TempPathFactory) -> str:
     layout = plan_boot(
         kernel.read_bytes(), initrd.stat().st_size, cmdline(), MEMORY, 2, mmio_devices=QEMU_MMIO, prefer_pvh=True
     )
-    command = [qemu, *options(layout, directory, initrd)]
-    done = subprocess.run(command, capture_output=True, timeout=120, check=False)
+    done = booted([qemu, *options(layout, directory, initrd)])
     text = done.stdout.decode(errors="replace")
     sleep_value = ACPI_SLEEP_ENABLE | ACPI_SLEEP_TYPE_S5 << ACPI_SLEEP_TYPE_SHIFT
     assert done.returncode == sleep_value << 1 | 1, text + done.stderr.decode(errors="replace")
     return text
+
+
+def booted(command: list[str]) -> subprocess.CompletedProcess[bytes]:
+    """QEMU's TCG has been seen to lose a guest with two processors on a busy host, once in many runs: its console stood
+    still amid the memory map. It is the layout that is tested here, so such a guest is booted once more."""
+    try:
+        return subprocess.run(command, capture_output=True, timeout=60, check=False)
+    except subprocess.TimeoutExpired:
+        return subprocess.run(command, capture_output=True, timeout=120, check=False)
 
 
 def qemu_and_image() -> tuple[str, Path, Path]:
