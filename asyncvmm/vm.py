@@ -4,7 +4,7 @@
         timing = await vm.boot()
 
 States: new -> starting -> booting -> ready <-> paused -> stopped. A VM that fails at any point ends in ``failed`` with
-everything freed. A VM belongs to the event loop that boots it.
+everything freed. A VM belongs to the event loop that boots it: calls from another one raise StateError.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from asyncvmm.events.hub import EventHub
 from asyncvmm.events.jsonl import JsonLines
 from asyncvmm.events.outputs import Target
 from asyncvmm.events.types import VmError, VmState, exit_counts
+from asyncvmm.home_loop import HomeLoop
 from asyncvmm.machine.base import AccelName, Evidence, Machine
 from asyncvmm.machine.of_vm import MachineProperties
 from asyncvmm.machine.waiting import wait_out
@@ -71,6 +72,7 @@ class VM(TimingProperties, MachineProperties, SnapshotCalls):
         self.timeline = Timeline()
         self._report = BootReport(self.events, self.timeline)
         self._state: State = "new"
+        self._home = HomeLoop(lambda: self._state)
         self._attempt: Attempt | None = None
         self._watch = self._new_watch()
         self._sinks: list[JsonLines] = []
@@ -110,6 +112,7 @@ class VM(TimingProperties, MachineProperties, SnapshotCalls):
         the evidence if the guest does not become ready, StateError if stop() is called meanwhile. Cancelled or failed,
         it leaves nothing behind.
         """
+        self._home.claim("boot")
         if self._state != "new" or self._ending is not None:
             raise StateError("boot", expected="a new VM", state=self._state if self._ending is None else "stopping")
         self._go("starting")
@@ -142,6 +145,7 @@ class VM(TimingProperties, MachineProperties, SnapshotCalls):
     async def shutdown(self, timeout_s: float = 30.0) -> None:
         """Ask the guest to power off, wait ``timeout_s`` seconds for it at the most, then stop it in any case."""
         if self._machine is not None and self._state == "ready" and not self.events.stopped.done:
+            self._home.check("shutdown")
             with anyio.move_on_after(timeout_s), suppress(StateError, MachineError):
                 # Neither is news: the guest, or its machine, came to its end by itself meanwhile.
                 await self._ask_to_power_off(self._machine)
@@ -150,6 +154,8 @@ class VM(TimingProperties, MachineProperties, SnapshotCalls):
 
     async def stop(self) -> None:
         """End the guest at once and free everything. May be called again, and from any state: it ends a boot, too."""
+        if self._ending is None or not self._ending.done():
+            self._home.claim("stop")
         await self._activities.end_all()
         await self._end()
 
@@ -204,6 +210,7 @@ class VM(TimingProperties, MachineProperties, SnapshotCalls):
 
     async def _become(self, restoring: Restoring) -> None:
         """Instead of booting: become the VM that was saved."""
+        self._home.claim("restore")
         self._go("starting")
         self._restoring = restoring
         async with self._freed_unless_done("restore"):
@@ -297,6 +304,7 @@ class VM(TimingProperties, MachineProperties, SnapshotCalls):
 
     async def _change(self, before: State, after: State, act: Callable[[Machine], Coroutine[Any, Any, None]]) -> None:
         """Have the machine do something, to its end even if cancelled: the state must say what is."""
+        self._home.check("pause" if after == "paused" else "resume")
         self._require(before)
         assert self._machine is not None
         task = asyncio.get_running_loop().create_task(act(self._machine))
@@ -364,6 +372,7 @@ class VM(TimingProperties, MachineProperties, SnapshotCalls):
     # -- small things ----------------------------------------------------------------------------------------------
 
     async def _write_console(self, data: bytes) -> None:
+        self._home.check("console input")
         if self._machine is None or self._state not in ("booting", "ready"):
             raise StateError("console input", expected="a running guest", state=self._state)
         await self._machine.write("console", data)

@@ -11,15 +11,17 @@ from asyncvmm.attempt import Attempt
 from asyncvmm.config import VMConfig
 from asyncvmm.effects import ExitStatistics
 from asyncvmm.events.hub import EventHub
+from asyncvmm.home_loop import HomeLoop
 from asyncvmm.machine.base import AccelName, Machine
 from asyncvmm.machine.choose import trace_exits
 
 if TYPE_CHECKING:
     from anyio.abc import ByteStream
 
-    from asyncvmm.balloon import Balloon
+    from asyncvmm.balloon import Balloon, BalloonBackend
     from asyncvmm.machine.kvm.trace import ExitTrace
     from asyncvmm.metrics.control import VmMetricsControl
+    from asyncvmm.vsock.host import VsockHost
     from asyncvmm.vsock.of_vm import Vsock
 
 
@@ -28,6 +30,7 @@ class MachineProperties(ABC):
 
     config: VMConfig
     events: EventHub
+    _home: HomeLoop
     _attempt: Attempt | None
 
     @abstractmethod
@@ -37,6 +40,11 @@ class MachineProperties(ABC):
     @property
     def _machine(self) -> Machine | None:
         return self._attempt.machine if self._attempt else None
+
+    def _machine_for(self, what: str) -> Machine | None:
+        """The machine, for a call that the VM's own loop alone may make. Raises StateError on another one."""
+        self._home.check(what)
+        return self._machine
 
     @property
     def accel(self) -> AccelName | None:
@@ -68,14 +76,22 @@ class MachineProperties(ABC):
         """The memory balloon; its calls raise StateError where there is none."""
         from asyncvmm.balloon import Balloon
 
-        return Balloon(lambda: self._machine.balloon if self._machine else None, self.config.memory_mib)
+        def find() -> BalloonBackend | None:
+            machine = self._machine_for("balloon")
+            return machine.balloon if machine else None
+
+        return Balloon(find, self.config.memory_mib)
 
     @cached_property
     def vsock(self) -> Vsock:
         """The guest's sockets; its calls raise StateError before the machine is started, and without a vsock device."""
         from asyncvmm.vsock.of_vm import Vsock
 
-        return Vsock(lambda: self._machine.vsock if self._machine else None)
+        def find() -> VsockHost | None:
+            machine = self._machine_for("vsock")
+            return machine.vsock if machine else None
+
+        return Vsock(find)
 
     @property
     def ports(self) -> Mapping[str, ByteStream]:

@@ -16,6 +16,7 @@ from asyncvmm.attempt import Attempt
 from asyncvmm.config import VMConfig
 from asyncvmm.errors import StateError, TriggerImpossible
 from asyncvmm.events.hub import EventHub
+from asyncvmm.home_loop import HomeLoop
 from asyncvmm.watch import GuestWatch
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class SnapshotCalls(ABC):
     """The part of VM that takes snapshots and is made of them."""
 
     config: VMConfig
+    _home: HomeLoop
     _attempt: Attempt | None
     _watch: GuestWatch
     _activities: Activities
@@ -86,6 +88,7 @@ class SnapshotCalls(ABC):
         """
         from asyncvmm.snapshot.order import SnapshotOrder
 
+        self._home.claim("snapshot")
         order = SnapshotOrder(when=when, out=out, base=base, precopy=precopy, then=then)
         if order.wants_pre_exec and self._attempt is None and self.state in ("new", "starting"):
             self.config = attrs.evolve(self.config, pre_exec_window=True)
@@ -137,6 +140,7 @@ class SnapshotCalls(ABC):
         """
         from asyncvmm.snapshot.handshake import go_lines
 
+        self._home.check("go")
         machine = self._attempt.machine if self._attempt else None
         if machine is None or self.state != "ready" or not self._watch.contract.ready_on_control:
             raise StateError("go", expected="a ready VM whose PID 1 listens", state=self.state)
