@@ -129,9 +129,10 @@ class ShellPool:
 
     def _make(self) -> Shell:
         """On a worker thread."""
+        from asyncvmm.machine.kvm.restore_chains import with_rings
         from asyncvmm.machine.kvm.restoring import Shell
 
-        return Shell(self._shape, Timeline())
+        return Shell(with_rings(self._shape), Timeline())
 
     async def aclose(self) -> None:
         """Free what was not taken; a cancellation is heard once that is done. May be called again."""
@@ -163,6 +164,7 @@ class ShellPool:
 
 
 def _shape(snapshot: Snapshot, track_dirty: bool) -> ShellShape:
+    """Without rings: whether they pay is asked where a shell is made."""
     from asyncvmm.machine.kvm.restore_chains import ShellShape
 
     manifest = snapshot.manifest

@@ -19,7 +19,7 @@ from asyncvmm.machine.kvm.dirty import DirtyLog
 from asyncvmm.machine.kvm.dirty_ring import DirtyRing
 from asyncvmm.machine.kvm.launch import prepare_launch
 from asyncvmm.machine.kvm.pages import PageSet
-from asyncvmm.machine.kvm.restore_chains import ShellShape
+from asyncvmm.machine.kvm.restore_chains import ShellShape, with_rings
 from asyncvmm.machine.kvm.restoring import Shell
 from asyncvmm.machine.kvm.ring_shape import (
     KINDS,
@@ -342,8 +342,8 @@ def test_rings_are_for_large_memories_unless_they_are_asked_for() -> None:
     assert ring_shape(PAYS_FROM_BYTES, 0) is None
     assert ring_shape(PAGE, 1 << 40) == most
     large = ShellShape(memory_bytes=PAYS_FROM_BYTES, vcpus=1, track_dirty=True)
-    assert large.ring == ring_shape(PAYS_FROM_BYTES)
-    assert ShellShape(memory_bytes=PAYS_FROM_BYTES, vcpus=1).ring is None
+    assert with_rings(large).ring == ring_shape(PAYS_FROM_BYTES)
+    assert with_rings(ShellShape(memory_bytes=PAYS_FROM_BYTES, vcpus=1)).ring is None
 
 
 @pytest.mark.parametrize(

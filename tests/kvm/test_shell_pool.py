@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from asyncvmm import VM, VMConfig
 from asyncvmm.errors import MemorySizeError
 from asyncvmm.machine.kvm.restoring import Shell
+from asyncvmm.machine.kvm.ring_shape import PAYS_FROM_BYTES, enters_guests, largest, ring_shape
 from asyncvmm.snapshot.shell_pool import ShellPool
 from asyncvmm.snapshot.snapshot import Snapshot
 from tests.support.holdings import Holdings
@@ -26,7 +28,19 @@ Count = Callable[..., Holdings]
 
 @pytest.fixture
 async def snapshot(guest: Callable[[str], Path], temporary_directory: Path) -> AsyncIterator[Snapshot]:
-    config = VMConfig(kernel=guest("foreign"), cmdline="RH", memory_mib=MEMORY_MIB, accel="kvm")
+    async with saved(guest("foreign"), MEMORY_MIB) as snapshot:
+        yield snapshot
+
+
+@pytest.fixture
+async def large(guest: Callable[[str], Path], temporary_directory: Path) -> AsyncIterator[Snapshot]:
+    async with saved(guest("foreign"), PAYS_FROM_BYTES >> 20) as snapshot:
+        yield snapshot
+
+
+@asynccontextmanager
+async def saved(kernel: Path, memory_mib: int) -> AsyncIterator[Snapshot]:
+    config = VMConfig(kernel=kernel, cmdline="RH", memory_mib=memory_mib, accel="kvm")
     async with VM(config) as original:
         await original.boot()
         made = await original.snapshot(then="stop")
@@ -81,3 +95,15 @@ async def test_whoever_is_cancelled_while_a_pool_is_closed_leaves_no_shell(snaps
     with pytest.raises(asyncio.CancelledError):
         await closing
     assert held(holdings) == before
+
+
+async def test_whether_rings_pay_is_asked_beside_the_loop(large: Snapshot) -> None:
+    enters_guests.cache_clear()
+    largest.cache_clear()
+    pool = ShellPool(large, track_dirty=True)
+    assert enters_guests.cache_info().misses == largest.cache_info().misses == 0
+    async with pool:
+        assert enters_guests.cache_info().misses == 1
+        assert pool._shells[0].shape.ring == ring_shape(PAYS_FROM_BYTES)
+        async with await VM.restore(large, shells=pool, track_dirty=True) as restored:
+            assert restored.state == "ready"

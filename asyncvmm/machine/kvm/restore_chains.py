@@ -31,19 +31,19 @@ MOST_KEPT = 16
 
 @attrs.frozen(kw_only=True, cache_hash=True)
 class ShellShape:
-    """What a VM is before it has any state. Hashable. ``ring``: of one with ``track_dirty``, None for bitmaps. Unless
-    it is given it is what pays, for which this host's KVM may be asked. Raises KvmUnavailable then.
-    """
+    """What a VM is before it has any state. Hashable. ``ring``: of one with ``track_dirty``, None for bitmaps."""
 
     memory_bytes: int
     vcpus: int
     devices: int = 0
     track_dirty: bool = False
-    ring: RingShape | None = attrs.field()
+    ring: RingShape | None = None
 
-    @ring.default
-    def _ring_that_pays(self) -> RingShape | None:
-        return tracking_ring(self.memory_bytes) if self.track_dirty else None
+
+def with_rings(shape: ShellShape) -> ShellShape:
+    """The same with such rings as pay, if its writes are tracked; this host's KVM may be asked for them: not for the
+    loop. Raises KvmUnavailable then."""
+    return attrs.evolve(shape, ring=tracking_ring(shape.memory_bytes)) if shape.track_dirty else shape
 
 
 def tracking_ring(memory_bytes: int, wanted: int | None = None) -> RingShape | None:
