@@ -6,7 +6,7 @@ import asyncio
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import anyio
@@ -15,7 +15,7 @@ import anyio.lowlevel
 from asyncvmm.commands import WorkloadOutput, write_all
 from asyncvmm.config import VMConfig
 from asyncvmm.console import ConsoleReader
-from asyncvmm.errors import AsyncVMMError, ConfigError, GuestStopped, HostError
+from asyncvmm.errors import AsyncVMMError, ConfigError, GuestStopped, HostError, TriggerImpossible
 from asyncvmm.events.lines import LineScanner
 from asyncvmm.events.outputs import Output, Target, open_output
 from asyncvmm.snapshot.clones import MOST_CLONES
@@ -67,14 +67,17 @@ async def take(config: VMConfig, when: SnapshotResources, jsonl: str | None, pre
 
 async def _boot_and_save(vm: VM, when: SnapshotResources, stdout: Output, precopy: bool) -> Snapshot:
     result: list[Snapshot] = []
-    output = WorkloadOutput(vm)
+    output, saving = WorkloadOutput(vm), anyio.CancelScope()
 
     async def save() -> None:
-        result.append(await vm.snapshot(when, precopy=precopy, then="stop"))
+        with saving:
+            result.append(await vm.snapshot(when, precopy=precopy, then="stop"))
 
     try:
         async with anyio.create_task_group() as group:
             group.start_soon(save)
+            if when.on_listener:
+                group.start_soon(_give_up, vm, saving)
             await anyio.lowlevel.checkpoint()  # it has to be asked for before the boot
             await vm.boot()
             group.start_soon(_copy_workload, vm, output, stdout)
@@ -83,7 +86,18 @@ async def _boot_and_save(vm: VM, when: SnapshotResources, stdout: Output, precop
         if task is not None and task.cancelling():  # what failed then is what came of it
             raise asyncio.CancelledError from None
         raise first_error(failed) from None
+    if not result:
+        found = f"the workload has ended with exit code {vm.events.exit.value}"
+        raise TriggerImpossible("snapshot trigger", expected="a listener", found=found)
     return result[0]
+
+
+async def _give_up(vm: VM, saving: anyio.CancelScope) -> None:
+    """Save no guest whose workload has ended without a listener: ``asyncvmm restore`` has nothing to run in it."""
+    with suppress(AsyncVMMError):  # it was stopped, or the boot says why
+        await vm.events.idle
+        if not vm.events.listener.done:
+            saving.cancel()
 
 
 async def _copy_workload(vm: VM, output: WorkloadOutput, stdout: Output) -> None:

@@ -235,3 +235,14 @@ def test_a_trigger_that_is_none_is_one_line_and_exit_code_2(tmp_path: Path, on: 
     done = asyncvmm(tmp_path, "snapshot", "--on", on, "--out", "s", "--", "true")
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_listener_that_cannot_come_any_more_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    words = ["snapshot", "--on", "listener", "--out", "s", "--accel", "qemu", "--jsonl", "lines"]
+    done = asyncvmm(tmp_path, *words, "--", "sh", "-c", "echo no such file; exit 3")
+    assert done.returncode == 2, done
+    assert done.stderr == (
+        "asyncvmm: snapshot trigger: expected a listener, found the workload has ended with exit code 3\n"
+    )
+    assert done.stdout.strip() == "no such file"
+    assert os.listdir(tmp_path) == ["lines"]
