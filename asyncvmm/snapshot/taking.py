@@ -21,11 +21,12 @@ import anyio.lowlevel
 import attrs
 
 from asyncvmm import __version__
-from asyncvmm.errors import ConfigError, SnapshotFailed, StateError
+from asyncvmm.errors import StateError
 from asyncvmm.events.snapshot_types import SnapshotSaved, SnapshotTrigger
 from asyncvmm.machine.base import BootPlan, Machine
 from asyncvmm.machine.saved import SavedMachine
 from asyncvmm.machine.waiting import in_thread, wait_out
+from asyncvmm.snapshot.bases import Bases
 from asyncvmm.snapshot.config_record import to_plain
 from asyncvmm.snapshot.directory import SnapshotDirectory, base_of
 from asyncvmm.snapshot.guest_record import SECTION, GuestRecord, record_of
@@ -65,6 +66,7 @@ class SnapshotTaker:
 
     def __init__(self, vm: VM) -> None:
         self._vm = vm
+        self._bases = Bases(vm)
 
     async def take(self, order: SnapshotOrder) -> Snapshot:
         """Carry the order out, but for ``then="stop"``: the VM stays held for that.
@@ -97,17 +99,7 @@ class SnapshotTaker:
             from asyncvmm.storage.snapshot import check_drives
 
             check_drives(plan.resources)
-        if order.base is not None:
-            self._check_base(order, order.base)
-
-    def _check_base(self, order: SnapshotOrder, base: Snapshot) -> None:
-        vm = self._vm
-        if base.closed:
-            raise StateError("snapshot base", expected="an open one", state="closed")
-        if base.is_temporary and order.directory is not None:
-            raise ConfigError("snapshot base", expected="one that has a place of its own", found="a temporary one")
-        if vm.accel is not None and base.manifest.machine != vm.accel:
-            raise SnapshotFailed("snapshot base", expected=f"one of {vm.accel}", found=base.manifest.machine)
+        self._bases.check(order)
 
     @asynccontextmanager
     async def _draft(self, order: SnapshotOrder) -> AsyncIterator[SnapshotDirectory]:
@@ -134,7 +126,11 @@ class SnapshotTaker:
             return NOW
         await vm.events.ready
         machine = self._machine()
-        await machine.expect_save()
+        try:
+            await machine.expect_save()
+        except StateError:
+            if not vm.events.stopped.done:  # else it has ended since it was asked, and nothing comes of it any more
+                raise
         fired = await wait_for_trigger(
             order.when, vm.events, vm.console, machine.activity, watch_port=machine.watch_port
         )
@@ -172,6 +168,7 @@ class SnapshotTaker:
             vm._being_saved = False
 
     async def _save(self, draft: SnapshotDirectory, order: SnapshotOrder, fired: Fired, times: _Times) -> Snapshot:
+        self._bases.check(order)  # another may have been taken meanwhile
         machine, base = self._machine(), order.base
         writer = MemoryWriter(draft.memory_fd, self._vm.config.memory_mib << 20, is_difference=base is not None)
         if order.precopy:
@@ -242,6 +239,7 @@ class SnapshotTaker:
 
         snapshot = await in_thread(commit, _take_back)
         self._machine().saved_as(snapshot.id)
+        self._bases.saved_to(snapshot)
         return snapshot
 
     def _manifest(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import anyio
+import attrs
 import pytest
 
 from asyncvmm import VM, ConfigError, StateError
@@ -18,6 +20,9 @@ from asyncvmm.events.snapshot_types import (
     SnapshotTrigger,
 )
 from asyncvmm.events.types import Event, RestoreProfileEvent, RuntimeRestoreProfileEvent
+from asyncvmm.machine.waiting import in_thread
+from asyncvmm.snapshot.directory import SnapshotDirectory
+from asyncvmm.snapshot.predicate import Predicate, Tracker
 from asyncvmm.snapshot.predicates import after, console, idle
 from asyncvmm.snapshot.resources import SnapshotResources
 from asyncvmm.snapshot.shell_pool import ShellPool
@@ -250,14 +255,51 @@ async def test_an_idle_guest_fires(vm: Make) -> None:
             assert snapshot.manifest.extra["trigger"]["trigger"] == "predicate"
 
 
+@attrs.frozen
+class Armed(Predicate):
+    """Never met; tells when it is waited for."""
+
+    armed: anyio.Event = attrs.field(factory=anyio.Event)
+    never: Predicate = attrs.field(factory=lambda: console(rb"never"))
+
+    def start(self, now_ns: int) -> Tracker:
+        self.armed.set()
+        return self.never.start(now_ns)
+
+    def leaves(self) -> Iterator[Predicate]:
+        return self.never.leaves()
+
+
+async def is_impossible(vm: VM, when: Predicate) -> None:
+    with pytest.raises(TriggerImpossible, match="the guest has ended"):
+        await vm.snapshot(when)
+
+
 async def test_what_a_dead_guest_can_no_longer_do_is_an_error(vm: Make) -> None:
+    when = Armed()
     async with vm("RWO") as original, anyio.create_task_group() as group:
         await original.boot()
-
-        async def take() -> None:
-            with pytest.raises(TriggerImpossible):
-                await original.snapshot(console(rb"never"))
-
-        group.start_soon(take)
-        await anyio.sleep(0.05)
+        group.start_soon(is_impossible, original, when)
+        await when.armed.wait()
         await original.console.write(b"x")
+
+
+async def test_so_it_is_for_a_guest_that_dies_before_its_trigger_is_waited_for(
+    vm: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, begun, dead = SnapshotDirectory.create, threading.Event(), threading.Event()
+
+    def held(path: Path) -> SnapshotDirectory:
+        begun.set()
+        assert dead.wait(PATIENCE_S)
+        return make(path)
+
+    monkeypatch.setattr(SnapshotDirectory, "create", held)
+    when = Armed()
+    async with vm("RWO") as original, anyio.create_task_group() as group:
+        await original.boot()
+        group.start_soon(is_impossible, original, when)
+        assert await in_thread(lambda: begun.wait(PATIENCE_S))
+        await original.console.write(b"x")
+        await original.events.stopped
+        dead.set()
