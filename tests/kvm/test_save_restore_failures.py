@@ -81,9 +81,10 @@ async def test_a_save_that_fails_leaves_the_machine_as_it_was(new: New, files: F
         await guest.count()
         await guest.machine.pause()
         full = FullFile(files.writer(RAM)._fd, RAM)
-        full.room = 1
+        full.room = PAGE
         with pytest.raises(SnapshotFailed, match="none left"):
             await guest.machine.save(full)
+        assert full.bytes_written == PAGE
         saved = await files.save(guest)
         assert await saved.is_memory_of(guest)
         await guest.machine.resume()

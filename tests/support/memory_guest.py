@@ -153,16 +153,17 @@ def discard_of(guest: MemoryGuest) -> GuestDiscard:
 
 
 class FullFile(MemoryWriter):
-    """A memory file in which there is room for so many runs."""
+    """A memory file with room for ``room`` bytes of data. Zeros take none, and how pages lie together does not matter:
+    where the host uses huge pages, all of a small guest is one run."""
 
     room = 0
 
     def write_runs(self, memory: memoryview, runs: Iterable[Place]) -> None:
-        for run in runs:
-            self.room -= 1
-            if self.room < 0:
-                raise SnapshotFailed("memory file", expected="room for it", found="none left")
-            super().write_runs(memory, [run])
+        for offset, size in runs:
+            for page in range(offset, offset + size, PAGE):
+                if self.bytes_written >= self.room:
+                    raise SnapshotFailed("memory file", expected="room for it", found="none left")
+                super().write_runs(memory, [(page, PAGE)])
 
 
 class Files:
