@@ -113,11 +113,11 @@ class SnapshotTaker:
             try:
                 yield draft
             except BaseException:
-                await in_thread(draft.abort)
+                await in_thread_or_here(draft.abort)
                 raise
         except BaseException:
             if holder is not None:
-                await in_thread(lambda: _remove(holder))
+                await in_thread_or_here(lambda: _remove(holder))
             raise
 
     async def _fired(self, order: SnapshotOrder) -> Fired:

@@ -198,10 +198,56 @@ async def test_a_difference_of_a_vm_that_keeps_no_account_is_refused(vm: Make) -
     async with vm("RE") as original:
         await original.boot()
         async with await original.snapshot() as full:
-            with pytest.raises(SnapshotFailed):
+            with pytest.raises(SnapshotFailed, match="track_dirty=True"):
                 await original.snapshot(base=full)
         assert original.state == "ready"
         assert await echoed(original, b"alive") == b"alive"
+
+
+async def test_a_difference_of_any_but_the_last_snapshot_is_refused_with_both_paths(vm: Make, tmp_path: Path) -> None:
+    async with vm("RE", track_dirty=True) as original, vm("RE", track_dirty=True) as other:
+        await original.boot()
+        await other.boot()
+        first = await original.snapshot(out=tmp_path / "first")
+        with pytest.raises(SnapshotFailed, match=f"it has none: .*without base= .*found {first.path}"):
+            await other.snapshot(base=first)
+        second = await original.snapshot(out=tmp_path / "second", base=first)
+        with pytest.raises(SnapshotFailed, match=f"last snapshot, {second.path} .*found {first.path}"):
+            await original.snapshot(console(rb"never"), base=first)  # before anything is waited for
+        third = await original.snapshot(out=tmp_path / "third", base=second)
+        for snapshot in (first, second, third):
+            snapshot.close()
+
+
+async def test_a_base_that_is_the_last_one_no_more_when_the_trigger_comes_is_refused(vm: Make, tmp_path: Path) -> None:
+    async with vm("RE", track_dirty=True) as original:
+        await original.boot()
+        first = await original.snapshot(out=tmp_path / "first")
+        async with anyio.create_task_group() as group:
+
+            async def late() -> None:
+                with pytest.raises(SnapshotFailed, match=f"last snapshot, {tmp_path}/second .*found {first.path}"):
+                    await original.snapshot(console(rb"now"), base=first, out=tmp_path / "late")
+
+            group.start_soon(late)
+            await anyio.sleep(0.05)
+            (await original.snapshot(out=tmp_path / "second")).close()
+            assert await echoed(original, b"now") == b"now"
+        first.close()
+        assert sorted(os.listdir(tmp_path)) == ["first", "second"]
+
+
+async def test_the_first_base_of_a_restored_vm_is_what_it_was_made_of(vm: Make, tmp_path: Path) -> None:
+    async with vm("RE") as original:
+        await original.boot()
+        made_of = await original.snapshot(out=tmp_path / "made-of")
+        other = await original.snapshot(out=tmp_path / "other")
+        async with await VM.restore(made_of, track_dirty=True) as restored:
+            with pytest.raises(SnapshotFailed, match=f"last snapshot, {made_of.path} .*found {other.path}"):
+                await restored.snapshot(base=other)
+            (await restored.snapshot(base=made_of)).close()
+    made_of.close()
+    other.close()
 
 
 async def test_a_cancelled_snapshot_leaves_nothing_and_the_vm_as_it_was(vm: Make, tmp_path: Path) -> None:
