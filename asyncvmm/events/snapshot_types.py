@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+from asyncvmm.errors import AsyncVMMError
 from asyncvmm.events.base import Event, event_class
 
 Trigger = Literal["heartbeat", "pre_exec", "listener", "parked", "after", "now", "predicate"]
@@ -47,6 +48,34 @@ class SnapshotSaved(Event):
     logical_bytes: int
     allocated_bytes: int
     difference: bool
+
+
+@event_class
+class SnapshotFailedEvent(Event):
+    """A snapshot that was asked for is none; the VM is as it was.
+
+    ``kind`` is the error's class name, CancelledError where nobody waits for it any more. ``trigger``: what had come by
+    then. ``path``: the directory it was to be, None for one of its own.
+    """
+
+    event: ClassVar[str] = "snapshot.failed"
+
+    kind: str
+    what: str
+    expected: str | None = None
+    found: str | None = None
+    state: str | None = None
+    trigger: Trigger | None = None
+    path: str | None = None
+
+    @classmethod
+    def of(cls, t_ns: int, error: BaseException, trigger: Trigger | None, path: str | None) -> SnapshotFailedEvent:
+        """The event of ``error``, whatever its kind."""
+        kind = type(error).__name__
+        if not isinstance(error, AsyncVMMError):
+            return cls(t_ns, kind, str(error) or "snapshot", trigger=trigger, path=path)
+        expected, found = (None if fact is None else str(fact) for fact in (error.expected, error.found))
+        return cls(t_ns, kind, error.what, expected, found, error.state, trigger, path)
 
 
 @event_class

@@ -20,6 +20,7 @@ from asyncvmm.events.snapshot_types import (
     RestoreFirstGuestEvent,
     RestoreMapped,
     RestoreStep,
+    SnapshotFailedEvent,
     SnapshotSaved,
     SnapshotTrigger,
 )
@@ -379,6 +380,7 @@ EVENTS: Mapping[str, type[Event]] = {
         RuntimeRestoreProfileEvent,
         SnapshotTrigger,
         SnapshotSaved,
+        SnapshotFailedEvent,
         RestoreMapped,
         RestoreFirstExit,
         RestoreFirstGuestEvent,

@@ -14,7 +14,7 @@ import attrs
 from asyncvmm.activities import Activities
 from asyncvmm.attempt import Attempt
 from asyncvmm.config import VMConfig
-from asyncvmm.errors import StateError, TriggerImpossible
+from asyncvmm.errors import StateError
 from asyncvmm.events.hub import EventHub
 from asyncvmm.home_loop import HomeLoop
 from asyncvmm.watch import GuestWatch
@@ -92,9 +92,6 @@ class SnapshotCalls(ABC):
         order = SnapshotOrder(when=when, out=out, base=base, precopy=precopy, then=then)
         if order.wants_pre_exec and self._attempt is None and self.state in ("new", "starting"):
             self.config = attrs.evolve(self.config, pre_exec_window=True)
-        if order.wants_pre_exec and self.events.pre_exec.value is not None and not self._holds_workload:
-            expected, found = "a workload that is yet to run (ask before boot)", "one that was let run"
-            raise TriggerImpossible("snapshot at pre-exec", expected=expected, found=found)
         with self._activities.begin("snapshot"):
             snapshot = await self._snapshots.take(order)
         if then == "stop":

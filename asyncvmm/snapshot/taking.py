@@ -21,11 +21,11 @@ import anyio.lowlevel
 import attrs
 
 from asyncvmm import __version__
-from asyncvmm.errors import StateError
-from asyncvmm.events.snapshot_types import SnapshotSaved, SnapshotTrigger
+from asyncvmm.errors import StateError, TriggerImpossible
+from asyncvmm.events.snapshot_types import SnapshotFailedEvent, SnapshotSaved, SnapshotTrigger
 from asyncvmm.machine.base import BootPlan, Machine
 from asyncvmm.machine.saved import SavedMachine
-from asyncvmm.machine.waiting import in_thread, wait_out
+from asyncvmm.machine.waiting import in_thread, in_thread_or_here, wait_out
 from asyncvmm.snapshot.bases import Bases
 from asyncvmm.snapshot.config_record import to_plain
 from asyncvmm.snapshot.directory import SnapshotDirectory, base_of
@@ -71,12 +71,22 @@ class SnapshotTaker:
     async def take(self, order: SnapshotOrder) -> Snapshot:
         """Carry the order out, but for ``then="stop"``: the VM stays held for that.
 
-        Raises StateError, SnapshotFailed, TriggerImpossible, MachineError.
+        Raises StateError, ConfigError, SnapshotFailed, TriggerImpossible, MachineError.
         """
+        came: list[Fired] = []
+        try:
+            return await self._take(order, came)
+        except BaseException as error:
+            self._tell_failed(error, order, came)
+            raise
+
+    async def _take(self, order: SnapshotOrder, came: list[Fired]) -> Snapshot:
+        """``came`` gets what has come."""
         self._check(order)
         async with self._draft(order) as draft:
             begin_ns = self._now()
             fired = await self._fired(order)
+            came.append(fired)
             # A trigger that came before anybody waited for it counts from then on.
             times = _Times(self._now() if fired.t_ns is None else max(fired.t_ns, begin_ns))
             self._tell_trigger(fired, order, times)
@@ -100,6 +110,9 @@ class SnapshotTaker:
 
             check_drives(plan.resources)
         self._bases.check(order)
+        if order.wants_pre_exec and vm.events.pre_exec.value is not None and not vm._holds_workload:
+            expected, found = "a workload that is yet to run (ask before boot)", "one that was let run"
+            raise TriggerImpossible("snapshot at pre-exec", expected=expected, found=found)
 
     @asynccontextmanager
     async def _draft(self, order: SnapshotOrder) -> AsyncIterator[SnapshotDirectory]:
@@ -280,6 +293,12 @@ class SnapshotTaker:
         events = self._vm.events
         if events.listening:
             events.publish(SnapshotTrigger(times.trigger_ns, fired.trigger, fired.detail, order.quiesce_ms))
+
+    def _tell_failed(self, error: BaseException, order: SnapshotOrder, came: list[Fired]) -> None:
+        events, path = self._vm.events, order.directory
+        if events.listening:
+            trigger = came[0].trigger if came else None
+            events.publish(SnapshotFailedEvent.of(self._now(), error, trigger, None if path is None else str(path)))
 
     def _tell_saved(self, snapshot: Snapshot, fired: Fired, times: _Times) -> None:
         vm, manifest, now_ns = self._vm, snapshot.manifest, self._now()

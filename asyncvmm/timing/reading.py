@@ -313,6 +313,7 @@ _TAKE: Mapping[str, _Take] = {
     "log.lost": _Vm.lost_lines,
     "snapshot.trigger": _Vm.named_mark,
     "snapshot.saved": _Vm.saved,
+    "snapshot.failed": _Vm.named_mark,
     "restore.mapped": _Vm.restore_stage,
     "restore.first_exit": _Vm.restore_stage,
     "restore.first_guest_event": _Vm.restore_stage,

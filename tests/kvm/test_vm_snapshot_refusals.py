@@ -15,7 +15,7 @@ import attrs
 import orjson
 import pytest
 
-from asyncvmm import VM, ConfigError, StateError, VMConfig
+from asyncvmm import VM, ConfigError, SnapshotResources, StateError, VMConfig
 from asyncvmm.errors import SnapshotDamaged, SnapshotError, SnapshotFailed, SnapshotMismatch, TriggerImpossible
 from asyncvmm.machine.waiting import in_thread
 from asyncvmm.snapshot.directory import SnapshotDirectory
@@ -308,3 +308,70 @@ async def test_another_format_is_another_version(vm: Make, tmp_path: Path) -> No
     manifest.write_bytes(orjson.dumps({**orjson.loads(manifest.read_bytes()), "format": 99}))
     with pytest.raises(SnapshotMismatch):
         await VM.restore(tmp_path / "s")
+
+
+# -- told ------------------------------------------------------------------------------------------------------------
+
+
+def _told(vm: VM) -> list[dict[str, Any]]:
+    told: list[dict[str, Any]] = []
+    vm.events.attach(lambda event: told.append({"event": event.event} | event.details()))
+    return told
+
+
+def _failures(told: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [event for event in told if event["event"] == "snapshot.failed"]
+
+
+async def test_a_snapshot_that_failed_is_an_event_with_the_errors_facts(vm: Make, tmp_path: Path) -> None:
+    async with vm("RE") as original:
+        told = _told(original)
+        with pytest.raises(StateError) as early:
+            await original.snapshot(out=tmp_path / "s")
+        await original.boot()
+        with pytest.raises(SnapshotFailed) as taken:
+            await original.snapshot(out=tmp_path)
+        await original.stop()
+        with pytest.raises(StateError) as late:
+            await original.snapshot()
+    first, second, third = _failures(told)
+    assert first == {
+        "event": "snapshot.failed",
+        "kind": "StateError",
+        "what": "snapshot",
+        "expected": early.value.expected,
+        "state": "new",
+        "path": str(tmp_path / "s"),
+    }
+    assert (second["kind"], second["found"]) == ("SnapshotFailed", str(taken.value.found))
+    assert (third["kind"], third["state"]) == ("StateError", late.value.state)
+
+
+async def test_a_snapshot_that_nobody_waits_for_any_more_is_told_of_with_what_had_come(vm: Make) -> None:
+    async with vm("RE") as original:
+        told = _told(original)
+        await original.boot()
+        with anyio.move_on_after(0.1):
+            await original.snapshot(SnapshotResources(after_ms=0, quiesce_ms=60_000))
+        with anyio.move_on_after(0.1):
+            await original.snapshot(console(rb"never"))
+        async with await original.snapshot():
+            assert [(event["kind"], event.get("trigger")) for event in _failures(told)] == [
+                ("CancelledError", "after"),
+                ("CancelledError", None),
+            ]
+
+
+async def test_a_snapshot_that_the_vms_end_ends_is_told_of(vm: Make) -> None:
+    async with vm("RE") as original, anyio.create_task_group() as group:
+        told = _told(original)
+        await original.boot()
+
+        async def wait() -> None:
+            with pytest.raises(StateError):
+                await original.snapshot(console(rb"never"))
+
+        group.start_soon(wait)
+        await anyio.sleep(0.05)
+        await original.stop()
+        assert [event["kind"] for event in _failures(told)] == ["CancelledError"]

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import re
+from asyncio import CancelledError
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import get_args
 
 import attrs
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator, ValidationError
 
 from asyncvmm.effects import ExitCount, ExitStatistics
-from asyncvmm.errors import BootError, KernelError, KvmIoctlError
+from asyncvmm.errors import BootError, KernelError, KvmIoctlError, SnapshotFailed, StateError
 from asyncvmm.events import snapshot_types, types
 from asyncvmm.events.encoding import timestamp, to_line
 from asyncvmm.events.lines import Line
@@ -82,6 +84,9 @@ SAMPLES: list[Event] = [
     types.RuntimeRestoreProfileEvent(10, RuntimeRestoreProfile(vcpu_state_restore=3)),
     snapshot_types.SnapshotTrigger(10, "pre_exec", "workload-pre-exec", 10),
     snapshot_types.SnapshotSaved(99, "c0ffee", "/var/s", "after", 10, 21, 98, 70, 88, 1 << 28, 1 << 25, False),
+    snapshot_types.SnapshotFailedEvent.of(99, SnapshotFailed("snapshot", expected=Path("/s")), "after", "/s"),
+    snapshot_types.SnapshotFailedEvent.of(99, StateError("snapshot", expected="a", found=1, state="new"), None, None),
+    snapshot_types.SnapshotFailedEvent.of(99, CancelledError(), None, None),
     snapshot_types.RestoreMapped(5, 5, "c0ffee"),
     snapshot_types.RestoreFirstExit(7, 6),
     snapshot_types.RestoreFirstGuestEvent(9, 8, "guest.heartbeat", 120, 0),
@@ -216,7 +221,7 @@ def test_a_phase_counts_from_the_start_of_its_vm() -> None:
 
 
 def test_the_schema_knows_the_triggers_that_there_are() -> None:
-    for event in ("snapshot.trigger", "snapshot.saved"):
+    for event in ("snapshot.trigger", "snapshot.saved", "snapshot.failed"):
         described = schema()["$defs"][event]["properties"]["trigger"]["enum"]
         assert tuple(described) == get_args(snapshot_types.Trigger)
 

@@ -109,6 +109,7 @@ def test_a_snapshot_and_a_restore_leave_their_instants_and_stages() -> None:
         [
             line("snapshot.trigger", 10, trigger="pre_exec", detail="x", quiesce_ms=0),
             line("snapshot.saved", 30, trigger="pre_exec", trigger_ns=10, paused_ns=12, saved_ns=29),
+            line("snapshot.failed", 35, kind="SnapshotFailed", what="x", trigger="after"),
             line("restore.mapped", 40, duration_ns=44),
             line("restore.first_guest_event", 45, duration_ns=49, kind="serial", minor_faults=3, major_faults=1),
             line("restore.step", 50, step="entropy", duration_ns=1),
@@ -118,6 +119,7 @@ def test_a_snapshot_and_a_restore_leave_their_instants_and_stages() -> None:
         ("snapshot.trigger pre_exec", 10),
         ("paused", 12),
         ("snapshot.saved", 30),
+        ("snapshot.failed after", 35),
         ("restore.step entropy", 50),
     ]
     assert recording.restore == (
