@@ -52,7 +52,9 @@ def saved_config(snapshot: Snapshot, name: str | None, configure: Configure | No
     config = configure(saved)
     if not isinstance(config, VMConfig):
         raise ConfigError("configure", expected="a VMConfig", found=repr(config)[:80])
-    for what in ("memory_mib", "vcpus", "acpi"):
+    if config.accel not in (saved.accel, "auto", snapshot.manifest.machine):
+        raise ConfigError("restored accel", expected=snapshot.manifest.machine, found=config.accel)
+    for what in ("memory_mib", "vcpus", "acpi", "workload", "env"):
         if getattr(config, what) != getattr(saved, what):
             raise ConfigError(f"restored {what}", expected=getattr(saved, what), found=getattr(config, what))
     if config.devices.names != saved.devices.names:

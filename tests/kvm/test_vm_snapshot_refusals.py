@@ -286,6 +286,24 @@ async def test_a_damaged_snapshot_is_refused_with_nothing_started(vm: Make, tmp_
         await VM.restore(tmp_path / "nothing")
 
 
+@pytest.mark.parametrize("change", [{"accel": "qemu"}, {"workload": ("true",)}, {"env": ("A=b",)}, {"vcpus": 2}])
+async def test_what_a_restored_vm_cannot_be_any_more_is_refused(vm: Make, change: dict[str, Any]) -> None:
+    async with vm("RE") as original:
+        await original.boot()
+        async with await original.snapshot() as snapshot:
+            with pytest.raises(ConfigError, match=f"restored {next(iter(change))}"):
+                await VM.restore(snapshot, configure=lambda config: attrs.evolve(config, **change))
+
+
+@pytest.mark.parametrize("accel", ["auto", "kvm"])
+async def test_the_machine_that_it_is_can_be_asked_for(vm: Make, accel: str) -> None:
+    async with vm("RE") as original:
+        await original.boot()
+        async with await original.snapshot() as snapshot:
+            async with await VM.restore(snapshot, configure=lambda c: attrs.evolve(c, accel=accel)) as restored:
+                assert restored.config.accel == accel
+
+
 async def test_another_machine_is_no_place_to_restore_it(vm: Make) -> None:
     async with vm("RE") as original:
         await original.boot()
