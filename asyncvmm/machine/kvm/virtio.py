@@ -90,10 +90,15 @@ class VirtioSlot:
     # -- on the loop -----------------------------------------------------------------------------------------------
 
     def watch(self, loop: asyncio.AbstractEventLoop, fail: Callable[[Exception], None]) -> None:
-        """Serve kicks from now on. ``fail`` hears of an error of ours, which is none of the guest's."""
+        """Serve kicks from now on. ``fail`` hears of an error of ours, which is none of the guest's. Raises HostError
+        where the loop can watch no more, as at fs.epoll.max_user_watches."""
         self._loop, self._fail = loop, fail
-        for index, fd in enumerate(self._kick_fds):
-            loop.add_reader(fd, self._kicked, index, fd)
+        try:
+            for index, fd in enumerate(self._kick_fds):
+                loop.add_reader(fd, self._kicked, index, fd)
+        except OSError as error:
+            expected = f"a loop that can watch its {len(self._kick_fds)} kicks"
+            raise HostError(f"virtio device {self.name}", expected=expected, found=error.strerror) from error
 
     def _kicked(self, index: int, fd: int) -> None:
         os.eventfd_read(fd)
