@@ -2,6 +2,7 @@
  *
  *   vsock echo PORT           for ever: send back what comes, end where the other side ends
  *   vsock count PORT          for ever: say how many bytes came, and their sum modulo 2^32, when they end
+ *                             (both in the background: it returns as soon as they listen)
  *   vsock call PORT TEXT      connect to the host, send TEXT, print the answer; the exit status is 1 if refused
  */
 #include <errno.h>
@@ -62,6 +63,8 @@ static void serve(unsigned int port, void (*handle)(int)) {
         die("listen");
     printf("listening on %u\n", port);
     fflush(stdout);
+    if (fork() != 0)
+        exit(0);
     signal(SIGCHLD, SIG_IGN);
     for (;;) {
         int fd = accept(listening, NULL, NULL);

@@ -20,7 +20,7 @@ async def test_memory_that_is_written_while_it_is_copied_ahead_is_saved_as_it_is
 ) -> None:
     async with booted(new(memory_mib=32)) as guest:
         await guest.fill(1000, 4000, 1)
-        await guest.begin_dirtying(1000, 4000, 4000)
+        await guest.begin_dirtying(1000, 4000, 1000)
         await anyio.sleep(0.05)
         for _ in range(3):
             writer = files.writer(32 * MIB)

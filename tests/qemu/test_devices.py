@@ -289,7 +289,7 @@ async def is_echoed(stream: ByteStream, data: bytes) -> bool:
 
 async def test_the_host_connects_to_the_guests_sockets(guest: Guest) -> None:
     assert guest.machine.vsock is not None
-    await guest.run("vsock echo 1234 & sleep 0.3")
+    await guest.run("vsock echo 1234")
     for _ in range(2):
         async with await guest.machine.vsock.connect(1234) as stream:
             assert await is_echoed(stream, os.urandom(MIB))
@@ -311,7 +311,7 @@ async def test_the_guest_connects_to_the_hosts(guest: Guest) -> None:
 
 
 async def test_a_unix_socket_leads_to_the_guest_and_another_from_it(guest: Guest) -> None:
-    await guest.run("vsock echo 4321 & sleep 0.3")
+    await guest.run("vsock echo 4321")
     async with await anyio.connect_unix(guest.uds_path) as client:
         await client.send(b"CONNECT 4321\n")
         assert (await read_until(client, b"\n")).startswith(b"OK ")
@@ -325,7 +325,7 @@ async def test_a_unix_socket_leads_to_the_guest_and_another_from_it(guest: Guest
 
 async def test_a_paused_guest_goes_on_with_its_connections(guest: Guest) -> None:
     assert guest.machine.vsock is not None
-    await guest.run("vsock echo 7000 & sleep 0.3")
+    await guest.run("vsock echo 7000")
     with anyio.fail_after(PATIENCE_S):
         async with await guest.machine.vsock.connect(7000) as stream, anyio.create_task_group() as tasks:
             assert await is_echoed(stream, b"before")

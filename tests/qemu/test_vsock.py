@@ -38,7 +38,7 @@ CMDLINE = "console=ttyS0 quiet 8250.nr_uarts=1 panic=-1"
 
 # The first call says that both servers listen; from then on it does as it is told by the host, line by line.
 SCRIPT = f"""
-/vsock echo {ECHO} & /vsock count {COUNT} & sleep 0.5
+/vsock echo {ECHO}; /vsock count {COUNT}
 /vsock call {CALLED} "hello from the guest"
 while sleep 0.1; do c=$(/vsock call {COMMANDS} next) && sh -c "${{c#answer: }}"; done
 """
