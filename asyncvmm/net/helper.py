@@ -20,21 +20,22 @@ _LINES: Final = 3
 
 
 class Helper(Child):
-    """A running helper, ``name`` in errors; ``ended`` is set once it has ended and been reaped.
+    """A running helper, made by ``begin``, ``name`` in errors; ``ended`` is set once it has ended and been reaped."""
 
-    Make it on the loop's thread. Raises HostError.
-    """
+    name: str
+    ended: asyncio.Event
 
-    def __init__(
-        self, loop: asyncio.AbstractEventLoop, name: str, command: Sequence[str], descriptors: Sequence[int]
-    ) -> None:
+    @classmethod
+    async def begin(cls, name: str, command: Sequence[str], descriptors: Sequence[int]) -> Helper:
+        """Start it, as ``Child.start`` does. Raises HostError."""
         try:
-            super().__init__(loop, command, descriptors)
+            helper = await cls.start(command, descriptors)
         except MachineError as error:
             raise HostError(f"{name} could not be started", found=error.found) from error
-        self.name = name
-        self.ended = asyncio.Event()
-        self.watch(self.ended.set)
+        helper.name = name
+        helper.ended = asyncio.Event()
+        helper.watch(helper.ended.set)
+        return helper
 
     def last_words(self) -> str:
         """The last lines of its error output, less what is of no help."""

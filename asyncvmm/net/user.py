@@ -102,8 +102,8 @@ class UserNet:
 async def start_user_net(config: NetConfig, mac: str | None = None) -> UserNet:
     """Start a helper for the card of address ``mac`` (None: the one of ``config``, or a drawn one).
 
-    Call it on the loop's thread. Cancelled, it leaves nothing behind. Raises ConfigError for addresses that do not fit
-    together, and HostError where there is no helper or where it does not start; the error has its last words.
+    Cancelled, it leaves nothing behind. Raises ConfigError for addresses that do not fit together, and HostError where
+    there is no helper or where it does not start; the error has its last words.
     """
     card = parse_mac(mac or config.mac or format_mac(draw_mac()))
     addresses = plan_addresses(config)
@@ -176,7 +176,7 @@ async def _launch_passt(
     undo.callback(wire.close)
     with peer:
         command = passt_command(survey.path, peer.fileno(), addresses, config.publish, options)
-        process = Helper(asyncio.get_running_loop(), "passt", command, [peer.fileno()])
+        process = await Helper.begin("passt", command, [peer.fileno()])
     undo.push_async_callback(process.stop)
     return process, wire, dns
 
@@ -202,7 +202,7 @@ async def _launch_gvproxy(
         settings = os.memfd_create("gvproxy")
         files.callback(os.close, settings)
         os.write(settings, gvproxy_config(path, mac, addresses, config.publish))
-        process = Helper(asyncio.get_running_loop(), "gvproxy", gvproxy_command(survey.path, settings), [settings])
+        process = await Helper.begin("gvproxy", gvproxy_command(survey.path, settings), [settings])
         undo.push_async_callback(process.stop)
         wire = await _unless_it_ends(process, _connect(undo, path))
     return process, wire, addresses.dns or addresses.gateway

@@ -140,7 +140,7 @@ from asyncvmm.timing.timeline import Timeline
 async def main():
     plan = BootPlan(name="orphan", memory_mib=32, vcpus=1, kernel=Path(sys.argv[1]), initrd=None)
     await QemuMachine(plan, Timeline(), lambda effects: None).start()
-    print(Path("/proc/self/task", *[next(Path("/proc/self/task").iterdir()).name], "children").read_text(), flush=True)
+    print(*[task.joinpath("children").read_text() for task in Path("/proc/self/task").iterdir()], flush=True)
     await asyncio.sleep(1000)
 
 asyncio.run(main())

@@ -13,9 +13,10 @@ from pathlib import Path
 import attrs
 
 from asyncvmm.machine.kvm.runner import IDLE_NAME
+from asyncvmm.machine.qemu.spawning import THREAD_NAME
 
 _OF_A_VM = re.compile(r"kvm|memfd|/dev/zero \(deleted\)|asyncvmm")
-_IDLE = ("AnyIO worker thread", IDLE_NAME)
+_IDLE = ("AnyIO worker thread", IDLE_NAME, THREAD_NAME)
 
 
 @attrs.frozen
@@ -31,7 +32,8 @@ class Holdings:
 
     @classmethod
     def now(cls, ram: int = 0) -> Holdings:
-        """Count. anyio keeps idle worker threads for the next call, we idle runners: they are nobody's."""
+        """Count. anyio keeps idle worker threads for the next call, we idle runners and a
+        thread that starts children: they are nobody's."""
         return cls(
             tuple(sorted(thread.name for thread in threading.enumerate() if thread.name not in _IDLE)),
             len(asyncio.all_tasks()),

@@ -1,4 +1,4 @@
-"""A child process that cannot outlive us, watched by its pidfd: no threads, no signal handlers, no polling."""
+"""A child process that cannot outlive us, watched by its pidfd: no signal handlers, no polling."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import errno
 import os
 import shutil
 import signal
-import subprocess
 from collections.abc import Callable, Sequence
+from typing import Self
 
 from asyncvmm.errors import HostError, MachineError
 from asyncvmm.machine.qemu.channel import Channel
+from asyncvmm.machine.qemu.spawning import Spawned, reap, spawn
 
 STDERR_TAIL = 4096
 """Bytes of the child's last error output that are kept."""
@@ -20,27 +21,34 @@ _CONTENTION = frozenset({errno.EAGAIN, errno.ENOMEM, errno.EBUSY, errno.ENFILE})
 
 
 class Child:
-    """A running child. ``status`` is its exit status (negative: minus the signal), None while it lives.
-
-    Must be made on the thread that runs the event loop: the kernel kills the child when the *thread* that made it
-    ends (PR_SET_PDEATHSIG), and worker threads end early. Nor would another thread spare the loop anything: Python
-    forks with the interpreter locked. It is a vfork, 0.1 ms long however large this process is.
+    """A running child, made by ``start``. ``status`` is its exit status (negative: minus the signal), None while it
+    lives. The kernel kills it when this process ends.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, command: Sequence[str], descriptors: Sequence[int]) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, stderr: Channel, spawned: Spawned) -> None:
         self._loop = loop
-        self.status: int | None = None
-        self._stderr = Channel(loop)
+        self._stderr = stderr
         self._tail = b""
-        try:
-            self._process = _spawn(command, descriptors, self._stderr.peer.fileno())
-            self._pidfd = _open_pidfd(self._process)
-        except BaseException:
-            self._stderr.close()
-            raise
-        self._stderr.peer.close()
-        self.pid = self._process.pid
+        self._pidfd = spawned.pidfd
+        self.pid = spawned.pid
+        self.status: int | None = None
         self._stderr.watch(self._read_stderr)
+
+    @classmethod
+    async def start(cls, command: Sequence[str], descriptors: Sequence[int]) -> Self:
+        """Start ``command`` with ``descriptors``, which must stay open until then. The loop goes on meanwhile.
+
+        A cancellation is heard once that is done, and leaves nothing. Raises HostError, MachineError.
+        """
+        loop = asyncio.get_running_loop()
+        stderr = Channel(loop)
+        try:
+            spawned = await _spawn(command, descriptors, stderr.peer.fileno())
+        except BaseException:
+            stderr.close()
+            raise
+        stderr.peer.close()
+        return cls(loop, stderr, spawned)
 
     def watch(self, on_exit: Callable[[], None]) -> None:
         """Call ``on_exit`` on the loop once, when the child has ended; ``status`` is known then."""
@@ -59,7 +67,7 @@ class Child:
 
     def reap(self) -> None:
         """Collect a child that has ended, with its last words, and free its descriptors."""
-        self.status = self._process.wait()
+        self.status = reap(self.pid)
         os.close(self._pidfd)
         while self._read_stderr():
             pass
@@ -83,31 +91,15 @@ class Child:
         return bool(data)
 
 
-def _spawn(command: Sequence[str], descriptors: Sequence[int], stderr: int) -> subprocess.Popen[bytes]:
+async def _spawn(command: Sequence[str], descriptors: Sequence[int], stderr: int) -> Spawned:
     setpriv = shutil.which("setpriv")
     if setpriv is None:
         raise HostError("setpriv", expected="setpriv of util-linux on PATH", found="none")
     try:
-        return subprocess.Popen(
-            [setpriv, "--pdeathsig", "KILL", "--", *command],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=stderr,
-            pass_fds=tuple(descriptors),
-            # Its own session: Ctrl-C at the terminal is for us, who then end the guest in order.
-            start_new_session=True,
-        )
+        # Its own session: Ctrl-C at the terminal is for us, who then end the guest in order.
+        return await spawn([setpriv, "--pdeathsig", "KILL", "--", *command], descriptors, stderr)
     except OSError as error:
         raise start_error("QEMU could not be started", str(error), retryable=error.errno in _CONTENTION) from error
-
-
-def _open_pidfd(process: subprocess.Popen[bytes]) -> int:
-    try:
-        return os.pidfd_open(process.pid)
-    except OSError as error:
-        process.kill()
-        process.wait()
-        raise start_error("QEMU could not be watched", str(error), retryable=False) from error
 
 
 def start_error(what: str, found: str, *, retryable: bool) -> MachineError:

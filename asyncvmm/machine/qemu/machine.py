@@ -112,7 +112,7 @@ class QemuMachine:
             assert self._qemu is not None
             with self._timeline.phase("qemu_fork"):
                 self._memory = GuestMemory.new(self._plan.memory_mib << 20)
-                process = self._spawn(self._qemu, self._memory)
+                process = await self._spawn(self._qemu, self._memory)
             with self._timeline.phase("qemu_qmp_connect"):
                 await self._running(process)
         except BaseException:
@@ -195,10 +195,12 @@ class QemuMachine:
             freed.result()
 
     async def _finish(self) -> None:
-        if self._process is None or self._process.child is None:
-            self._free()
-        else:
-            await self._process.kill()
+        try:
+            if self._process is not None:
+                await self._process.kill()
+        finally:
+            if self._process is None or self._process.child is None:
+                self._free()
 
     def exits(self) -> None:
         """None: QEMU keeps its exits to itself."""
@@ -270,13 +272,13 @@ class QemuMachine:
         assert self._memory is not None
         self._state = "starting"
         with self._timeline.phase("qemu_fork"), StateFile(state) as file:
-            process = self._spawn(self._qemu, self._memory, file.fd)
+            process = await self._spawn(self._qemu, self._memory, file.fd)
         with self._timeline.phase("qemu_qmp_connect"):
             await process.answered(process.qmp.negotiated)
         with self._timeline.phase("device_state_restore"):
             await self._running(process)
 
-    def _spawn(self, qemu: QemuBinary, memory: GuestMemory, state: int | None = None) -> QemuProcess:
+    async def _spawn(self, qemu: QemuBinary, memory: GuestMemory, state: int | None = None) -> QemuProcess:
         """Start QEMU, from its kernel or with a saved state, which is in the file ``state``."""
         process = QemuProcess(self._plan, self._qemu_accel, self._pacer, memory, self._free, state)
         self._process = process
@@ -285,7 +287,7 @@ class QemuMachine:
             is_pci = choose_machine_type(self._plan) == "q35"
             group = self._metrics.balloon
             self.balloon = QmpBalloon(process.qmp.execute, self._plan, group, is_pci=is_pci, version=qemu.version)
-        process.spawn(qemu, self._attachments, self._counts, self._initrd)
+        await process.spawn(qemu, self._attachments, self._counts, self._initrd)
         self._close_initrd()
         return process
 

@@ -1,7 +1,7 @@
 """One QEMU: its child process with QMP and serial lines on socket pairs, from before it is started until it has ended.
 
-Everything arrives in callbacks of the event loop: there is no task or thread to be cancelled, and the child is never
-waited for by polling.
+Everything arrives in callbacks of the event loop: once it is started there is no task or thread to be cancelled, and
+the child is never waited for by polling.
 """
 
 from __future__ import annotations
@@ -56,6 +56,8 @@ class QemuProcess:
         self._loop = asyncio.get_running_loop()
         self._end = GuestEnd(pacer)
         self._gone = self._loop.create_future()
+        self._spawned: asyncio.Future[None] | None = None
+        self._is_doomed = False
         self._counts: QemuCounts | None = None
         self.child: Child | None = None
         self.pausing = state is not None
@@ -70,12 +72,29 @@ class QemuProcess:
         restores = state is not None
         self.qmp = QmpControl(self._channel, self._on_event, self._fail, self._on_running, first, restores=restores)
 
-    def spawn(self, qemu: QemuBinary, attachments: Attachments, counts: QemuCounts, initrd: int | None) -> None:
+    async def spawn(self, qemu: QemuBinary, attachments: Attachments, counts: QemuCounts, initrd: int | None) -> None:
         """Start QEMU, with the devices' ``attachments``; ``counts`` are kept of it from now on.
 
-        ``initrd``: a descriptor, None for the plan's file. Raises ConfigError, HostError, MachineError.
+        ``initrd``: a descriptor, None for the plan's file. Every descriptor of the guest's stays open until then.
+        Cancelled or failed, it leaves no child. Raises ConfigError, HostError, MachineError.
         """
         self._counts = counts
+        command, descriptors = self._command(qemu, attachments, initrd)
+        self._spawned = self._loop.create_future()
+        try:
+            self.child = await Child.start(command, descriptors)
+        finally:
+            self._spawned.set_result(None)
+        self.child.watch(self._on_child_end)
+        if self._is_doomed:
+            self.child.kill()
+        self._channel.peer.close()
+        attachments.release_ends()
+        counts.watch_ports(self.serial.channels.values(), attachments.channels)
+        self.serial.watch()
+
+    def _command(self, qemu: QemuBinary, attachments: Attachments, initrd: int | None) -> tuple[list[str], list[int]]:
+        """The words that start it, and the descriptors they name."""
         ends = ChildDescriptors(
             qmp=self._channel.peer.fileno(),
             console=self.serial.channels["console"].peer.fileno(),
@@ -84,14 +103,9 @@ class QemuProcess:
             devices=attachments.connect(self._loop, self._device_failed),
             restores=self._state is not None,
         )
-        command = build_command(self._plan, qemu, self._accel, ends, self._initrd_path(initrd))
         others = (initrd, self._state, self._plan.resources.net_fd)
-        self.child = Child(self._loop, command, [*ends.all(), *(fd for fd in others if fd is not None)])
-        self.child.watch(self._on_child_end)
-        self._channel.peer.close()
-        attachments.release_ends()
-        counts.watch_ports(self.serial.channels.values(), attachments.channels)
-        self.serial.watch()
+        command = build_command(self._plan, qemu, self._accel, ends, self._initrd_path(initrd))
+        return command, [*ends.all(), *(fd for fd in others if fd is not None)]
 
     def _initrd_path(self, initrd: int | None) -> str | None:
         if initrd is not None:
@@ -108,15 +122,23 @@ class QemuProcess:
             raise self._end.of_start(self.child, reads_state=self.qmp.reads_state) from None
 
     async def kill(self) -> None:
-        """End it, asked a last time for its counts, and reap it; its end is no news. A cancellation is heard after."""
-        if self.child is None:
-            return
+        """End it, asked a last time for its counts, and reap it; its end is no news. One that is being started is
+        started first. A cancellation is heard after.
+        """
+        try:
+            if self._spawned is not None:
+                await wait_out(self._spawned)
+        finally:
+            if self.child is not None:
+                await self._kill(self.child)
+
+    async def _kill(self, child: Child) -> None:
         self._end.be_silent()
         try:
             if self._counts is not None:
                 await self._counts.finish()
         finally:
-            self.child.kill()
+            child.kill()
             await wait_out(self._gone)
             await self._pacer.finish()
 
@@ -162,11 +184,15 @@ class QemuProcess:
     def _fail(self, error: MachineError) -> None:
         """QMP broke: nothing more can be said to this QEMU."""
         self._end.tell("machine", str(error))
-        if self.child is not None:
-            self.child.kill()
+        self._doom()
 
     def _device_failed(self, error: Exception) -> None:
         _log.error("a device of %s failed", self._plan.name, exc_info=error)
         self._end.fail(error)
+        self._doom()
+
+    def _doom(self) -> None:
+        """Kill it, as soon as there is something to kill."""
+        self._is_doomed = True
         if self.child is not None:
             self.child.kill()

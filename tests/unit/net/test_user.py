@@ -24,6 +24,7 @@ from asyncvmm.net import user
 from asyncvmm.net.framing import FrameBuffer, prefix
 from asyncvmm.net.mac import parse_mac
 from asyncvmm.net.user import UserNet, start_user_net
+from tests.support.holdings import children
 from tests.support.requirements import require
 
 HELPERS = ("passt", "gvproxy")
@@ -125,7 +126,7 @@ def held() -> Counter[str]:
             kinds[os.readlink(f"/proc/self/fd/{entry}").split(":")[0]] += 1
         except FileNotFoundError:
             continue
-    kinds["children"] = len(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
+    kinds["children"] = len(children(os.getpid()))
     kinds["files"] = sum(name.startswith("asyncvmm-net-") for name in os.listdir(tempfile.gettempdir()))
     return kinds
 
