@@ -16,6 +16,7 @@ import orjson
 import pytest
 
 from asyncvmm import VM, ConfigError, SnapshotResources, StateError, VMConfig
+from asyncvmm.config import Accel
 from asyncvmm.errors import SnapshotDamaged, SnapshotError, SnapshotFailed, SnapshotMismatch, TriggerImpossible
 from asyncvmm.machine.waiting import in_thread
 from asyncvmm.snapshot.directory import SnapshotDirectory
@@ -296,12 +297,14 @@ async def test_what_a_restored_vm_cannot_be_any_more_is_refused(vm: Make, change
 
 
 @pytest.mark.parametrize("accel", ["auto", "kvm"])
-async def test_the_machine_that_it_is_can_be_asked_for(vm: Make, accel: str) -> None:
+async def test_the_machine_that_it_is_can_be_asked_for(vm: Make, accel: Accel) -> None:
     async with vm("RE") as original:
         await original.boot()
-        async with await original.snapshot() as snapshot:
-            async with await VM.restore(snapshot, configure=lambda c: attrs.evolve(c, accel=accel)) as restored:
-                assert restored.config.accel == accel
+        async with (
+            await original.snapshot() as snapshot,
+            await VM.restore(snapshot, configure=lambda config: attrs.evolve(config, accel=accel)) as restored,
+        ):
+            assert restored.config.accel == accel
 
 
 async def test_another_machine_is_no_place_to_restore_it(vm: Make) -> None:
