@@ -11,13 +11,13 @@ import threading
 from pathlib import Path
 from typing import Literal
 
-import anyio
 import attrs
 
 from asyncvmm.config import Accel
 from asyncvmm.errors import AsyncVMMError, HostError, KvmUnavailable, QemuUnavailable
 from asyncvmm.events.types import AccelProbe
 from asyncvmm.machine.base import AccelName
+from asyncvmm.machine.threads import run_in_thread
 
 Verdict = Literal["fast", "slow", "unusable", "absent"]
 QemuAccel = Literal["tcg", "kvm"]
@@ -177,8 +177,8 @@ async def choose_accel(requested: Accel = "auto", *, measure_again: bool = False
     if measure_again:
         forget_measurements()
     measured = requested != "kvm"
-    kvm = await anyio.to_thread.run_sync(lambda: probe_kvm(measured=measured))
-    qemu = await anyio.to_thread.run_sync(probe_qemu) if needs_qemu(requested, kvm) else None
+    kvm = await run_in_thread(lambda: probe_kvm(measured=measured))
+    qemu = await run_in_thread(probe_qemu) if needs_qemu(requested, kvm) else None
     return decide(requested, kvm, qemu)
 
 

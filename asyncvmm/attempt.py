@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import anyio.to_thread
 import attrs
 
 from asyncvmm.accel import AccelChoice
@@ -12,6 +11,7 @@ from asyncvmm.config import VMConfig
 from asyncvmm.device_imports import import_devices
 from asyncvmm.machine.base import BootPlan, EffectSink, Machine
 from asyncvmm.machine.choose import import_machine, make_machine
+from asyncvmm.machine.threads import run_in_thread
 from asyncvmm.plan import make_plan
 from asyncvmm.timing.timeline import Timeline
 
@@ -39,7 +39,7 @@ class Attempt:
 
     async def plan(self) -> None:
         """Decide what to boot, and import what it takes. Raises ConfigError and its kinds."""
-        self._plan = await anyio.to_thread.run_sync(self._make_plan)
+        self._plan = await run_in_thread(self._make_plan)
 
     async def make(self, on_effects: EffectSink, metrics: VmMetrics) -> Machine:
         """Make ready what the devices stand on, and the machine. Raises ConfigError and HostError, with their kinds."""

@@ -16,7 +16,7 @@ import attrs
 
 from asyncvmm.device_config import DeviceConfig, DriveConfig, NetConfig
 from asyncvmm.machine.base import AccelName, DriveResource, Resources
-from asyncvmm.machine.waiting import in_thread
+from asyncvmm.machine.waiting import in_thread, in_thread_or_here
 from asyncvmm.timing.timeline import Timeline
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class HostResources:
         return drives
 
     def _remove_at_end(self, overlay: Overlay) -> None:
-        self._undo.push_async_callback(in_thread, lambda: _remove(overlay))
+        self._undo.push_async_callback(in_thread_or_here, lambda: _remove(overlay))
 
     async def _connect(self, net: NetConfig, timeline: Timeline, mac: str | None = None) -> None:
         from asyncvmm.net.mac import draw_mac, format_mac

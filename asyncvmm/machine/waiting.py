@@ -7,7 +7,9 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import anyio
-import anyio.to_thread
+
+from asyncvmm.errors import HostError
+from asyncvmm.machine.threads import run_in_thread
 
 T = TypeVar("T")
 
@@ -33,13 +35,32 @@ async def wait_out(future: asyncio.Future[Any]) -> None:
 async def in_thread(function: Callable[[], T], undo: Callable[[T], object] | None = None) -> T:
     """Call a blocking function in a worker thread; a cancellation is heard once it has returned.
 
-    ``undo``, in such a thread as well, takes back a result that nobody is left to take.
+    ``undo``, in such a thread as well, takes back a result that nobody is left to take. Raises HostError where no
+    thread is to be had.
     """
-    call = asyncio.ensure_future(anyio.to_thread.run_sync(function))
+    call = asyncio.ensure_future(run_in_thread(function))
     try:
         await wait_out(call)
     except asyncio.CancelledError:
         if undo is not None and not call.cancelled() and call.exception() is None:
-            await wait_out(asyncio.ensure_future(anyio.to_thread.run_sync(undo, call.result())))
+            undoing, result = undo, call.result()
+            await in_thread_or_here(lambda: undoing(result))
         raise
     return call.result()
+
+
+async def in_thread_or_here(function: Callable[[], T]) -> T:
+    """The same for what must be done whatever is to be had, such as to free: without a thread the loop does it."""
+    was_called = False
+
+    def call() -> T:
+        nonlocal was_called
+        was_called = True
+        return function()
+
+    try:
+        return await in_thread(call)
+    except HostError:
+        if was_called:
+            raise
+    return call()

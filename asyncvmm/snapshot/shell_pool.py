@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Self
 import attrs
 
 from asyncvmm.errors import AsyncVMMError, ConfigError, StateError
-from asyncvmm.machine.waiting import in_thread, wait_out
+from asyncvmm.machine.waiting import in_thread, in_thread_or_here, wait_out
 from asyncvmm.timing.timeline import Timeline
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class ShellPool:
             await in_thread(lambda: made.append(self._make()))
         except BaseException:
             for shell in made:
-                await in_thread(shell.close)
+                await in_thread_or_here(shell.close)
             raise
         return made[0]
 
@@ -142,7 +142,7 @@ class ShellPool:
             if self._filling is not None:
                 await wait_out(self._filling)
         finally:
-            await in_thread(self._free)
+            await in_thread_or_here(self._free)
 
     def _free(self) -> None:
         """On a worker thread."""

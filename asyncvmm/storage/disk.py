@@ -17,11 +17,11 @@ from queue import SimpleQueue
 from typing import Final
 
 import anyio
-import anyio.to_thread
 
 from asyncvmm.device_config import CacheMode, DriveConfig
 from asyncvmm.devices.virtio.block_io import BlockRequest
-from asyncvmm.machine.waiting import in_thread
+from asyncvmm.machine.threads import run_in_thread, start_thread
+from asyncvmm.machine.waiting import in_thread, in_thread_or_here
 from asyncvmm.mailbox import Mailbox
 from asyncvmm.storage.image import Image
 from asyncvmm.storage.opening import open_image
@@ -67,12 +67,12 @@ class Disk:
         self._epoch = 0
         self._thread: threading.Thread | None = None
         self._closing = False
-        self._holds_memory = False
+        self._left_memory = False
         self._ended = Event()
         self.problem: str | None = None
 
     def start(self, loop: AbstractEventLoop, deliver: Deliver) -> None:
-        """Be ready for requests; ``deliver`` is given them back, on ``loop``, each exactly once."""
+        """Be ready for requests; ``deliver`` is given them back, on ``loop``, each exactly once. Raises HostError."""
 
         def turn() -> None:
             if batches := self._done.drain(_DELIVERY):
@@ -80,10 +80,9 @@ class Disk:
 
         self._loop, self._turn = loop, turn
         self._done: Mailbox[Sequence[BlockRequest]] = Mailbox(lambda: loop.call_soon_threadsafe(turn))
-        self._holds_memory = True
         # On the loop: 0.04 ms, which is less than it takes to have a worker thread do it.
         thread = threading.Thread(target=self._work, name=f"disk-{self.name}", daemon=True)
-        thread.start()
+        start_thread(thread)
         self._thread = thread
 
     # -- on the loop -----------------------------------------------------------------------------------------------
@@ -131,21 +130,21 @@ class Disk:
         """
         self._end()
         if self._thread is None:
-            await anyio.to_thread.run_sync(self._close_image)
+            await in_thread_or_here(self._close_image)
         else:
             with anyio.move_on_after(timeout_s):
                 await self._ended.wait()
             self.abandon()
             while len(self._done):
                 self._turn()
-        return not self._holds_memory
+        return self._thread is None or self._left_memory
 
     # -- on the disk's thread --------------------------------------------------------------------------------------
 
     def _work(self) -> None:
         while self._work_on_batch():
             pass
-        self._holds_memory = False
+        self._left_memory = True
         self._close_image()
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._ended.set)
@@ -200,7 +199,7 @@ async def open_disk(drive: DriveConfig, overlay: Overlay | None = None) -> Disk:
         return opened[0]
 
     try:
-        image = await anyio.to_thread.run_sync(work, abandon_on_cancel=True)  # opening may hang, too
+        image = await run_in_thread(work, abandon_on_cancel=True)  # opening may hang, too
     except BaseException:  # a cancelled task does not get what its thread opens
         wanted = False
         for image in opened:

@@ -17,13 +17,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol, get_args
 
-import anyio.to_thread
 import attrs
 
 from asyncvmm.config import can_be_path
 from asyncvmm.device_config import DriveConfig
 from asyncvmm.errors import ConfigError, DriveError, SnapshotDamaged, SnapshotFailed, SnapshotMismatch
 from asyncvmm.machine.base import DriveResource, Resources
+from asyncvmm.machine.threads import run_in_thread
 from asyncvmm.machine.waiting import wait_out
 from asyncvmm.storage.block_map import BlockMap
 from asyncvmm.storage.copying import Unwanted, copy_file, copy_range
@@ -105,7 +105,7 @@ async def save_drives(resources: Resources, files: NewFiles) -> list[dict[str, A
         return [attrs.asdict(_save(drive, files, check)) for drive in resources.drives]
 
     check_drives(resources)
-    call = asyncio.ensure_future(anyio.to_thread.run_sync(work))
+    call = asyncio.ensure_future(run_in_thread(work))
     try:
         await asyncio.wait([call])
     except asyncio.CancelledError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from asyncvmm import VM, DriveConfig, VMConfig
 from asyncvmm.errors import ConfigError, HostError, SnapshotError
 from asyncvmm.snapshot.snapshot import Snapshot
 from tests.support.holdings import Holdings
-from tests.support.scarcity import descriptors_left
+from tests.support.scarcity import descriptors_left, nothing_more_is_held_than
 
 pytestmark = pytest.mark.anyio
 
@@ -54,30 +53,10 @@ async def errors_until_it_can_be(make: Callable[[], Awaitable[VM]]) -> list[Exce
                 vm = await make()
         except Exception as error:
             errors.append(error.with_traceback(None))
-            await nothing_more_is_held_than(before)
+            await nothing_more_is_held_than(before, lambda: Holdings.now(MEMORY_MIB << 20))
         else:
             await vm.stop()
             return errors
-
-
-async def nothing_more_is_held_than(before: Holdings) -> None:
-    """What refers to an error may go a little later. Tasks do not count: the one that looks for stalls opens files."""
-    with anyio.move_on_after(5):
-        while _more_than(before):
-            gc.collect()
-            await anyio.sleep(0.01)
-    assert not _more_than(before)
-
-
-def _more_than(before: Holdings) -> list[object]:
-    now = Holdings.now(MEMORY_MIB << 20)
-    return [
-        *Counter(dict(now.descriptors)) - Counter(dict(before.descriptors)),
-        *Counter(now.threads) - Counter(before.threads),
-        *Counter(now.mappings) - Counter(before.mappings),
-        *now.children - before.children,
-        *set(now.files) - set(before.files),
-    ]
 
 
 async def test_boots_fail_in_kind(config: VMConfig) -> None:

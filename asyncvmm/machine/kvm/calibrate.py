@@ -32,6 +32,7 @@ from asyncvmm.machine.kvm.calibration_guest import (
     Interrupted,
 )
 from asyncvmm.machine.kvm.fds import DEV_KVM
+from asyncvmm.machine.threads import start_thread
 
 LIMIT_S = 2.0
 """Longest a measurement may take before its guest is stopped; it takes some tens of milliseconds."""
@@ -68,13 +69,14 @@ def measure(path: Path = DEV_KVM, *, limit_s: float = LIMIT_S, program: bytes | 
     """Run the calibration guest, or ``program`` in its place. Blocks: some tens of milliseconds, for ``limit_s`` and
     GRACE_S together at the very most.
 
-    Raises KvmUnavailable (not to be opened, or the guest did not do what it should), KvmIoctlError.
+    Raises KvmUnavailable (not to be opened, or the guest did not do what it should), KvmIoctlError, HostError
+    where no thread is to be had.
     """
     begin = time.monotonic_ns()
     calibration = _Calibration(path, program or _program())
     # A daemon: a call into a broken KVM that never returns must not keep this process from ending.
     thread = threading.Thread(target=calibration.main, name="kvm-calibrate", daemon=True)
-    thread.start()
+    start_thread(thread)
     thread.join(limit_s)
     if thread.is_alive():
         calibration.stop()

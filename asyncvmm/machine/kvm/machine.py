@@ -12,8 +12,6 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
-import anyio.to_thread
-
 from asyncvmm.effects import Port, Stopped
 from asyncvmm.errors import KvmIoctlError, MachineError, StateError
 from asyncvmm.machine.base import AccelName, BootPlan, EffectSink, Evidence
@@ -29,7 +27,8 @@ from asyncvmm.machine.kvm.readings import Readings
 from asyncvmm.machine.kvm.snapshots import Snapshots, close_shell
 from asyncvmm.machine.kvm.tracing import TracedExit, TraceSink, Tracing
 from asyncvmm.machine.kvm.vm import KvmVm
-from asyncvmm.machine.waiting import wait_out
+from asyncvmm.machine.threads import run_in_thread
+from asyncvmm.machine.waiting import in_thread_or_here, wait_out
 from asyncvmm.metrics.vm_metrics import VmMetrics
 from asyncvmm.timing.timeline import Timeline
 
@@ -95,7 +94,7 @@ class KvmMachine(Readings):
             if self._devices is not None:
                 with self._timeline.phase("device_open"):
                     await self._devices.open()
-            await anyio.to_thread.run_sync(self._building.prepare)
+            await run_in_thread(self._building.prepare)
         except BaseException:
             await self.stop()
             raise
@@ -127,15 +126,15 @@ class KvmMachine(Readings):
     async def _boot(self) -> None:
         building, devices = self._building, self._devices
         if devices is None:
-            await anyio.to_thread.run_sync(building.boot)
+            await run_in_thread(building.boot)
         else:  # they are the loop's, so it has its turn between a VM's creation and its start
             if not building.is_prepared:
                 await self.prepare()
-            await anyio.to_thread.run_sync(building.create)
+            await run_in_thread(building.create)
             if building.vm is not None and self._state == "new":
                 with self._timeline.phase("device_fit"):
                     devices.fit(building.vm, self._device_failed)
-                await anyio.to_thread.run_sync(building.launch)
+                await run_in_thread(building.launch)
         self._started("running")
 
     async def _restore(self, plan: RestorePlan, shell: Shell | None, launch: Launch | None) -> None:
@@ -163,7 +162,7 @@ class KvmMachine(Readings):
         try:
             for vcpu in vm.vcpus:
                 vcpu.order("pause")
-            late = await anyio.to_thread.run_sync(_running_still, vm)
+            late = await run_in_thread(lambda: _running_still(vm))
             if late is not None:
                 raise MachineError("pause", expected=f"vCPU {late.index} out of the guest", found="still in it")
             if self._devices is not None:
@@ -253,7 +252,7 @@ class KvmMachine(Readings):
     async def _free(self) -> None:
         """A task of its own: every stop waits for it, and a cancelled one does not end it half-way."""
         await self._snapshots.aclose()
-        vm = await anyio.to_thread.run_sync(self._building.end_threads)
+        vm = await in_thread_or_here(self._building.end_threads)
         self._output.close()
         if vm is not None:
             self._notices.drain()
@@ -262,7 +261,7 @@ class KvmMachine(Readings):
             self._building.vm = None
         freed = self._devices is None or await self._devices.aclose()
         if vm is not None and freed:
-            await anyio.to_thread.run_sync(vm.close)
+            await in_thread_or_here(vm.close)
 
     async def evidence(self) -> Evidence:
         """Pause the guest and look at vCPU 0."""

@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import anyio.to_thread
-
 from asyncvmm.errors import HostError, StateError
 from asyncvmm.machine.kvm.memory import GuestMemory
 from asyncvmm.machine.kvm.memory_saver import MemorySaver
@@ -24,6 +22,7 @@ from asyncvmm.machine.kvm.state.host import host_state
 from asyncvmm.machine.kvm.state.machine import save_sections
 from asyncvmm.machine.kvm.vm import KvmVm
 from asyncvmm.machine.saved import SavedMachine
+from asyncvmm.machine.threads import run_in_thread
 from asyncvmm.machine.waiting import wait_out
 from asyncvmm.snapshot.codec import encode
 
@@ -154,7 +153,7 @@ class Saving:
         """Cancelled, it is told so, and waited for."""
         if self._closed:
             raise _gone()
-        call = asyncio.ensure_future(anyio.to_thread.run_sync(function))
+        call = asyncio.ensure_future(run_in_thread(function))
         self._calls.add(call)
         try:
             return await asyncio.shield(call)

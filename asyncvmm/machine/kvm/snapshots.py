@@ -9,15 +9,14 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import anyio.to_thread
-
 from asyncvmm.errors import StateError
 from asyncvmm.machine.kvm.building import Building, device_section
 from asyncvmm.machine.kvm.devices import DeviceSet
 from asyncvmm.machine.kvm.faults import NO_FAULTS, Faults
 from asyncvmm.machine.kvm.marks import RestoreMarks
 from asyncvmm.machine.kvm.vm import KvmVm
-from asyncvmm.machine.waiting import in_thread
+from asyncvmm.machine.threads import run_in_thread
+from asyncvmm.machine.waiting import in_thread, in_thread_or_here
 from asyncvmm.timing.timeline import Timeline
 
 if TYPE_CHECKING:
@@ -49,16 +48,16 @@ class Snapshots:
         """
         building, devices = self._building, self._devices
         if devices is None:
-            await anyio.to_thread.run_sync(building.rebuild, plan, shell)
+            await run_in_thread(lambda: building.rebuild(plan, shell))
             return
         section = device_section(plan.saved)
         with self._timeline.phase("device_open"):
             await devices.open()
-        await anyio.to_thread.run_sync(building.recreate, plan, shell)
+        await run_in_thread(lambda: building.recreate(plan, shell))
         if building.vm is not None and not building.given_up:
             with self._timeline.phase("device_state_restore"):
                 devices.fit(building.vm, fail, state=section)
-            await anyio.to_thread.run_sync(building.hold)
+            await run_in_thread(building.hold)
 
     async def adopt(self, plan: RestorePlan, launch: Launch) -> bool:
         """Build the machine around a VM that is being launched. False if this host was not known well enough for that:
@@ -149,4 +148,4 @@ class Snapshots:
 async def close_shell(shell: Shell | None) -> None:
     """Free what is left of one that was handed over."""
     if shell is not None and shell.made is not None:
-        await in_thread(shell.close)
+        await in_thread_or_here(shell.close)

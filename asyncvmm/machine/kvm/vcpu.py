@@ -47,6 +47,7 @@ from asyncvmm.machine.kvm.faults import NO_FAULTS, Faults, faults_of, thread_fau
 from asyncvmm.machine.kvm.fds import ioctl, raw_ioctl
 from asyncvmm.machine.kvm.mapped import mapped_view
 from asyncvmm.machine.kvm.statistics import VcpuCounters
+from asyncvmm.machine.threads import start_thread
 
 KICK_SIGNAL = signal.SIGRTMIN + 6
 _KERNEL_SIGSET_BYTES = 8
@@ -130,13 +131,13 @@ class Vcpu:
         """Start the thread. ``halt`` is told, on that thread, of an exit the guest cannot run on after.
 
         With ``fastpath`` the native run loop answers what it can, except while exits are traced. Waits until the
-        thread was begun, some 0.1 ms: not for the loop.
+        thread was begun, some 0.1 ms: not for the loop. Raises HostError where no thread is to be had.
         """
         dispatcher = Dispatcher(bus, self.run, self.counters, clock)
         self._fastpath = fastpath
         main = (dispatcher, halt, clock)
         thread = threading.Thread(target=self._main, args=main, name=name, daemon=True)
-        thread.start()
+        start_thread(thread)
         self._thread = thread
 
     def adopt(
