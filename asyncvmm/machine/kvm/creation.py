@@ -143,36 +143,55 @@ def _creation(
 
     Raises MemorySizeError, and ConfigError for contents outside of memory.
     """
-    chain, regions = Chain(given=1 + shape.sources if shape else 0), ram_regions(memory_bytes)
+    chain = Chain(given=1 + shape.sources if shape else 0)
+    steps = _make(chain, ram_regions(memory_bytes), vcpus, devices, track_dirty, ring)
+    if shape is not None and cpuid is not None:
+        steps = _fill(chain, steps, shape, cpuid)
+    return attrs.evolve(steps, program=chain.program())
+
+
+_NO_PROGRAM = Chain().program()
+
+
+def _make(
+    chain: Chain, regions: tuple[Region, ...], vcpus: int, devices: int, track_dirty: bool, ring: RingShape | None
+) -> Creation:
+    """Append what makes the VM, new and empty."""
     with chain.phase("kvm_open"):
         system = open_system(chain, vcpus=vcpus)
     with chain.phase("vm_create"):
         vm = create_vm(chain, system)
         if ring is not None:
             enable_rings(chain, vm, ring)
-    # Before the interrupt controllers: creating those leaves the kernel waiting for readers of the VM's buses, and a
-    # memslot that is registered then waits with it, for 4 to 8 ms.
+    memory, registers = _add_memory(chain, vm, regions, devices, track_dirty)
+    create_irqchip(chain, vm)
+    with chain.phase("vcpu_create"):
+        made = tuple(create_vcpu(chain, vm, index, system, ring) for index in range(vcpus))
+        tsc_khz = chain.ioctl(Request.KVM_GET_TSC_KHZ, made[0].fd)
+    ring_bytes = ring.size if ring is not None else 0
+    return Creation(_NO_PROGRAM, regions, system, vm, memory, made, tsc_khz, None, (), registers, devices, ring_bytes)
+
+
+def _add_memory(
+    chain: Chain, vm: At, regions: tuple[Region, ...], devices: int, track_dirty: bool
+) -> tuple[At, At | None]:
+    """Before the interrupt controllers: creating those leaves the kernel waiting for readers of the VM's buses, and a
+    memslot that is registered then waits with it, for 4 to 8 ms."""
     with chain.phase("memory"):
         with chain.phase("memory_alloc"):
             memory = map_memory(chain, regions)
         with chain.phase("memory_register"):
             register_memory(chain, vm, memory, regions, track_dirty=track_dirty)
             registers = show_registers(chain, vm, len(regions), devices) if devices else None
-    with chain.phase("irqchip_create"):
-        chain.ioctl(Request.KVM_CREATE_IRQCHIP, vm)
-        chain.ioctl(Request.KVM_CREATE_PIT2, vm, chain.data(KvmPitConfig(KVM_PIT_SPEAKER_DUMMY)))
-    with chain.phase("vcpu_create"):
-        made = tuple(create_vcpu(chain, vm, index, system, ring) for index in range(vcpus))
-        tsc_khz = chain.ioctl(Request.KVM_GET_TSC_KHZ, made[0].fd)
-    read: At | None = None
-    msrs_set: tuple[At, ...] = ()
-    if shape is not None and cpuid is not None:
-        sources = [chain.given(1 + index) for index in range(shape.sources)]
-        read = Loader(chain, memory, regions, chain.given(0), sources).load(shape)
-        msrs_set = _configure(chain, [vcpu.fd for vcpu in made], shape, cpuid)
-    ring_bytes = ring.size if ring is not None else 0
-    program = chain.program()
-    return Creation(program, regions, system, vm, memory, made, tsc_khz, read, msrs_set, registers, devices, ring_bytes)
+    return memory, registers
+
+
+def _fill(chain: Chain, steps: Creation, shape: Shape, cpuid: GuestCpuid) -> Creation:
+    """Append what loads its memory and gives its vCPUs their first state."""
+    sources = [chain.given(1 + index) for index in range(shape.sources)]
+    read = Loader(chain, steps.memory, steps.regions, chain.given(0), sources).load(shape)
+    msrs_set = _configure(chain, [vcpu.fd for vcpu in steps.vcpus], shape, cpuid)
+    return attrs.evolve(steps, initrd_read=read, msrs_set=msrs_set)
 
 
 def create_vm(chain: Chain, system: SystemSteps) -> At:
@@ -190,6 +209,13 @@ def enable_rings(chain: Chain, vm: At, ring: RingShape) -> None:
     wanted = KvmEnableCap(cap=ring.capability)
     wanted.args[0] = ring.size
     chain.ioctl(Request.KVM_ENABLE_CAP, vm, chain.data(wanted))
+
+
+def create_irqchip(chain: Chain, vm: At) -> None:
+    """Append the steps that create the interrupt controllers and the timer."""
+    with chain.phase("irqchip_create"):
+        chain.ioctl(Request.KVM_CREATE_IRQCHIP, vm)
+        chain.ioctl(Request.KVM_CREATE_PIT2, vm, chain.data(KvmPitConfig(KVM_PIT_SPEAKER_DUMMY)))
 
 
 def show_registers(chain: Chain, vm: At, slot: int, devices: int) -> At:
