@@ -52,6 +52,10 @@ class Outer:
     with one thread for all, the turn of another CPU) delivers the vector once more, interrupts off or not: guests die
     of triple faults or wait for a lock that they hold. With one CPU nothing makes it look up but interrupts, and those
     end in an exit first.
+
+    With any number, VMRUN before 9.1 does not load INTERRUPT_SHADOW: a guest whose STI was followed by an exit may take
+    the interrupt that it waits for before its HLT, and sleep on. Linux' next timer wakes it; the tests' tiny guests leave
+    such a HLT out, see tests/guests/kvm/machine.inc.
     """
 
     kernel: OuterKernel

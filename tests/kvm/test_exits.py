@@ -122,6 +122,11 @@ async def test_an_interrupt_wakes_a_halted_guest(boot: Boot) -> None:
         assert "HLT" not in run.exits.by_reason  # the kernel's interrupt controller keeps it
 
 
+async def test_an_interrupt_wakes_a_guest_that_it_finds_about_to_halt(boot: Boot) -> None:
+    async with boot("doze") as run:
+        assert (await run.end()).code == 0x33
+
+
 async def test_the_power_button_is_an_interrupt_and_an_event_read_once(boot: Boot) -> None:
     async with boot("button") as run:
         await run.said(b">")

@@ -59,6 +59,7 @@ answered:                       # until as many are used as were made available
 .if EVENT_IDX
     movw ring + 2, %ax
     movw %ax, used_event
+    lock addl $0, (%esp)        # a fence: it is there before the used index is looked at once more
 .endif
     movw avail + 2, %ax
     cmpw %ax, ring + 2
