@@ -54,8 +54,8 @@ class Outer:
     end in an exit first.
 
     With any number, VMRUN before 9.1 does not load INTERRUPT_SHADOW: a guest whose STI was followed by an exit may take
-    the interrupt that it waits for before its HLT, and sleep on. Linux' next timer wakes it; the tests' tiny guests leave
-    such a HLT out, see tests/guests/kvm/machine.inc.
+    the interrupt that it waits for before its HLT, and sleep on. Linux' next timer wakes it; the tests' tiny guests
+    leave such a HLT out, see tests/guests/kvm/machine.inc.
     """
 
     kernel: OuterKernel
