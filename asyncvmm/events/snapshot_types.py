@@ -90,7 +90,8 @@ class RestoreMapped(Event):
 
 @event_class
 class RestoreFirstExit(Event):
-    """A vCPU of the restored guest came back to the host for the first time."""
+    """A vCPU of the restored guest came back to the host for the first time. On QEMU, which keeps its exits to itself,
+    there is no such event."""
 
     event: ClassVar[str] = "restore.first_exit"
 

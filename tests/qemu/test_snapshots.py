@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -122,6 +122,48 @@ async def test_a_workload_that_was_let_run_cannot_be_saved_before_its_exec() -> 
             with pytest.raises(TriggerImpossible, match="ask before boot"):
                 await vm.snapshot(SnapshotResources(on_pre_exec=True))
         assert vm.state == "ready"
+
+
+QEMUS_PHASES = ("qemu_cmd_build", "qemu_fork", "qemu_qmp_connect")
+
+
+async def test_a_restores_profile_has_all_that_qemu_took_until_its_vcpus_ran(held: tuple[Snapshot, str]) -> None:
+    snapshot, _ = held
+    with anyio.fail_after(PATIENCE_S):
+        async with await VM.restore(snapshot) as vm:
+            took, profile = vm.timeline.durations(), vm.restore_profile
+            await vm.pause()
+            await vm.resume()
+            assert vm.timeline.durations()["resume_kvm_run"] == took["resume_kvm_run"], "that is no restore's"
+    assert profile is not None
+    assert profile.vm_arch_setup == sum(took[name] for name in QEMUS_PHASES)
+    assert profile.to_dict() == {
+        "vm_arch_setup": profile.vm_arch_setup,
+        "memory_state_write": took["memory_state_write"],
+        "device_state_restore": took["device_state_restore"],
+        "resume_kvm_run": took["resume_kvm_run"],
+        "total_without_resume": profile.total_without_resume,
+        "total_with_resume": profile.total_with_resume,
+    }
+
+
+async def test_a_guest_on_qemu_has_no_first_exit_that_could_be_told(held: tuple[Snapshot, str]) -> None:
+    snapshot, _ = held
+    told: list[str] = []
+    with anyio.fail_after(PATIENCE_S):
+        async with await VM.restore(snapshot, prepare=lambda vm: vm.events.attach(told_of(told))) as vm:
+            assert await vm.events.exit == 0
+    assert [name for name in told if name.startswith("restore.")] == [
+        "restore.mapped",
+        "restore.first_guest_event",
+        "restore.step",
+        "restore.step",
+        "restore.profile",
+    ]
+
+
+def told_of(names: list[str]) -> Callable[[Event], None]:
+    return lambda event: names.append(event.event)
 
 
 async def test_a_difference_is_kvms_alone(held: tuple[Snapshot, str]) -> None:

@@ -37,7 +37,7 @@ from asyncvmm.machine.qemu.saving import StateSaver
 from asyncvmm.machine.saved import RestorePlan, SavedMachine
 from asyncvmm.machine.waiting import in_thread, wait_out
 from asyncvmm.metrics.vm_metrics import VmMetrics
-from asyncvmm.timing.timeline import Timeline
+from asyncvmm.timing.timeline import Span, Timeline
 
 if TYPE_CHECKING:
     from asyncvmm.snapshot.memory_writer import MemoryWriter
@@ -72,6 +72,7 @@ class QemuMachine:
         self._qemu = qemu
         self._state: _State = "new"
         self._is_prepared = False
+        self._is_as_restored = False
         self._process: QemuProcess | None = None
         self._initrd: int | None = None
         self._memory: GuestMemory | None = None
@@ -131,7 +132,11 @@ class QemuMachine:
 
     async def resume(self) -> None:
         """Let the vCPUs run on. Raises StateError or MachineError."""
+        begin_ns = self._timeline.clock()
         await self._command("cont")
+        if self._is_as_restored:
+            self._is_as_restored = False
+            self._timeline.record(Span("resume_kvm_run", begin_ns, self._timeline.clock()))
         if self._process is not None:
             self._process.pausing = False
         if self._saver is not None:
@@ -177,6 +182,7 @@ class QemuMachine:
             self._require_new("restore")
             await self._become(plan.saved.sections[STATE])
             self._running_process().serial.send_unread(unread)
+            self._is_as_restored = True
         except BaseException:
             await self.stop()
             raise

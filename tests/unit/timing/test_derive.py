@@ -152,6 +152,13 @@ def test_every_field_of_a_restore_is_there() -> None:
     )
 
 
+def test_what_qemu_takes_until_it_has_made_its_machine_is_what_the_architecture_took() -> None:
+    phases = phases_of("qemu_cmd_build", "memory_state_write", "qemu_fork", "qemu_qmp_connect", "device_state_restore")
+    profile = restore_profile(phases)
+    assert profile == RestoreProfile(vm_arch_setup=1 + 3 + 4, memory_state_write=2, device_state_restore=5)
+    assert profile.total_without_resume == sum(phase.duration_ns for phase in phases)
+
+
 def test_a_step_that_is_made_in_parts_counts_with_all_of_them() -> None:
     """Interrupt controllers in the chain, the board and the devices by themselves; the file, and what is prefetched."""
     parts = ("memory_state_write", "device_state_restore", "memory_state_write", "device_state_restore")
