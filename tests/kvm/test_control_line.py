@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING
 import anyio
 import pytest
 
-from asyncvmm.machine.kvm.fastpath.binding import load
-
 if TYPE_CHECKING:
     from tests.kvm.conftest import Boot, Run
 
-pytestmark = [pytest.mark.anyio, pytest.mark.skipif(load() is None, reason="the native run loop cannot be loaded here")]
+pytestmark = [pytest.mark.anyio, pytest.mark.requires("native-library")]
 
 POLLED = "in 0x2fd"
 

@@ -100,6 +100,12 @@ def _emulated_ring0() -> Problem:
     return None if verdict == "slow" else f"KVM is {verdict}: its instruction emulator runs no guest kernel here"
 
 
+def _native_library() -> Problem:
+    from asyncvmm.machine.kvm.fastpath.binding import load
+
+    return None if load() is not None else "it cannot be loaded here"
+
+
 def _xsave() -> Problem:
     from asyncvmm.machine.kvm.state.host import host_state
 
@@ -197,6 +203,7 @@ CHECKS: dict[str, Callable[[], Problem]] = {
     "lab": _lab,
     "native-ring0": _native_ring0,
     "emulated-ring0": _emulated_ring0,
+    "native-library": _native_library,
     "xsave": _xsave,
     "memory above 4 GiB": _memory_above_4_gib,
     "small-kernel": _small_kernel,

@@ -1,4 +1,4 @@
-"""A set of devices, one of each kind but the network card."""
+"""A set of devices, one of each kind but the network card; the native library."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 from asyncvmm.device_config import BalloonConfig, ConsoleConfig, DriveConfig, RngConfig, VsockConfig
 from asyncvmm.device_list import DeviceConfig
 from asyncvmm.devices.virtio.blk import SECTOR
+from asyncvmm.machine.kvm.fastpath.binding import Library, load
 from tests.support.disk_writer import SECTORS
 
 
@@ -30,3 +31,11 @@ def config(image: Path) -> DeviceConfig:
         vsock=VsockConfig(),
         balloon=BalloonConfig(mib=7),
     )
+
+
+@pytest.fixture
+def library() -> Library:
+    """For tests that require ``native-library``."""
+    found = load()
+    assert found is not None
+    return found

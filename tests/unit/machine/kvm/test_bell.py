@@ -9,19 +9,9 @@ import os
 import pytest
 
 from asyncvmm.machine.kvm.bell import Bell
-from asyncvmm.machine.kvm.fastpath.binding import Library, load
+from asyncvmm.machine.kvm.fastpath.binding import Library
 
-pytestmark = pytest.mark.anyio
-
-if load() is None:
-    pytest.skip("the native library cannot be loaded here", allow_module_level=True)
-
-
-@pytest.fixture
-def library() -> Library:
-    found = load()
-    assert found is not None
-    return found
+pytestmark = [pytest.mark.anyio, pytest.mark.requires("native-library")]
 
 
 def timers() -> int:

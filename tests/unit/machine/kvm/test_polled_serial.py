@@ -19,7 +19,7 @@ from asyncvmm.machine.kvm.statistics import posted_counters
 from asyncvmm.x86.layout import COM1_PORT, COM2_PORT, SERIAL_PORT_SIZE
 from tests.support.serial_wires import EMPTY, FCR, IER, LCR, LSR, MCR, RBR, THR
 
-pytestmark = pytest.mark.skipif(load() is None, reason="the native run loop cannot be loaded here")
+pytestmark = pytest.mark.requires("native-library")
 
 DATA_READY = 0x01
 RECEIVED, LOOP, DLAB, FIFOS = 0x01, 0x10, 0x80, 0x01

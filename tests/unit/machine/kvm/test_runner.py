@@ -12,28 +12,18 @@ import pytest
 
 from asyncvmm.machine.kvm import runner
 from asyncvmm.machine.kvm.bell import Bell
-from asyncvmm.machine.kvm.fastpath.binding import Library, Order, load
+from asyncvmm.machine.kvm.fastpath.binding import Library, Order
 from asyncvmm.machine.kvm.fastpath.chain import Chain
 from asyncvmm.machine.kvm.mapped import Pinned
 from asyncvmm.machine.kvm.runner import Runner
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.requires("native-library")]
 
 GETPID = 39
 NO_VCPU = -1
 UNDECIDED, OPEN = 0, 1
 ROUNDS = 300
 PATIENCE_S = 10
-
-if load() is None:
-    pytest.skip("the native library cannot be loaded here", allow_module_level=True)
-
-
-@pytest.fixture
-def library() -> Library:
-    found = load()
-    assert found is not None
-    return found
 
 
 def taken() -> Runner:
