@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,10 +10,11 @@ from pathlib import Path
 from asyncvmm.errors import SnapshotDamaged, SnapshotError
 from asyncvmm.snapshot.extents import checksums, data_runs
 from asyncvmm.snapshot.manifest import CHUNK_BYTES, FileRecord
-from asyncvmm.snapshot.memory_map import Run
+from asyncvmm.snapshot.memory_map import PAGE_BYTES, Run
 
 _PIECE_BYTES = 1 << 20
 _ZEROS = bytes(_PIECE_BYTES)
+_GAPS_LOOKED_INTO = 64
 
 
 def problems_of(path: Path, fd: int, record: FileRecord, runs: tuple[Run, ...], end: int) -> Iterator[SnapshotDamaged]:
@@ -39,15 +41,41 @@ def _wrong_sums(path: Path, fd: int, record: FileRecord, runs: tuple[Run, ...], 
         yield SnapshotDamaged(str(path), expected=f"{count} checksums", found=f"{len(said)} in the manifest")
 
 
+def glimpsed_data(path: Path, fd: int, runs: tuple[Run, ...], end: int) -> SnapshotDamaged | None:
+    """What is to be seen at a glance of data beside ``runs``: of the first few gaps, the first page. Raises OSError."""
+    begin = 0
+    for offset, size in (*runs[:_GAPS_LOOKED_INTO], (end, 0))[:_GAPS_LOOKED_INTO]:
+        if begin < offset and (at := _data_from(fd, begin, offset)) is not None:
+            page = os.pread(fd, min(PAGE_BYTES, offset - at), at)
+            if page.strip(b"\0"):
+                return _not_zeros(path, at, page)
+        begin = offset + size
+    return None
+
+
+def _data_from(fd: int, begin: int, end: int) -> int | None:
+    try:
+        at = os.lseek(fd, begin, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno != errno.ENXIO:  # no data from there on
+            raise
+        return None
+    return at if at < end else None
+
+
 def _unexpected_data(path: Path, fd: int, runs: tuple[Run, ...], end: int) -> Iterator[SnapshotDamaged]:
     """File systems may have data where nothing was written, but only zeros."""
     for start, stop in _gaps(data_runs(fd, end), runs, end):
         for at in range(start, stop, _PIECE_BYTES):
             found = os.pread(fd, min(_PIECE_BYTES, stop - at), at)
             if found != _ZEROS[: len(found)]:
-                offset = at + len(found) - len(found.lstrip(b"\0"))
-                yield SnapshotDamaged(_at(path, offset), expected="zeros", found=f"{found[offset - at]:#04x}")
+                yield _not_zeros(path, at, found)
                 break
+
+
+def _not_zeros(path: Path, at: int, found: bytes) -> SnapshotDamaged:
+    rest = found.lstrip(b"\0")
+    return SnapshotDamaged(_at(path, at + len(found) - len(rest)), expected="zeros", found=f"{rest[0]:#04x}")
 
 
 def _at(path: Path, offset: int) -> str:

@@ -1,7 +1,8 @@
 """Loading a snapshot: every check of its files, and of its bases', then what a machine needs to become it.
 
-What is checked is the manifest and the state, whole, and of the memory files whose they are, their size and that no
-data is missing. What they contain is checked only if asked for: that takes as long as reading them.
+What is checked is the manifest and the state, whole, and of the memory files whose they are, their size, that no data
+is missing, and, at a glance, that there is no other. What they contain is checked only if asked for: that takes as long
+as reading them.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from typing import Self
 
 import attrs
 
+from asyncvmm.config import VMConfig
 from asyncvmm.errors import SnapshotDamaged, SnapshotError
 from asyncvmm.machine.saved import MemoryLayer, SavedMachine
-from asyncvmm.snapshot.content import problems_of
+from asyncvmm.snapshot.config_record import from_plain
+from asyncvmm.snapshot.content import glimpsed_data, problems_of
 from asyncvmm.snapshot.directory import trailer
 from asyncvmm.snapshot.extents import in_hole
 from asyncvmm.snapshot.files import open_base, open_file, open_snapshot, read_file
@@ -45,12 +48,15 @@ class Loaded:
     """A snapshot that was found whole. Its files stay open until ``close``; a context manager does that.
 
     manifest: its own. links: its chain, the full snapshot first, itself last. layers: their memory, in the same order.
-    sections: its state by name, as bytes. saved: what a machine's restore takes.
+    sections: its state by name, as bytes. config: the VM's configuration. saved: what a machine's restore takes.
     """
 
-    def __init__(self, links: tuple[Link, ...], sections: Mapping[str, bytes], resources: ExitStack) -> None:
+    def __init__(
+        self, links: tuple[Link, ...], sections: Mapping[str, bytes], config: VMConfig, resources: ExitStack
+    ) -> None:
         self.links = links
         self.sections = sections
+        self.config = config
         self.path = links[-1].path
         self.manifest = links[-1].manifest
         self.layers = tuple(MemoryLayer(fd=link.memory, map=link.manifest.memory) for link in links)
@@ -130,13 +136,14 @@ def _load(path: Path, check_memory: bool) -> Loaded:
         links = open_chain(path, resources)
         for link in links:
             check_memory_file(link)
+            _glimpse_content(link)
         for name in links[-1].manifest.files.keys() - {MEMORY, STATE}:
             _check_file(links[-1], name)
-        sections = read_sections(links[-1])
+        sections, config = read_sections(links[-1]), read_config(links[-1])
         if check_memory:
             for link in links:
                 _check_content(link)
-        return Loaded(links, sections, resources.pop_all())
+        return Loaded(links, sections, config, resources.pop_all())
 
 
 def open_chain(path: Path, resources: ExitStack) -> tuple[Link, ...]:
@@ -166,6 +173,17 @@ def read_sections(link: Link) -> dict[str, bytes]:
     if (found := sha256(data).hexdigest()) != record.sha256:
         raise SnapshotDamaged(what, expected=f"SHA-256 {record.sha256}", found=found)
     return sections
+
+
+def read_config(link: Link) -> VMConfig:
+    """The saved VM's configuration. Raises SnapshotDamaged, also if it is not that of the machine that was saved."""
+    manifest = link.manifest
+    with _located(str(link.path)):
+        config = from_plain(manifest.config)
+        for name in ("memory_mib", "vcpus"):
+            if (found := getattr(config, name)) != (expected := getattr(manifest, name)):
+                raise SnapshotDamaged(f"saved configuration, {name}", expected=expected, found=found)
+    return config
 
 
 def memory_problems(link: Link) -> Iterator[SnapshotDamaged]:
@@ -224,6 +242,16 @@ def _check_allocation(what: str, link: Link) -> None:
         return
     if (hole := in_hole(link.memory, memory.data)) is not None:
         raise SnapshotDamaged(what, expected=f"data at offset {hole:#x}", found="a hole")
+
+
+def _glimpse_content(link: Link) -> None:
+    path, memory = link.path / MEMORY, link.manifest.memory
+    try:
+        problem = glimpsed_data(path, link.memory, memory.data, memory.size)
+    except OSError as error:
+        raise SnapshotError(str(path), expected="a file that can be read", found=error.strerror) from None
+    if problem is not None:
+        raise problem
 
 
 def _check_file(link: Link, name: str) -> None:

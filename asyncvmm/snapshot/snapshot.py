@@ -25,7 +25,6 @@ from asyncvmm.config import VMConfig
 from asyncvmm.errors import ConfigError, SnapshotDamaged, StateError
 from asyncvmm.machine.saved import RestorePlan
 from asyncvmm.machine.waiting import in_thread
-from asyncvmm.snapshot.config_record import from_plain
 from asyncvmm.snapshot.guest_record import SECTION, GuestRecord
 from asyncvmm.snapshot.loading import Loaded, load
 from asyncvmm.snapshot.manifest import Manifest
@@ -98,8 +97,8 @@ class Snapshot:
 
     @cached_property
     def config(self) -> VMConfig:
-        """How the VMs made of it are configured, read once for all of them. Raises SnapshotDamaged."""
-        kept = from_plain(self.manifest.config)
+        """How the VMs made of it are configured."""
+        kept = self.loaded.config
         # A copy kept by name was the saved VM's; each clone has one of its own, which dies with it.
         drives = tuple(attrs.evolve(drive, overlay=drive.overlay is not False) for drive in kept.drives)
         return attrs.evolve(kept, name=None, drives=drives)

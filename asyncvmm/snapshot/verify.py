@@ -13,7 +13,7 @@ import attrs
 from asyncvmm.errors import SnapshotDamaged
 from asyncvmm.snapshot.content import problems_of
 from asyncvmm.snapshot.files import open_file
-from asyncvmm.snapshot.loading import Link, check_memory_file, memory_problems, open_chain, read_sections
+from asyncvmm.snapshot.loading import Link, check_memory_file, memory_problems, open_chain, read_config, read_sections
 from asyncvmm.snapshot.manifest import MEMORY, STATE
 
 MOST_PROBLEMS = 100
@@ -61,8 +61,8 @@ def _data_bytes(link: Link) -> int:
 
 def _problems(chain: Sequence[Link]) -> Iterator[SnapshotDamaged]:
     for link in chain:
-        memory, state = _problem(check_memory_file, link), _problem(read_sections, link)
-        yield from filter(None, (memory, state))
+        memory, state, config = (_problem(check, link) for check in (check_memory_file, read_sections, read_config))
+        yield from filter(None, (memory, state, config))
         if memory is None:  # else it may claim to have any amount of data
             yield from memory_problems(link)
         for name in sorted(link.manifest.files.keys() - {MEMORY, STATE}):

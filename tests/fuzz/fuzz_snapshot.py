@@ -23,7 +23,7 @@ from asyncvmm.snapshot.manifest import MANIFEST, MEMORY, STATE
 from asyncvmm.snapshot.verify import verify
 from tests.fuzz.mutation import mutate
 from tests.fuzz.script import Script
-from tests.support.snapshots import MIB, memory_of, page, save
+from tests.support.snapshots import MIB, SIZE, memory_of, page, save
 
 PLACE = "/dev/shm" if os.path.isdir("/dev/shm") else None
 NAMES = ("full", "middle", "s")
@@ -162,11 +162,12 @@ def _numbers(tree: Tree, script: Script) -> None:
         numbers = plain["memory"][where]
         numbers[script.byte() % (len(numbers) + 1) :] = [number] * (script.byte() % 4)
     elif where == "crc32" and isinstance(plain.get("files"), dict):
-        plain["files"][MEMORY] = {"size": MIB + 4096, "crc32": [number] * (script.byte() % 4)}
+        plain["files"][MEMORY] = {"size": SIZE + 4096, "crc32": [number] * (script.byte() % 4)}
     elif where == "size":
         size = script.byte() % 8 * MIB
         plain["memory"]["size"], plain["memory_mib"], plain["regions"] = size, size // MIB, [[0, size]]
-        files[MEMORY] = files[MEMORY][:MIB].ljust(size, b"\0")[:size] + files[MEMORY][MIB:]
+        plain["config"] = {"memory_mib": size // MIB}
+        files[MEMORY] = files[MEMORY][:SIZE].ljust(size, b"\0")[:size] + files[MEMORY][SIZE:]
         if isinstance(plain.get("files"), dict):
             plain["files"][MEMORY] = {"size": size + 4096, "crc32": [1]}
     else:

@@ -22,7 +22,7 @@ from asyncvmm.errors import SnapshotDamaged
 from asyncvmm.snapshot.flatten import flatten
 from asyncvmm.snapshot.loading import load
 from asyncvmm.snapshot.verify import verify
-from tests.support.snapshots import memory_of, page, save
+from tests.support.snapshots import SIZE, memory_of, page, save
 
 WRITING = tuple(f"asyncvmm/snapshot/{name}.py" for name in ("directory", "flatten", "memory_writer", "renaming"))
 """The modules that change anything."""
@@ -85,8 +85,8 @@ def expect(path: Path, *allowed: bytes | None) -> None:
 
 
 def memory(*layers: dict[int, bytes]) -> bytes:
-    """1 MiB in which there are those pages."""
-    made = bytearray(1 << 20)
+    """Memory in which there are those pages."""
+    made = bytearray(SIZE)
     for pages in layers:
         for number, data in pages.items():
             made[number * 4096 : (number + 1) * 4096] = data

@@ -17,11 +17,13 @@ from asyncvmm.snapshot.memory_map import PAGE_BYTES, MemoryMap
 from asyncvmm.snapshot.memory_writer import MemoryWriter
 
 MIB = 1 << 20
+SIZE = 2 * MIB
+"""Of their memory, unless told otherwise: the least that a VM can have."""
 SECTIONS = {"vm": b"the VM", "vcpu0": bytes(range(256)), "empty": b""}
 DISK = b"a disk" + bytes(9000) + b"and its end"
 
 
-def manifest_of(id: str, memory_mib: int = 1, **changes: Any) -> Manifest:
+def manifest_of(id: str, memory_mib: int = SIZE // MIB, **changes: Any) -> Manifest:
     """A manifest that is as it must be."""
     made = Manifest(
         id=id,
@@ -45,7 +47,7 @@ def save(
     pages: Mapping[int, bytes],
     *,
     base: Path | None = None,
-    memory_mib: int = 1,
+    memory_mib: int = SIZE // MIB,
     disk: bool = False,
     replace: bool = False,
     **changes: Any,

@@ -17,7 +17,7 @@ from asyncvmm.snapshot.directory import SnapshotDirectory
 from asyncvmm.snapshot.loading import load
 from asyncvmm.snapshot.memory_map import MemoryMap
 from asyncvmm.snapshot.verify import verify
-from tests.support.snapshots import DISK, MIB, SECTIONS, manifest_of, memory_of, page, save
+from tests.support.snapshots import DISK, MIB, SECTIONS, SIZE, manifest_of, memory_of, page, save
 
 ROOT = Path(__file__).parents[3]
 
@@ -30,7 +30,7 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
     with load(tmp_path / "s") as loaded:
         assert loaded.manifest == manifest
         assert loaded.sections == SECTIONS
-        assert memory_of(loaded) == bytes(4096) + page(1) + bytes(253 * 4096) + page(255)
+        assert memory_of(loaded) == bytes(4096) + page(1) + bytes(253 * 4096) + page(255) + bytes(SIZE - 256 * 4096)
         fd = loaded.open_file("disks/root")
     assert os.pread(fd, 2 * len(DISK), 0) == DISK
     os.close(fd)
@@ -43,7 +43,7 @@ def test_the_manifest_tells_sizes(tmp_path: Path) -> None:
         name: record.size for name, record in manifest.files.items()
     }
     assert manifest.allocated_bytes == sum(file.stat().st_blocks * 512 for file in files)
-    assert manifest.logical_bytes == MIB
+    assert manifest.logical_bytes == SIZE
 
 
 def test_zeros_take_no_room(tmp_path: Path) -> None:
@@ -59,10 +59,10 @@ def test_nobody_else_may_read_it(tmp_path: Path) -> None:
 
 
 def test_sections_can_be_put_one_by_one(tmp_path: Path) -> None:
-    with SnapshotDirectory.create(tmp_path / "s", MIB) as made:
+    with SnapshotDirectory.create(tmp_path / "s", SIZE) as made:
         made.put("vm", b"1")
         made.put("board", b"2")
-        made.commit(manifest_of(made.id), {"vcpu0": b"3"}, MemoryMap(size=MIB))
+        made.commit(manifest_of(made.id), {"vcpu0": b"3"}, MemoryMap(size=SIZE))
     with load(tmp_path / "s") as loaded:
         assert loaded.sections == {"vm": b"1", "board": b"2", "vcpu0": b"3"}
 
@@ -88,7 +88,7 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path, kind: str) -> None:
 def test_what_came_meanwhile_is_not_overwritten(tmp_path: Path, rename: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if rename == "rename":  # as on a file system that knows no renameat2
         monkeypatch.setattr(renaming, "_renameat2", lambda: renaming._missing)
-    with SnapshotDirectory.create(tmp_path / "s", MIB) as made:
+    with SnapshotDirectory.create(tmp_path / "s", SIZE) as made:
         (tmp_path / "s").mkdir()
         with pytest.raises(SnapshotFailed, match="File exists"):
             made.commit(manifest_of(made.id))
@@ -128,7 +128,7 @@ def test_only_a_directory_is_replaced(tmp_path: Path) -> None:
 def test_a_path_that_cannot_be_written_is_refused(tmp_path: Path, out: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
-    with pytest.raises(SnapshotFailed), SnapshotDirectory.create(Path(out), MIB) as made:
+    with pytest.raises(SnapshotFailed), SnapshotDirectory.create(Path(out), SIZE) as made:
         made.commit(manifest_of(made.id))
     assert os.listdir(tmp_path) == ["file"]
 
@@ -153,7 +153,7 @@ def test_other_files_have_names_of_their_own(tmp_path: Path, name: str) -> None:
 def test_what_fails_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(SnapshotFailed, match="plain values"):
         save(tmp_path / "s", {1: page(1)}, config={"not plain": object()})
-    with pytest.raises(SnapshotFailed, match="plain values"), SnapshotDirectory.create(tmp_path / "s", MIB) as made:
+    with pytest.raises(SnapshotFailed, match="plain values"), SnapshotDirectory.create(tmp_path / "s", SIZE) as made:
         made.commit(manifest_of(made.id), {"../section": b""})
     assert os.listdir(tmp_path) == []
 
@@ -169,7 +169,7 @@ def test_nothing_is_left_open(tmp_path: Path) -> None:
 
 
 def test_abort_after_commit_undoes_nothing(tmp_path: Path) -> None:
-    made = SnapshotDirectory.create(tmp_path / "s", MIB)
+    made = SnapshotDirectory.create(tmp_path / "s", SIZE)
     made.commit(manifest_of(made.id))
     made.abort()
     made.abort()
@@ -196,7 +196,7 @@ def test_what_is_no_directory_of_a_save_is_no_leftover(tmp_path: Path) -> None:
 
 
 def test_a_save_under_way_is_no_leftover(tmp_path: Path) -> None:
-    with SnapshotDirectory.create(tmp_path / "s", MIB) as slow:
+    with SnapshotDirectory.create(tmp_path / "s", SIZE) as slow:
         save(tmp_path / "s", {1: page("quick")})
         with pytest.raises(SnapshotFailed, match="File exists"):
             slow.commit(manifest_of(slow.id))
@@ -280,6 +280,6 @@ def test_a_full_disk_is_a_typed_error_and_leaves_nothing(small_disk: Path) -> No
 
 @pytest.mark.requires("root", "mount-namespaces")
 def test_a_disk_without_room_for_the_state_is_a_typed_error(small_disk: Path) -> None:
-    with SnapshotDirectory.create(small_disk / "s", MIB) as made, pytest.raises(SnapshotFailed, match="No space left"):
+    with SnapshotDirectory.create(small_disk / "s", SIZE) as made, pytest.raises(SnapshotFailed, match="No space left"):
         made.commit(manifest_of(made.id), {"qemu": bytes(MIB)})
     assert os.listdir(small_disk) == []

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import attrs
 import orjson
@@ -21,7 +22,7 @@ from asyncvmm.snapshot.memory_map import PAGE_BYTES
 from asyncvmm.snapshot.memory_writer import punch_hole
 from asyncvmm.snapshot.state_file import MOST_STATE_BYTES, pack
 from asyncvmm.snapshot.verify import verify
-from tests.support.snapshots import MIB, memory_of, page, save
+from tests.support.snapshots import MIB, SIZE, memory_of, page, save
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def test_a_chain_is_loaded_with_its_layers_in_order(chain: Path) -> None:
         assert [layer.map.is_difference for layer in loaded.layers] == [False, True, True]
         assert memory_of(loaded) == b"".join(
             {2: page("middle"), 9: page("newest"), 200: page("middle")}.get(number, bytes(4096))
-            for number in range(256)
+            for number in range(SIZE // PAGE_BYTES)
         )
         assert loaded.saved.memory == loaded.layers[-1].map
         assert loaded.saved.accel == "kvm"
@@ -94,7 +95,7 @@ def test_a_base_is_found_from_a_directory_that_a_link_led_to(tmp_path: Path) -> 
 def test_chains_read_as_the_memory_did(
     tmp_path_factory: pytest.TempPathFactory, layers: list[dict[int, bytes]]
 ) -> None:
-    place, memory = tmp_path_factory.mktemp("chain"), bytearray(MIB)
+    place, memory = tmp_path_factory.mktemp("chain"), bytearray(SIZE)
     base: Path | None = None
     for number, pages in enumerate(layers):
         save(place / f"{number}", pages, base=base)
@@ -187,7 +188,7 @@ def test_every_flipped_byte_of_manifest_and_state_is_found(tmp_path: Path) -> No
     load(path, check_memory=True).close()
 
 
-@pytest.mark.parametrize("at", [4096, 4097, 8191, 9 * 4096, 10 * 4096 - 1, 0, 5 * 4096 + 7, MIB - 1])
+@pytest.mark.parametrize("at", [4096, 4097, 8191, 9 * 4096, 10 * 4096 - 1])
 def test_a_flipped_bit_of_memory_is_found_if_its_content_is_checked(saved: Path, at: int) -> None:
     with open(saved / "memory.bin", "r+b") as file:
         file.seek(at)
@@ -197,6 +198,15 @@ def test_a_flipped_bit_of_memory_is_found_if_its_content_is_checked(saved: Path,
     load(saved).close()
     with pytest.raises(SnapshotDamaged, match=r"memory\.bin, offset 0x"):
         load(saved, check_memory=True)
+
+
+@pytest.mark.parametrize("at", [0, 5 * 4096 + 7, MIB - 1, SIZE - 1])
+def test_data_where_there_is_to_be_none_is_found_at_once(saved: Path, at: int) -> None:
+    with open(saved / "memory.bin", "r+b") as file:
+        file.seek(at)
+        file.write(b"x")
+    with pytest.raises(SnapshotDamaged, match=rf"memory\.bin, offset {at:#x}: expected zeros, found 0x78"):
+        load(saved)
 
 
 def test_memory_that_was_punched_out_is_found_at_once(saved: Path) -> None:
@@ -289,6 +299,40 @@ def test_checksums_that_are_missing_are_found(saved: Path) -> None:
 def _with_sums(manifest: Manifest, sums: tuple[int, ...]) -> Manifest:
     record = FileRecord(size=manifest.files["memory.bin"].size, crc32=sums)
     return attrs.evolve(manifest, files={**manifest.files, "memory.bin": record})
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_a_map_without_what_the_memory_file_holds_is_found_at_once(saved: Path, kept: int) -> None:
+    """A guest made of it would have zeros there."""
+
+    def lie(manifest: Manifest) -> Manifest:
+        sums = manifest.files["memory.bin"].crc32 or ()
+        memory = attrs.evolve(manifest.memory, data=manifest.memory.data[:kept])
+        return attrs.evolve(_with_sums(manifest, sums[:kept]), memory=memory)
+
+    rewrite(saved, lie)
+    with pytest.raises(SnapshotDamaged, match=r"memory\.bin, offset 0x[0-9a-f]+: expected zeros"):
+        load(saved)
+    assert any("expected zeros" in str(problem) for problem in verify(saved).problems)
+
+
+@pytest.mark.parametrize(
+    ("config", "match"),
+    [
+        ({"memory_mib": 3}, "memory_mib: expected 2, found 3"),
+        ({"memory_mib": 2, "vcpus": 2}, "vcpus: expected 1, found 2"),
+        ({}, "memory_mib: expected 2, found 256"),
+        ({"memory_mib": 2, "drives": 3}, "expected a VMConfig's values"),
+        ({"memory_mib": "2"}, "expected a VMConfig's values"),
+        ({"memory_mib": 2, "speed": 9}, "expected the fields of a VMConfig"),
+    ],
+)
+def test_a_configuration_that_is_not_the_saved_machines_is_damage(saved: Path, config: Any, match: str) -> None:
+    rewrite(saved, lambda manifest: attrs.evolve(manifest, config=config))
+    with pytest.raises(SnapshotDamaged, match=f"s: saved configuration.*{match}"):
+        load(saved)
+    with pytest.raises(SnapshotDamaged, match=f"s: saved configuration.*{match}"):
+        verify(saved).raise_for_problems()
 
 
 def test_a_missing_base_is_damage_that_names_it(chain: Path, tmp_path: Path) -> None:

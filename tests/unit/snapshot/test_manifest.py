@@ -21,9 +21,10 @@ FILES = {
     "state.bin": FileRecord(size=10, sha256="0" * 64),
     "disks/root": FileRecord(size=5000, data=((0, PAGE_BYTES),), crc32=(7,)),
 }
-WHOLE = manifest_of("0123456789abcdef" * 2, files=FILES, image={"kernel": "a" * 64, "initrd": None}, window=True)
+WHOLE = manifest_of("0123456789abcdef" * 2, 1, files=FILES, image={"kernel": "a" * 64, "initrd": None}, window=True)
 DIFFERENCE = manifest_of(
     "fedcba9876543210" * 2,
+    1,
     files=FILES,
     base=Base(id=WHOLE.id, path="../base"),
     memory=MemoryMap(size=MIB, zero=((0, PAGE_BYTES),), is_difference=True),
