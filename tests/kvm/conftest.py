@@ -273,7 +273,7 @@ class Resources:
         maps = Path("/proc/self/maps").read_text().splitlines()
         sizes = (tuple(int(word, 16) for word in line.split()[0].split("-")) for line in maps)
         return cls(
-            tuple(sorted(link for link in _links() if "kvm" in link)),
+            tuple(sorted(link for link in _links() if link.startswith(("/dev/kvm", "anon_inode:kvm")))),
             tuple(thread.name for thread in threading.enumerate() if thread.name.startswith(NAME)),
             sum("kvm-vcpu" in line for line in maps) + sum(end - start == 67 << 20 for start, end in sizes),
         )
