@@ -1,7 +1,7 @@
 """Launching: a restore whose VM is made on a thread outside of the interpreter (see kvm/launch.py).
 
 So is every restore of a KVM machine with one vCPU and without devices, from the second one of a snapshot on: what it
-takes is prepared a moment after a restore, when the restored guest is on its way.
+takes is prepared a moment after a restore, when the restored guest is on its way, and what needs no VM is made.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ def begin(snapshot: Snapshot, options: RestoreOptions, *, at_once: bool) -> Laun
     if prepared is None:
         return None
     enters = enters_ahead(snapshot, options) if at_once else None
-    return prepared.begin(enters, None if shells is None else lambda: shells.take_ready(options.plan(snapshot)))
+    if shells is None:
+        return prepared.begin(enters)
+    return prepared.begin(enters, lambda: shells.take_ready(options.plan(snapshot)))
 
 
 def enters_ahead(snapshot: Snapshot, options: RestoreOptions) -> bool:
@@ -107,7 +109,7 @@ class Preparation:
 
     def _arm(self) -> None:
         prepared = self._snapshot.prepared.get(self._options.kind)
-        if prepared is None:
+        if prepared is None or self._snapshot.closed:
             return
         prepared.arm()
         if self._snapshot.closed:

@@ -125,6 +125,8 @@ class RestoreProfile(Profile):
 
     guest_memory_mmap: reserving the address range. memory_state_write: making the saved pages visible in it, by
     mapping the file and any prefetch, or by copying. resume_kvm_run: until the first KVM_RUN, if it was resumed.
+    kvm_fd_open, guest_memory_mmap and memory_state_write lack what was done before the call, after the snapshot's last
+    restore: they may be 0.
 
     QEMU makes its machine out of our sight: vm_arch_setup is all of that, from looking for QEMU until it answers;
     device_state_restore is its reading of the state, the vCPUs' too; resume_kvm_run: until it has let the vCPUs run.

@@ -2,7 +2,7 @@
 beside it or, where they share a processor, after it.
 
     prepared = prepare_launch(plan, in_shell=False)
-    prepared.arm()                           what can be made ahead is
+    prepared.arm()                           what can be made ahead is, see ahead.py
 
     launch = prepared.begin(None)            as little as can be is between the call and the chain of calls
     launch.decide(True)                      the guest may be entered as soon as its state is there
@@ -18,7 +18,6 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from ctypes import addressof
@@ -26,9 +25,10 @@ from typing import TYPE_CHECKING, Final
 
 import attrs
 
+from asyncvmm.machine.kvm.ahead import Ahead
 from asyncvmm.machine.kvm.bell import Bell
 from asyncvmm.machine.kvm.fastpath.binding import Library, load
-from asyncvmm.machine.kvm.fastpath.chain import BEGAN, At
+from asyncvmm.machine.kvm.fastpath.chain import At
 from asyncvmm.machine.kvm.faults import NO_FAULTS, Faults
 from asyncvmm.machine.kvm.launch_chain import LaunchChain
 from asyncvmm.machine.kvm.restoring import (
@@ -54,7 +54,8 @@ _SHUT: Final = 2
 
 
 class Launch:
-    """``blueprint`` is what is restored. All but ``join`` and ``native_id`` is for the loop it is made on."""
+    """``blueprint`` is what is restored, ``loop`` the one that ran when it was made. All but ``join`` and ``native_id``
+    is for that loop."""
 
     _runner: Runner
     """From ``send`` on."""
@@ -69,24 +70,27 @@ class Launch:
         self._taken = self._given_up = False
         self._kickable = True
         self._serves: Callable[[FirstRun | None], None] | None = None
+        self._may_be_entered = not blueprint.board.ged.heeds_generation  # else its memory is written before
         self._slots = chain.lay_out()
+        self._ahead = Ahead(chain, self._slots)
         self._bell = Bell(library, self._on_mapped)
-        self._loop = self._bell.loop
-        self._mapped: asyncio.Future[None] = self._loop.create_future()
-        self._order = chain.order(self._slots, self._bell.fd)
+        self.loop = self._bell.loop
+        self._mapped: asyncio.Future[None] = self.loop.create_future()
+        self._order = chain.order(self._slots, self._bell.fd, self._ahead.steps)
+        self._order_address = addressof(self._order)
 
     def send(self, runner: Runner, shell: Shell | None, enters: bool | None) -> None:
         """Send ``runner``, which is the launch's from now on, as ``shell`` is. Once. ``enters``: whether the guest is
         entered, None if ``decide`` will say. If that is broken off, nothing is left of it."""
         try:
             self._runner = runner
-            self.opened = enters is True and not self.blueprint.board.ged.heeds_generation
+            self.opened = enters is True and self._may_be_entered
             gate = _UNDECIDED if enters is None else _OPEN if self.opened else _SHUT
             if shell is not None:
                 self._held = shell.take()
                 self._chain.program.give(self._slots, len(self._chain.given), held_in(self._held, self._chain.steps))
-            self._slots[BEGAN] = time.monotonic_ns()
-            runner.send(addressof(self._order), gate, self._serve)
+            self._ahead.is_held = False
+            runner.send(self._order_address, gate, self._serve)
         except BaseException:  # a signal's handler raised it
             self._break_off()
             raise
@@ -99,6 +103,8 @@ class Launch:
             self.join()
         else:
             self._bell.close()
+            self._ahead.is_held = True
+            self._ahead.undo()
             self._runner.recall()
             if self._held is not None:
                 self._held.undo()
@@ -106,12 +112,13 @@ class Launch:
     def disarm(self) -> None:
         """It will not be sent. On any thread."""
         self._bell.drop()
+        self._ahead.undo()
 
     # -- on the loop -------------------------------------------------------------------------------------------------
 
     def decide(self, enters: bool) -> None:
         """Let the guest be entered, unless something must be done to its memory before; or have the vCPU held. Once."""
-        self.opened = enters and not self.blueprint.board.ged.heeds_generation
+        self.opened = enters and self._may_be_entered
         self._decide(_OPEN if self.opened else _SHUT)
 
     def _decide(self, gate: int) -> None:
@@ -139,7 +146,8 @@ class Launch:
     def take(self, timeline: Timeline) -> KvmVm:
         """The VM, once it is mapped, the caller's from now on; its vCPU waits for ``hand_over``. The chain's phases go
         to ``timeline``. Raises as ``mapped`` does."""
-        made = self._made(len(self._chain.program.names))
+        made = self._made(self._order.count)
+        made.count_from_beginning(self._ahead.steps)
         timeline.record_later(made.spans)
         vm = self.blueprint.launched(self._chain, made, self._held)
         self._taken = True
@@ -153,15 +161,9 @@ class Launch:
         self._release()
 
     @property
-    def is_for_running_loop(self) -> bool:
-        """Whether it was made for the loop that runs now."""
-        return self._bell.loop is asyncio.get_running_loop()
-
-    @property
     def mapped_ns(self) -> int:
         """When memory and state were in place, CLOCK_MONOTONIC."""
-        program = self._chain.program
-        return self._made(len(program.names)).ended_ns(len(program.names) - 1)
+        return self._made(self._order.count).ended_ns(len(self._chain.program.names) - 1)
 
     @property
     def tsc_offset(self) -> int:
@@ -226,7 +228,8 @@ class Launch:
                 self._handed.release()
 
     def _made(self, done: int) -> Made:
-        return self._chain.program.made(self._slots, done)
+        """The run, of whose own steps ``done`` did not fail."""
+        return self._chain.program.made(self._slots, self._ahead.steps + done)
 
     # -- on the runner's thread --------------------------------------------------------------------------------------
 
@@ -259,7 +262,7 @@ class Launch:
         error = self.blueprint.launch_error(made)
         self._undo(made)
         try:
-            self._loop.call_soon_threadsafe(self._on_failure, error)
+            self.loop.call_soon_threadsafe(self._on_failure, error)
         except RuntimeError:  # the loop has closed
             self._bell.drop()
 
@@ -306,32 +309,36 @@ class PreparedLaunch:
     def begin(self, enters: bool | None, shell: Callable[[], Shell | None] | None = None) -> Launch | None:
         """Begin one, ``enters`` as Launch has it. ``shell`` gives a VM made ahead, if there is one. None where it has
         to be done the other way, for now. Raises what ``shell`` does."""
-        runner = take()
-        if runner is None:
-            return None
-        launch = made = None
         try:
-            launch = self._at_hand()
-            made = None if launch is None or shell is None else shell()
-        finally:
-            if launch is None or (shell is not None and made is None):
-                give_back(runner)
-                self._put_back(launch)
-                launch = None
-        if launch is not None:
-            launch.send(runner, made, enters)
+            launch: Launch | None = self._armed.pop()
+        except IndexError:
+            launch = self._made()
+        if launch is not None and launch.loop is not asyncio.get_running_loop():
+            launch.disarm()
+            launch = self._made()
+        runner = None if launch is None else take()
+        if launch is None or runner is None:
+            self._put_back(launch)
+            return None
+        if shell is not None:
+            return self._begin_in(shell, launch, runner, enters)
+        launch.send(runner, None, enters)
         return launch
 
-    def _at_hand(self) -> Launch | None:
-        """What is armed, if that is for this loop. None if there is no descriptor to be had."""
+    def _begin_in(
+        self, shell: Callable[[], Shell | None], launch: Launch, runner: Runner, enters: bool | None
+    ) -> Launch | None:
+        taken = None
         try:
-            launch = self._armed.pop()
-        except IndexError:
-            return self._made()
-        if launch.is_for_running_loop:
-            return launch
-        launch.disarm()
-        return self._made()
+            taken = shell()
+        finally:
+            if taken is None:
+                give_back(runner)
+                self._put_back(launch)
+        if taken is None:
+            return None
+        launch.send(runner, taken, enters)
+        return launch
 
     def _put_back(self, launch: Launch | None) -> None:
         if launch is None:

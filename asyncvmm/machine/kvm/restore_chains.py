@@ -105,14 +105,15 @@ def _make_shell(chain: Chain, shape: ShellShape, saved: tuple[Sequence[Piece], S
     regions = ram_regions(shape.memory_bytes)
     with chain.phase("kvm_open"):
         system = open_system(chain, vcpus=shape.vcpus)
-    vm, ring = create_vm(chain, system), shape.ring
-    if ring is not None:
-        enable_rings(chain, vm, ring)
     with chain.phase("memory_alloc"):
         memory = map_memory(chain, regions)
     if saved is not None:
         with chain.phase("memory_state_write"):
             map_saved(chain, memory, *saved)
+        chain.is_ready_ahead()
+    vm, ring = create_vm(chain, system), shape.ring
+    if ring is not None:
+        enable_rings(chain, vm, ring)
     with chain.phase("memory_register"):
         register_memory(chain, vm, memory, regions, track_dirty=shape.track_dirty)
         registers = show_registers(chain, vm, len(regions), shape.devices) if shape.devices else None

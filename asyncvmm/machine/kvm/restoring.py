@@ -59,6 +59,9 @@ MOST_VCPUS = 1024
 MOST_AHEAD = 1024
 """Runs of memory that a launch makes present; the rest is left to the guest's faults."""
 
+MOST_STEPS_AHEAD = 64
+"""Of a launch that are made on the loop before it is sent, a microsecond or two each; else none are."""
+
 OFFSET_SLOT = 2
 """Where the chains for one vCPU are given its TSC offset."""
 
@@ -178,6 +181,7 @@ class RestoreBlueprint:
             program=program,
             vcpu=vcpu,
             clock=OFFSET_SLOT if then is not None else 0,
+            ahead=program.ahead if program.ahead <= MOST_STEPS_AHEAD else 0,
             tsc=tsc,
             given=(self._arena.address, _signed(offset + (then or 0)), *self.fds),
             pinned=Pinned(program.steps),

@@ -115,6 +115,7 @@ class Chain:
         self._spans: list[_Span] = []
         self._data = bytearray()
         self._kept: list[object] = []
+        self._ahead = 0
 
     def given(self, index: int) -> At:
         """The value that ``run`` will be told at this place."""
@@ -192,6 +193,10 @@ class Chain:
         self._undo.append((len(self._steps) - 1, call, (at, *arguments)))
         return at
 
+    def is_ready_ahead(self) -> None:
+        """What was appended so far can be made before a run is wanted, any time."""
+        self._ahead = len(self._steps)
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """The steps appended in this block are a phase of that name."""
@@ -216,6 +221,7 @@ class Chain:
             data_bytes=len(self._data),
             undo=tuple(self._undo),
             spans=tuple(self._spans),
+            ahead=self._ahead,
             kept=self._kept,
         )
 
@@ -234,6 +240,8 @@ class Program:
     data_bytes: int
     undo: tuple[tuple[int, int, tuple[Argument, ...]], ...]
     spans: tuple[_Span, ...]
+    ahead: int
+    """How many of the steps can be made before a run is wanted."""
     kept: list[object]
 
     def run(self, *given: int, execute: Executor | None = None) -> Made:
@@ -303,6 +311,14 @@ class Made:
         """
         return self._slots[_SLOT_WORDS * (self._program.first + step) + 1] if step >= 0 else self._slots[BEGAN]
 
+    def count_from_beginning(self, steps: int) -> None:
+        """The first ``steps`` were made before the run began, and took none of its time."""
+        if steps:
+            first = _SLOT_WORDS * self._program.first + 1
+            self._slots[first : first + _SLOT_WORDS * steps : _SLOT_WORDS] = (
+                array("q", self._slots[BEGAN : BEGAN + 1]) * steps
+            )
+
     def spans(self) -> list[Span]:
         """The chain's phases; of a chain that failed those that had begun."""
         return [span for outer in self._program.spans if (span := self._span(outer)) is not None]
@@ -343,7 +359,7 @@ _Slots = ctypes.Array[ctypes.c_int64]
 def interpret(steps: bytes, count: int, address: int, given: int) -> int:
     """Make the steps one by one."""
     slots = (ctypes.c_int64 * (_SLOT_WORDS * (given + count))).from_address(address)
-    for number, (call, timed, *rest) in zip(range(count), STEP.iter_unpack(steps), strict=True):
+    for number, (call, timed, *rest) in zip(range(count), STEP.iter_unpack(steps), strict=False):
         here, least = given + number, rest[-1]
         value = _make(call, rest[:ARGUMENTS], rest[ARGUMENTS:-1], slots, here)
         slots[_SLOT_WORDS * here] = value

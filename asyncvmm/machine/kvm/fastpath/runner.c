@@ -143,7 +143,7 @@ static u64 at_most(u64 ns, u64 most) { return ns < most ? ns : most; }
 
 static void run(struct errand *errand)
 {
-    u64 begun_ns = monotonic_ns();
+    u64 begun_ns = errand->order.slots[0].end_ns = monotonic_ns();
     __atomic_store_n(&errand->cpu, this_cpu(), __ATOMIC_RELEASE);
     if (errand->order.clock)
         errand->order.slots[errand->order.clock].value -= (s64)__builtin_ia32_rdtsc();

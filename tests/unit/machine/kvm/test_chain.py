@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from asyncvmm.machine.kvm.fastpath.binding import load
 from asyncvmm.machine.kvm.fastpath.chain import (
+    BEGAN,
     MOST_STEPS,
     NOTHING,
     STEP,
@@ -217,6 +218,29 @@ def test_times_are_in_order_and_phases_lie_where_their_steps_do(execute: Executo
         ("inner", times[0], times[2]),
         ("empty", times[2], times[2]),
     ]
+
+
+@both
+def test_steps_that_were_made_ahead_take_no_time_of_the_run(execute: Executor) -> None:
+    chain = Chain()
+    with chain.phase("first"):
+        chain.call("getpid", GETPID)
+    chain.is_ready_ahead()
+    with chain.phase("second"):
+        chain.call("getpid", GETPID)
+    program = chain.program()
+    assert program.ahead == 1
+    slots = program.lay_out()
+    address, _ = slots.buffer_info()
+    assert execute(program.steps, program.ahead, address, program.first) == program.ahead
+    began = slots[BEGAN] = time.monotonic_ns()
+    rest = program.steps[STEP.size * program.ahead :]
+    assert execute(rest, 1, address, program.first + program.ahead) == 1
+    made = program.made(slots, 2)
+    made.count_from_beginning(program.ahead)
+    first, second = made.spans()
+    assert (first.start_ns, first.end_ns, second.start_ns) == (began, began, began)
+    assert second.end_ns > began
 
 
 @both
