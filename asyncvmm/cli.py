@@ -1,5 +1,7 @@
 """The command line: a thin shell over the library. Every AsyncVMMError is one line on stderr and exit code 2.
 
+A reader of stdout that has had enough ends the command as SIGPIPE would, without a line.
+
 Heavy imports happen inside the commands: ``asyncvmm --help`` must not pay for a VMM.
 """
 
@@ -12,12 +14,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.exceptions import NoArgsIsHelpError
 
 from asyncvmm.device_options import device_options
 from asyncvmm.errors import AsyncVMMError
 from asyncvmm.interrupts import ENDING, Ended, ending_signals, exit_code_of, signals_held
 from asyncvmm.snapshot.command import flatten, inspect, verify
-from asyncvmm.standard_streams import hold_standard_streams, stdout_lost
+from asyncvmm.standard_streams import EXIT_READER_GONE, hold_standard_streams, stdout_lost
 
 EXIT_ERROR = 2
 
@@ -37,6 +40,13 @@ class Group(click.Group):
         with signals_held(), ending_signals(), stdout_lost(EXIT_ERROR):
             return super().main(*args, **options)
 
+    def make_context(self, *args: Any, **options: Any) -> click.Context:
+        """Parse the command line; ``--help`` is printed here."""
+        try:
+            return super().make_context(*args, **options)
+        except BrokenPipeError:
+            sys.exit(EXIT_READER_GONE)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
         try:
@@ -44,6 +54,9 @@ class Group(click.Group):
                 return super().invoke(ctx)
         except AsyncVMMError as error:
             _refuse(ctx, str(error))
+        except NoArgsIsHelpError as error:
+            click.echo(error.format_message(), err=True)
+            ctx.exit(EXIT_ERROR)
         except click.UsageError as error:
             asked = error.ctx or ctx
             _refuse(ctx, f"{error.format_message()} (see {asked.command_path} --help)")
@@ -51,7 +64,7 @@ class Group(click.Group):
             ctx.exit(exit_code_of(interrupt))
         except BrokenPipeError:
             sys.stderr.close()
-            ctx.exit(EXIT_ERROR)
+            ctx.exit(EXIT_READER_GONE)
 
 
 def _refuse(ctx: click.Context, text: str) -> None:

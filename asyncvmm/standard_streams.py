@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Final
+
+EXIT_READER_GONE: Final = 128 + signal.SIGPIPE
+"""What a shell gives for a command that wrote to a pipe which nobody reads: it did not fail, as ``| head`` shows."""
 
 _STREAMS = (("stdin", os.O_WRONLY, "r"), ("stdout", os.O_RDONLY, "w"), ("stderr", os.O_WRONLY, "w"))
 _NO_ROOM = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -30,7 +35,7 @@ def hold_standard_streams() -> None:
 def stdout_lost(exit_code: int) -> Iterator[None]:
     """End with one line on stderr and ``exit_code`` if by the end of the block stdout did not take what it was given.
 
-    A reader that is gone needs no line. Other errors pass.
+    A reader that is gone needs no line, and gives EXIT_READER_GONE. Other errors pass.
     """
     try:
         try:
@@ -41,8 +46,9 @@ def stdout_lost(exit_code: int) -> Iterator[None]:
         if not _of_stdout(error):
             raise
         _forget_stdout()
-        if error.errno != errno.EPIPE:
-            print(f"asyncvmm: stdout: expected something to write to, found {error.strerror}", file=sys.stderr)
+        if error.errno == errno.EPIPE:
+            sys.exit(EXIT_READER_GONE)
+        print(f"asyncvmm: stdout: expected something to write to, found {error.strerror}", file=sys.stderr)
         sys.exit(exit_code)
 
 

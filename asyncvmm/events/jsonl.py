@@ -12,7 +12,7 @@ import logging
 import anyio
 
 from asyncvmm.events.encoding import to_line
-from asyncvmm.events.outputs import Target, WriteWatch, open_output
+from asyncvmm.events.outputs import Target, WriteWatch, name_of, open_output
 from asyncvmm.events.types import Event, LogLost
 
 LIMIT = 1 << 20
@@ -97,7 +97,7 @@ class JsonLines:
         try:
             self._write_all()
         except OSError as error:
-            _log.warning("event output %s is gone, its lines are dropped: %s", self._target, error)
+            _log.warning("%s is gone, its lines are dropped: %s", name_of(self._target), error)
             self._give_up()
             return
         if self._buffer:

@@ -15,15 +15,16 @@ import os
 import select
 import socket
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
 from asyncvmm.errors import ConfigError
 
 Target = str | Path | int | Callable[[bytes], None]
 """A path (made, or emptied), ``-`` for stdout, ``unix:PATH`` to connect to, an open descriptor, or a callback."""
 
+_STANDARD: Final[Mapping[Target, str]] = {"-": "stdout", 1: "stdout", 2: "stderr"}
 _OWN_FLAGS = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
@@ -54,7 +55,14 @@ def open_output(target: Target) -> Output:
             return _of_descriptor(1)
         return _connect(name[5:]) if name.startswith("unix:") else _of_path(name)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"event output {target}", expected=_expected(error), found=_found(error)) from error
+        raise ConfigError(name_of(target), expected=_expected(error), found=_found(error)) from error
+
+
+def name_of(target: Target) -> str:
+    """What a person calls it."""
+    if isinstance(target, int) or target == "-":
+        return _STANDARD.get(target, f"descriptor {target}")
+    return f"event output {target}"
 
 
 def _check(target: object) -> None:
@@ -192,7 +200,7 @@ def _of_path(name: str) -> Output:
 def _of_descriptor(fd: int) -> Output:
     mode = os.fstat(fd).st_mode
     if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
-        raise OSError(errno.EBADF, "a descriptor opened for reading")
+        raise OSError(errno.EBADF, "one that is closed, or open for reading")
     if stat.S_ISSOCK(mode):
         return SocketOutput(socket.socket(fileno=os.dup(fd)))
     if stat.S_ISREG(mode):

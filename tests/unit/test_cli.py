@@ -380,3 +380,14 @@ def test_the_schema_is_printed() -> None:
     done = CliRunner().invoke(main, ["schema"])
     assert done.exit_code == 0
     assert '"guest.ready"' in done.output
+
+
+@pytest.mark.parametrize("group", ["snapshot", "image"])
+def test_a_group_without_a_command_shows_its_usage(group: str) -> None:
+    done = CliRunner().invoke(main, [group])
+    assert done.exit_code == 2
+    assert done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert lines[0].startswith("Usage: ")
+    assert lines[0].endswith(f" {group} [OPTIONS] COMMAND [ARGS]...")
+    assert "Commands:" in lines
