@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -150,8 +150,12 @@ async def test_a_restores_profile_has_all_that_qemu_took_until_its_vcpus_ran(hel
 async def test_a_guest_on_qemu_has_no_first_exit_that_could_be_told(held: tuple[Snapshot, str]) -> None:
     snapshot, _ = held
     told: list[str] = []
+
+    def listen(vm: VM) -> None:
+        vm.events.attach(lambda event: told.append(event.event))
+
     with anyio.fail_after(PATIENCE_S):
-        async with await VM.restore(snapshot, prepare=lambda vm: vm.events.attach(told_of(told))) as vm:
+        async with await VM.restore(snapshot, prepare=listen) as vm:
             assert await vm.events.exit == 0
     assert [name for name in told if name.startswith("restore.")] == [
         "restore.mapped",
@@ -160,10 +164,6 @@ async def test_a_guest_on_qemu_has_no_first_exit_that_could_be_told(held: tuple[
         "restore.step",
         "restore.profile",
     ]
-
-
-def told_of(names: list[str]) -> Callable[[Event], None]:
-    return lambda event: names.append(event.event)
 
 
 async def test_a_difference_is_kvms_alone(held: tuple[Snapshot, str]) -> None:

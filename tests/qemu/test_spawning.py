@@ -14,6 +14,7 @@ import pytest
 
 from asyncvmm.errors import AsyncVMMError, MachineError
 from asyncvmm.machine.base import BootPlan
+from asyncvmm.machine.qemu.binary import NAME, OVERRIDE
 from asyncvmm.machine.qemu.command import QemuBinary
 from asyncvmm.machine.qemu.machine import QemuMachine
 from asyncvmm.timing.timeline import Timeline
@@ -49,6 +50,19 @@ async def test_the_loop_goes_on_while_a_qemu_is_started(slow: SlowExec, plan: Bo
             tasks.start_soon(let_go)
             async with running(plan, qemu) as (_, witness):
                 await witness.until_said("control", b"hello control\n")
+
+
+async def test_the_loop_goes_on_while_a_qemu_is_asked_what_it_is(
+    plan: BootPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with slow_exec(NAME, tmp_path) as slow, anyio.fail_after(PATIENCE_S):
+        monkeypatch.setenv(OVERRIDE, str(tmp_path / NAME))
+        machine = QemuMachine(plan, Timeline(), Witness().take)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(machine.prepare)
+            await slow.begun()
+            await slow.let_go()
+        await machine.stop()
 
 
 async def test_a_start_cancelled_while_its_qemu_is_started_leaves_nothing(slow: SlowExec, machine: QemuMachine) -> None:

@@ -12,7 +12,7 @@ from typing import Self
 
 from asyncvmm.errors import HostError, MachineError
 from asyncvmm.machine.qemu.channel import Channel
-from asyncvmm.machine.qemu.spawning import Spawned, reap, spawn
+from asyncvmm.machine.qemu.spawning import Spawned, spawn
 
 STDERR_TAIL = 4096
 """Bytes of the child's last error output that are kept."""
@@ -29,8 +29,9 @@ class Child:
         self._loop = loop
         self._stderr = stderr
         self._tail = b""
+        self._process = spawned.process
         self._pidfd = spawned.pidfd
-        self.pid = spawned.pid
+        self.pid = spawned.process.pid
         self.status: int | None = None
         self._stderr.watch(self._read_stderr)
 
@@ -67,7 +68,7 @@ class Child:
 
     def reap(self) -> None:
         """Collect a child that has ended, with its last words, and free its descriptors."""
-        self.status = reap(self.pid)
+        self.status = self._process.wait()
         os.close(self._pidfd)
         while self._read_stderr():
             pass
