@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.anyio
 
-RECEIVE_BUFFER, RECEIVE_SIZE = 0x200000, 100_000
+RECEIVE_BUFFER, RECEIVE_SIZE = 0x200000, 20_000
 PATTERN = bytes(1 + index * 7 % 251 for index in range(RECEIVE_SIZE))
 
 
