@@ -68,6 +68,9 @@ class AsyncVMMError(Exception):
             parts.append(f"state {self.state}")
         return f"{self.what}: {', '.join(parts)}" if parts else self.what
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self)!r})"
+
 
 class ConfigError(AsyncVMMError, ValueError):
     """What was asked for cannot be; nothing was started."""

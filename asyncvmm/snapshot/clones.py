@@ -49,6 +49,7 @@ async def make_clones(
 ) -> AsyncIterator[list[VM]]:
     """Snapshot.clones."""
     _check(count, at_once, beyond_bend)
+    _check_hooks(hooks)
     if count > 1 and hooks.configure is None and (net := snapshot.config.net) is not None and net.publish:
         raise ConfigError("clones", expected="configure=, for only one VM can have published ports", found=count)
     vms: dict[int, VM] = {}
@@ -68,6 +69,12 @@ def _check(count: int, at_once: int | None, beyond_bend: bool) -> None:
         raise ConfigError("clones", expected=f"at most {MOST_CLONES} in one process, or beyond_bend=True", found=count)
 
 
+def _check_hooks(hooks: Hooks) -> None:
+    for name, hook in attrs.asdict(hooks, recurse=False).items():
+        if hook is not None and not callable(hook):
+            raise ConfigError(name, expected="a function", found=repr(hook)[:80])
+
+
 async def _make(snapshot: Snapshot, count: int, vms: dict[int, VM], hooks: Hooks, limit: anyio.CapacityLimiter) -> None:
     from asyncvmm.vm import VM
 
@@ -81,7 +88,7 @@ async def _make(snapshot: Snapshot, count: int, vms: dict[int, VM], hooks: Hooks
             restore = VM.restore(snapshot, prepare=prepare, configure=lambda config: configure(config, number))
             vms[number] = vm = await restore
         if hooks.identity is not None:
-            await hooks.identity(vm, number)
+            await _identify(hooks.identity, vm, number)
 
     try:
         async with anyio.create_task_group() as group:
@@ -89,6 +96,13 @@ async def _make(snapshot: Snapshot, count: int, vms: dict[int, VM], hooks: Hooks
                 group.start_soon(one, number)
     except BaseExceptionGroup as failed:
         raise _first(failed) from None
+
+
+async def _identify(hook: Identity, vm: VM, number: int) -> None:
+    given: object = hook(vm, number)
+    if not isinstance(given, Awaitable):
+        raise ConfigError("identity", expected="an async function (VM, number)", found=repr(given)[:80])
+    await given
 
 
 def _first(failed: BaseException) -> BaseException:

@@ -21,7 +21,7 @@ def open_snapshot(path: Path) -> int:
     try:
         return os.open(path, _DIRECTORY)
     except (OSError, ValueError) as error:
-        raise _refusal(f"snapshot {path}", "a directory", error) from None
+        raise _refusal(f"snapshot {path}", "a directory", error, loop="symbolic links that lead nowhere") from None
 
 
 def open_base(directory: int, path: str, shown: Path) -> int:
@@ -71,8 +71,10 @@ def _open_beneath(directory: int, name: str) -> int:
         os.close(inner)
 
 
-def _refusal(what: str, expected: str, error: OSError | ValueError) -> SnapshotError:
+def _refusal(
+    what: str, expected: str, error: OSError | ValueError, loop: str = "a symbolic link, which is not followed"
+) -> SnapshotError:
     if not isinstance(error, OSError):
         return SnapshotDamaged(what, expected=expected, found=str(error))
     kind = SnapshotDamaged if error.errno in _AMISS else SnapshotError
-    return kind(what, expected=expected, found=error.strerror)
+    return kind(what, expected=expected, found=loop if error.errno == errno.ELOOP else error.strerror)

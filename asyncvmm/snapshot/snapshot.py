@@ -70,7 +70,7 @@ class Snapshot:
 
         Raises SnapshotDamaged, SnapshotMismatch, or SnapshotError where there is none.
         """
-        if not isinstance(path, str | Path):
+        if not isinstance(path, str | Path) or path == "":
             raise ConfigError("snapshot", expected="a Snapshot or its directory", found=repr(path)[:80])
         directory = Path(path)
         return await in_thread(lambda: cls.open(directory, check_memory=check_memory), Snapshot.close)
@@ -84,6 +84,10 @@ class Snapshot:
         except BaseException:
             loaded.close()
             raise
+
+    def __repr__(self) -> str:
+        manifest, closed = self.manifest, " closed" if self._closed else ""
+        return f"<Snapshot {manifest.id} of {manifest.machine}, {manifest.memory_mib} MiB, at {self.path}{closed}>"
 
     @property
     def manifest(self) -> Manifest:
@@ -153,9 +157,9 @@ class Snapshot:
 
         prepare: is called with each VM and its number, from 0, before anything is done with it. configure: gives each
         its configuration, as in VM.restore; without it a vsock's path gets the number behind it, and published ports
-        are refused, for only one VM can have them. identity: is awaited with each VM and its number before the block
-        begins. at_once: how many are made at the same time. beyond_bend:
-        allow more than MOST_CLONES in one process, where each costs more than the last.
+        are refused, for only one VM can have them. identity: an async function, awaited with each VM and its number
+        before the block begins, for all of them at the same time. at_once: how many are made at the same time.
+        beyond_bend: allow more than MOST_CLONES in one process, where each costs more than the last.
 
         Raises as VM.restore does; then none is left. ConfigError for a count that is too large.
         """

@@ -132,7 +132,7 @@ async def test_what_is_no_order_is_refused(vm: Make, asked: dict[str, Any]) -> N
             await original.snapshot(**asked)
 
 
-@pytest.mark.parametrize("snapshot", [None, 3, b"x"])
+@pytest.mark.parametrize("snapshot", [None, 3, b"x", ""])
 async def test_what_is_no_snapshot_cannot_be_restored(snapshot: Any) -> None:
     with pytest.raises(ConfigError):
         await VM.restore(snapshot)
@@ -329,6 +329,42 @@ async def test_another_format_is_another_version(vm: Make, tmp_path: Path) -> No
     manifest.write_bytes(orjson.dumps({**orjson.loads(manifest.read_bytes()), "format": 99}))
     with pytest.raises(SnapshotMismatch):
         await VM.restore(tmp_path / "s")
+
+
+@pytest.mark.parametrize("hook", ["identity", "prepare", "configure"])
+async def test_a_hook_that_cannot_be_called_is_refused_before_a_clone_is_made(vm: Make, hook: str) -> None:
+    async with vm("RE") as original:
+        await original.boot()
+        wrong: dict[str, Any] = {hook: 3}
+        async with await original.snapshot() as snapshot:
+            with pytest.raises(ConfigError, match=f"{hook}: expected "):
+                async with snapshot.clones(2, **wrong):
+                    pass
+
+
+async def test_an_identity_hook_that_is_not_async_is_refused_and_nothing_is_left(vm: Make) -> None:
+    seen: list[VM] = []
+
+    def identify(new: VM, number: int) -> None:
+        seen.append(new)
+
+    wrong: Any = identify
+    async with vm("RE") as original:
+        await original.boot()
+        async with await original.snapshot() as snapshot:
+            with pytest.raises(ConfigError, match=r"identity: expected an async function .*found None"):
+                async with snapshot.clones(2, identity=wrong):
+                    pass
+    assert {new.state for new in seen} == {"stopped"}
+
+
+async def test_a_snapshots_repr_says_which_it_is(vm: Make) -> None:
+    async with vm("RE") as original:
+        await original.boot()
+        async with await original.snapshot() as snapshot:
+            shown = repr(snapshot)
+            assert shown.startswith(f"<Snapshot {snapshot.id} of kvm, 4 MiB, at {snapshot.path}")
+        assert repr(snapshot).endswith(" closed>")
 
 
 # -- told ------------------------------------------------------------------------------------------------------------

@@ -148,6 +148,19 @@ def test_a_file_that_is_none_is_damage_that_names_it(saved: Path, name: str, kin
         verify(saved).raise_for_problems()
 
 
+def test_a_link_in_a_files_place_is_called_one(saved: Path) -> None:
+    os.rename(saved / "memory.bin", saved / "kept")
+    (saved / "memory.bin").symlink_to("kept")
+    with pytest.raises(SnapshotDamaged, match=r"memory\.bin: expected a file, found a symbolic link"):
+        load(saved)
+
+
+def test_a_path_that_leads_back_to_itself_is_damage(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(SnapshotDamaged, match="loop: expected a directory, found symbolic links that lead nowhere"):
+        load(tmp_path / "loop")
+
+
 @pytest.mark.requires("root")
 @pytest.mark.parametrize("name", FILES)
 def test_a_device_in_a_files_place_is_damage(saved: Path, name: str) -> None:
