@@ -41,6 +41,8 @@ class ShellPool:
         """Nothing is made yet. Raises ConfigError for a size that makes no sense, and a snapshot that is not KVM's."""
         if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= MOST_SHELLS:
             raise ConfigError("shells", expected=f"1 to {MOST_SHELLS}", found=repr(size))
+        if not hasattr(snapshot, "manifest"):
+            raise ConfigError("shells", expected="a Snapshot", found=repr(snapshot)[:80])
         if snapshot.manifest.machine != "kvm":
             raise ConfigError("shells", expected="a snapshot of the KVM machine", found=snapshot.manifest.machine)
         self.size = size

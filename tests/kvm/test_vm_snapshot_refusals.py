@@ -15,7 +15,7 @@ import attrs
 import orjson
 import pytest
 
-from asyncvmm import VM, ConfigError, SnapshotResources, StateError, VMConfig
+from asyncvmm import VM, ConfigError, ShellPool, SnapshotResources, StateError, VMConfig
 from asyncvmm.config import Accel
 from asyncvmm.errors import SnapshotDamaged, SnapshotError, SnapshotFailed, SnapshotMismatch, TriggerImpossible
 from asyncvmm.machine.waiting import in_thread
@@ -329,6 +329,12 @@ async def test_another_format_is_another_version(vm: Make, tmp_path: Path) -> No
     manifest.write_bytes(orjson.dumps({**orjson.loads(manifest.read_bytes()), "format": 99}))
     with pytest.raises(SnapshotMismatch):
         await VM.restore(tmp_path / "s")
+
+
+@pytest.mark.parametrize("snapshot", [None, "dir"])
+async def test_shells_are_made_of_a_snapshot(snapshot: Any) -> None:
+    with pytest.raises(ConfigError, match="shells: expected a Snapshot"):
+        ShellPool(snapshot)
 
 
 @pytest.mark.parametrize("hook", ["identity", "prepare", "configure"])
