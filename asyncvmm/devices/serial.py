@@ -16,12 +16,12 @@ quick and must not call back into the port.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from typing import Final
 
-from asyncvmm.devices.serial_modem import modem_inputs, modem_status
-from asyncvmm.devices.serial_output import NEWLINE, URGENT_BYTES, OutputBuffer
+from asyncvmm.devices.serial_content import SerialContent
+from asyncvmm.devices.serial_modem import modem_status
+from asyncvmm.devices.serial_output import NEWLINE, URGENT_BYTES
 from asyncvmm.devices.serial_state import (
     BACKLOG_SIZE,
     FCR_CLEAR_RX,
@@ -42,8 +42,6 @@ from asyncvmm.devices.serial_state import (
     LCR_DLAB,
     LSR_DR,
     LSR_OE,
-    LSR_TEMT,
-    LSR_THRE,
     MCR_LOOP,
     OUTPUT_CAP,
     SerialState,
@@ -59,42 +57,14 @@ LSR: Final = 5
 _TRIGGER_LEVELS: Final = (1, 4, 8, 14)
 
 
-class Serial(OutputBuffer):
+class Serial(SerialContent):
     """One 16550A.
 
     interrupt: told the line's new level, only when it changes. output_pending, clock: see OutputBuffer. room: told when
     the backlog has emptied after a ``feed`` that did not take all.
-
-    ``received`` counts the bytes accepted from the host since this object was made. For metrics, since then:
-    ``read_count`` bytes the guest read, ``missed_read_count`` reads of an empty RBR, ``error_count`` overruns.
     """
 
-    __slots__ = (
-        "_backlog",
-        "_burst",
-        "_dll",
-        "_dlm",
-        "_fcr",
-        "_feed_cut",
-        "_fifo",
-        "_ier",
-        "_interrupt",
-        "_lcr",
-        "_level",
-        "_lsr",
-        "_lsr_plain",
-        "_mcr",
-        "_msr",
-        "_readers",
-        "_room",
-        "_scr",
-        "_thre_pending",
-        "_writers",
-        "error_count",
-        "missed_read_count",
-        "read_count",
-        "received",
-    )
+    __slots__ = ("_interrupt", "_level", "_readers", "_room", "_writers")
 
     def __init__(
         self,
@@ -103,13 +73,9 @@ class Serial(OutputBuffer):
         room: Callable[[], None],
         clock: Callable[[], int],
     ) -> None:
-        super().__init__(output_pending, clock)
-        self._interrupt = interrupt
-        self._room = room
-        self.received = self.error_count = 0
-        self.read_count = self.missed_read_count = 0
+        self._interrupt, self._room = interrupt, room
         self._level = False
-        self._load(SerialState())
+        super().__init__(output_pending, clock)
 
     @classmethod
     def from_state(
@@ -131,39 +97,6 @@ class Serial(OutputBuffer):
         if port._output:
             output_pending()
         return port
-
-    def _load(self, state: SerialState) -> None:
-        self._ier, self._fcr, self._lcr, self._mcr = state.ier, state.fcr, state.lcr, state.mcr
-        self._scr, self._dll, self._dlm = state.scr, state.dll, state.dlm
-        self._lsr = LSR_THRE | LSR_TEMT | (LSR_OE if state.overrun else 0) | (LSR_DR if state.fifo else 0)
-        self._msr = modem_inputs(state.mcr) | state.msr_changes
-        self._thre_pending, self._burst = state.thre_pending, state.burst
-        self._lsr_plain = not state.overrun and not state.burst
-        self._fifo, self._backlog = deque(state.fifo), deque(state.backlog)
-        self._feed_cut = state.feed_cut
-        self._load_output(state.output, state.lost)
-        self._select_registers()
-
-    def state(self) -> SerialState:
-        """All that this port remembers."""
-        return SerialState(
-            ier=self._ier,
-            fcr=self._fcr,
-            lcr=self._lcr,
-            mcr=self._mcr,
-            scr=self._scr,
-            dll=self._dll,
-            dlm=self._dlm,
-            msr_changes=self._msr & 0x0F,
-            overrun=bool(self._lsr & LSR_OE),
-            thre_pending=self._thre_pending,
-            burst=self._burst,
-            fifo=bytes(self._fifo),
-            backlog=bytes(self._backlog),
-            feed_cut=self._feed_cut,
-            output=bytes(self._output),
-            lost=self._lost,
-        )
 
     # -- the guest's side ----------------------------------------------------------------------------------------
 
