@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import anyio
 import anyio.lowlevel
@@ -19,6 +20,12 @@ PATIENCE_S = 120
 BYTES = 256
 """More than Linux holds: a cache line of its hw_random core, and one of the device's driver."""
 WORKLOAD = ("sh", "-c", f"head -c {BYTES} /dev/hwrng | od -An -v -tx1 | tr -d ' \\n'; echo")
+
+
+@pytest.fixture
+def anyio_backend() -> tuple[str, dict[str, Any]]:
+    """What the guest has is no loop's affair: one will do."""
+    return "asyncio", {"use_uvloop": True}
 
 
 async def saved(out: Path) -> Snapshot:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
@@ -28,6 +29,12 @@ head -c 5 /dev/hvc0 >/dev/null
 echo all done
 sleep 1000
 """
+
+
+@pytest.fixture
+def anyio_backend() -> tuple[str, dict[str, Any]]:
+    """What a guest did is no loop's affair: one will do."""
+    return "asyncio", {"use_uvloop": True}
 
 
 @pytest.fixture
