@@ -162,7 +162,7 @@ async def test_a_callback_that_would_have_to_be_awaited_is_refused(target: Any) 
 
 
 async def test_a_descriptor_for_reading_is_refused(pipe: tuple[int, int]) -> None:
-    with pytest.raises(ConfigError, match="opened for reading"):
+    with pytest.raises(ConfigError, match="closed, or open for reading"):
         JsonLines(pipe[0], "a1b2", EPOCH_NS)
 
 
