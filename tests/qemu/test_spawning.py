@@ -116,6 +116,24 @@ async def test_start_and_stop_both_cancelled_while_a_qemu_is_started_leave_nothi
     assert not holdings() - before
 
 
+async def test_a_qemu_that_is_lost_while_it_is_started_is_killed_as_soon_as_it_is_there(
+    slow: SlowExec, machine: QemuMachine
+) -> None:
+    before = holdings()
+    starting = asyncio.ensure_future(machine.start())
+    with anyio.fail_after(PATIENCE_S):
+        await slow.begun()
+        assert machine._process is not None
+        machine._process._channel.peer.send(b"nonsense\n")
+        await anyio.sleep(0.01)
+        assert not starting.done(), "there is a process still"
+        await slow.let_go()
+        with pytest.raises(MachineError, match="nonsense"):
+            await starting
+    del starting
+    assert not holdings() - before
+
+
 async def test_a_restore_cancelled_while_its_qemu_is_started_leaves_nothing(
     taken: Taken, slow: SlowExec, machine: QemuMachine
 ) -> None:
