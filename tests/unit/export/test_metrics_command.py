@@ -217,7 +217,7 @@ def test_a_reader_that_is_gone_is_no_traceback(start: Start, tmp_path: Path) -> 
     process = start(stdout=writing)
     os.close(writing)
     code, _, errors = run_to_end(process, lines_of("a"))
-    assert (code, errors) == (2, "")
+    assert (code, errors) == (128 + signal.SIGPIPE, "")
 
 
 # -- what goes on until it is interrupted ------------------------------------------------------------------------------
