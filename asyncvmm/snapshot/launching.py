@@ -25,24 +25,23 @@ if TYPE_CHECKING:
 _log = logging.getLogger("asyncvmm.snapshot")
 
 
-@attrs.frozen(kw_only=True)
+Wanted = tuple[bool, bool, bool, ShellPool | None]
+"""RestoreOptions' fields, of which one is not made before the launch is sent: that takes some microseconds."""
+
+
+@attrs.frozen
 class RestoreOptions:
     """How to restore. prefetch: make the working set present ahead, where it is known. track_dirty: differences are to
     be saved of it. paused: leave its vCPUs held. shells: take a VM that was made ahead from there."""
 
-    prefetch: bool = True
-    track_dirty: bool = False
-    paused: bool = False
-    shells: ShellPool | None = None
+    prefetch: bool
+    track_dirty: bool
+    paused: bool
+    shells: ShellPool | None
 
     def plan(self, snapshot: Snapshot) -> RestorePlan:
         """What the machine restores."""
         return snapshot.restore_plan(prefetch=self.prefetch, track_dirty=self.track_dirty)
-
-    def check(self) -> None:
-        """Raises ConfigError for what is no ShellPool."""
-        if self.shells is not None and not isinstance(self.shells, ShellPool):
-            raise ConfigError("shells", expected="a ShellPool or None", found=repr(self.shells)[:80])
 
     @property
     def kind(self) -> LaunchKind:
@@ -50,19 +49,22 @@ class RestoreOptions:
         return self.prefetch, self.track_dirty, self.shells is not None
 
 
-def begin(snapshot: Snapshot, options: RestoreOptions, *, at_once: bool) -> Launch | None:
+def begin(snapshot: Snapshot, wanted: Wanted, *, at_once: bool) -> Launch | None:
     """Send what is prepared on its way; None where nothing is. Unless ``at_once``, its guest is not entered before
     ``decide``.
 
     Raises ConfigError and StateError for the shells.
     """
-    prepared, shells = snapshot.prepared.get(options.kind), options.shells
+    prefetch, track_dirty, paused, shells = wanted
+    if shells is not None and not isinstance(shells, ShellPool):
+        raise ConfigError("shells", expected="a ShellPool or None", found=repr(shells)[:80])
+    prepared = snapshot.prepared.get((prefetch, track_dirty, shells is not None))
     if prepared is None:
         return None
-    enters = enters_ahead(snapshot, options) if at_once else None
+    enters = None if not at_once else not paused and not snapshot.guest.has_pid1
     if shells is None:
         return prepared.begin(enters)
-    return prepared.begin(enters, lambda: shells.take_ready(options.plan(snapshot)))
+    return prepared.begin(enters, lambda: shells.take_ready(RestoreOptions(*wanted).plan(snapshot)))
 
 
 def enters_ahead(snapshot: Snapshot, options: RestoreOptions) -> bool:

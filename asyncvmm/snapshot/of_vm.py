@@ -124,10 +124,8 @@ class SnapshotCalls(ABC):
         Raises SnapshotDamaged, SnapshotMismatch, ConfigError, HostError, MachineError. Cancelled or failed, it leaves
         nothing behind.
         """
-        restoring = _restoring()
-        options = restoring.RestoreOptions(prefetch=prefetch, track_dirty=track_dirty, paused=paused, shells=shells)
-        kind = cast("type[VM]", cls)
-        vm: VM = await restoring.restored(kind, snapshot, options, name=name, prepare=prepare, configure=configure)
+        restored, wanted = _restoring().restored, (prefetch, track_dirty, paused, shells)
+        vm: VM = await restored(cls, snapshot, wanted, name=name, prepare=prepare, configure=configure)
         return vm
 
     async def go(self) -> None:

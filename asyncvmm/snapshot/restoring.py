@@ -25,7 +25,7 @@ from asyncvmm.machine.base import EffectSink, Machine
 from asyncvmm.machine.waiting import wait_out
 from asyncvmm.snapshot.attempt import RestoreAttempt, choose_machine
 from asyncvmm.snapshot.handshake import Answer, go_lines
-from asyncvmm.snapshot.launching import Preparation, RestoreOptions, begin, enters_ahead
+from asyncvmm.snapshot.launching import Preparation, RestoreOptions, Wanted, begin, enters_ahead
 from asyncvmm.snapshot.snapshot import Snapshot
 from asyncvmm.snapshot.working_set import WorkingSet
 from asyncvmm.watch import GuestWatch
@@ -235,7 +235,7 @@ class Restoring:
 async def restored(
     kind: type[VM],
     snapshot: Snapshot | str | Path,
-    options: RestoreOptions,
+    wanted: Wanted,
     *,
     name: str | None,
     prepare: Callable[[VM], None] | None,
@@ -243,8 +243,6 @@ async def restored(
 ) -> VM:
     """VM.restore. The launch comes as early as can be, in few calls: each costs a microsecond or several there."""
     begin_ns = time.monotonic_ns()
-    if options.shells is not None:
-        options.check()
     if isinstance(snapshot, Snapshot):
         opened, let_go = snapshot, snapshot.end_use
         opened.begin_use()
@@ -255,8 +253,8 @@ async def restored(
     vm: VM | None = None
     try:
         try:
-            launch = begin(opened, options, at_once=prepare is None)
-            vm = await _restored(kind, opened, options, launch, begin_ns, name, prepare, configure)
+            launch = begin(opened, wanted, at_once=prepare is None)
+            vm = await _restored(kind, opened, RestoreOptions(*wanted), launch, begin_ns, name, prepare, configure)
         finally:
             await _let_go(launch, let_go)
     except BaseException:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
+import gc
 import time
 from collections.abc import Callable
 from itertools import count
@@ -14,6 +14,7 @@ import pytest
 
 from asyncvmm import VM
 from asyncvmm.machine.kvm import launch as launch_module
+from asyncvmm.machine.kvm.bell import Bell
 from asyncvmm.machine.kvm.launch import Launch, PreparedLaunch
 from asyncvmm.machine.waiting import in_thread
 from asyncvmm.snapshot.snapshot import LaunchKind, Snapshot
@@ -123,8 +124,5 @@ def armed(snapshot: Snapshot) -> dict[LaunchKind, int]:
 
 
 def bells() -> int:
-    return sum(os.readlink(f"/proc/self/fd/{fd}").endswith("[timerfd]") for fd in list_fds())
-
-
-def list_fds() -> list[str]:
-    return [fd for fd in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{fd}")]
+    gc.collect()
+    return sum(isinstance(found, Bell) and found.fd >= 0 for found in gc.get_objects())

@@ -1,6 +1,6 @@
-"""Bell: how a thread outside of Python tells a loop that something is done, now or a little later: by a timer.
+"""Bell: how a thread outside of Python tells a loop that something is done: by an eventfd.
 
-It is rung with timerfd_settime(2), see fastpath/runner.c, and may be rung again when it was heard already: its
+It is rung with write(2), see fastpath/runner.c, and may be rung again when it was heard already: its
 descriptor is closed when the loop listens no more, and nobody rings it any more. The loop has but a weak reference: one
 that was lost, as whoever made it was broken off by a signal, goes as all garbage does.
 """
@@ -17,7 +17,7 @@ from asyncvmm.machine.kvm.fastpath.binding import Library
 
 
 class Bell:
-    """For one loop, the running one. ``fd`` is the timer's descriptor, -1 when it is closed."""
+    """For one loop, the running one. ``fd`` is the eventfd, -1 when it is closed."""
 
     def __init__(self, library: Library, heard: Callable[[], None]) -> None:
         """``heard`` is called on the loop, once. Raises OSError if there is no descriptor to be had."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
+from asyncio import get_running_loop
 from collections.abc import Callable
 from contextlib import suppress
 from ctypes import addressof
@@ -51,6 +52,10 @@ if TYPE_CHECKING:
 _UNDECIDED: Final = 0
 _OPEN: Final = 1
 _SHUT: Final = 2
+
+
+LOOK_AFTER_S: Final = 0.001
+"""Until it is looked whether a guest that has not come out is in."""
 
 
 class Launch:
@@ -132,7 +137,7 @@ class Launch:
         to leave what they are at. Raises nothing of the chain's."""
         if self._held is None or self._runner.is_here():
             try:
-                await self._mapped
+                await self.mapped()
             except Exception:
                 return  # ``mapped`` raises it
 
@@ -141,7 +146,19 @@ class Launch:
 
         Raises as RestoreBlueprint.run does, and LearnedError where it must be done the other way.
         """
+        if self.opened and not self._mapped.done():
+            self.loop.call_later(LOOK_AFTER_S, self._look)
         await self._mapped
+
+    def _look(self) -> None:
+        """The bell of a guest that was let in at once is rung when it has come out: it may be in for long."""
+        if self._mapped.done() or self._given_up:
+            return
+        if self._runner.has_made(self._order.count):
+            self._bell.deafen()
+            self._on_mapped()
+        else:
+            self.loop.call_later(LOOK_AFTER_S, self._look)
 
     def take(self, timeline: Timeline) -> KvmVm:
         """The VM, once it is mapped, the caller's from now on; its vCPU waits for ``hand_over``. The chain's phases go
@@ -313,7 +330,7 @@ class PreparedLaunch:
             launch: Launch | None = self._armed.pop()
         except IndexError:
             launch = self._made()
-        if launch is not None and launch.loop is not asyncio.get_running_loop():
+        if launch is not None and launch.loop is not get_running_loop():
             launch.disarm()
             launch = self._made()
         runner = None if launch is None else take()

@@ -41,7 +41,8 @@ class Runner:
     def send(self, order: int, gate: int, serve: Serve) -> None:
         """Have a chain made, and its vCPU entered if the gate is open, or once it is (``gate`` 0). Then ``serve`` is
         called there. ``order``: the address of an Order; what it names must last until then. Its bell, see bell.py, is
-        rung when the chain is made, or a little later, in no case later than ``serve``.
+        rung when the chain is made or, if the gate was open by then, when the guest has come out, in no case later than
+        ``serve``.
 
         An idle runner that was taken, only; at once, on any thread.
         """
@@ -52,6 +53,10 @@ class Runner:
     def is_sent(self) -> bool:
         """Whether it is on its way."""
         return bool(self.errand.state)
+
+    def has_made(self, steps: int) -> bool:
+        """Whether the chain it was sent for, of so many steps, is made. On any thread, until ``serve`` has returned."""
+        return bool(self.errand.done == steps)
 
     def recall(self) -> None:
         """Have it idle again: whoever was to send it was broken off before that."""

@@ -95,7 +95,7 @@ class Errand(Structure):
         ("cpu", c_uint32),
         ("done", c_uint32),
         ("entered", c_uint32),
-        ("unused", c_uint32),
+        ("sender", c_uint32),
         ("result", c_int64),
         ("entered_ns", c_uint64),
         ("left_ns", c_uint64),

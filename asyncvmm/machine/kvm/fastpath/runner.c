@@ -1,12 +1,13 @@
 /* A thread that waits, outside of the interpreter, for a VM to make: it makes the chain and enters the guest at once.
  *
  * So from the moment it is sent until the guest's first exit it needs no interpreter. Who sends it decides at the gate
- * whether the guest is entered, before or while the thread gets there. The bell, a timer that the loop listens to, is rung
- * when the chain is made, before the gate; for a guest that is let in at once when it has come out again, or has been in
- * for as long as the chain took, for the thread that it wakes may take the guest's place. A signal that the thread has
- * blocked, and KVM_RUN lets through, ends the first run as any other; one that comes too early is still pending then.
+ * whether the guest is entered, before or while the thread gets there. The bell, an eventfd that the loop listens to, is
+ * rung when the chain is made, before the gate; for a guest that is let in at once when it has come out again, for the
+ * thread that it wakes may take the guest's place: whoever will not wait as long looks at what is done. A signal that the
+ * thread has blocked, and KVM_RUN lets through, ends the first run as any other; one that comes too early is still pending
+ * then.
  *
- * Where a processor is to be shared with the loop's thread, the runner goes first: until the guest is out it asks for short
+ * Where it shares a processor with the thread that sent it, the runner goes first: until the guest is out it asks for short
  * slices of time, for which it is let in soon (sched(7), Linux 6.12; older kernels take no notice).
  *
  * Freestanding as fastpath.c is. `state` and `gate` are futexes.
@@ -19,13 +20,12 @@ typedef unsigned long long u64;
 typedef long long s64;
 
 enum { KVM_RUN = 0xAE80, KVM_SET_SIGNAL_MASK = 0x4004AE8B };
-enum { SYS_IOCTL = 16, SYS_GETRUSAGE = 98, SYS_FUTEX = 202, SYS_CLOCK_GETTIME = 228, SYS_GETCPU = 309 };
-enum { SYS_TIMERFD_CREATE = 283, TFD_NONBLOCK = 0x800, TFD_CLOEXEC = 0x80000, SYS_TIMERFD_SETTIME = 286 };
+enum { SYS_WRITE = 1, SYS_IOCTL = 16, SYS_GETRUSAGE = 98, SYS_FUTEX = 202, SYS_CLOCK_GETTIME = 228, SYS_GETCPU = 309 };
+enum { SYS_EVENTFD2 = 290, EFD_NONBLOCK = 0x800, EFD_CLOEXEC = 0x80000 };
 enum { SYS_SCHED_SETATTR = 314, SYS_SCHED_GETATTR = 315, SCHED_OTHER = 0, SHORT_SLICE_NS = 100000 };
 enum { CLOCK_MONOTONIC = 1, RUSAGE_THREAD = 1, FUTEX_WAIT_PRIVATE = 128, FUTEX_WAKE_PRIVATE = 129 };
 enum { IDLE = 0 };
 enum { UNDECIDED = 0, OPEN = 1 };
-enum { AT_ONCE_NS = 1, LATEST_NS = 1000000 };
 enum { RUSAGE_WORDS = 18, RUSAGE_MINFLT = 8, RUSAGE_MAJFLT = 9 };
 
 struct slot {
@@ -39,7 +39,7 @@ struct order {
     u32 count, given;
     u32 vcpu;          /* the slot that has the vCPU's descriptor */
     u32 clock;         /* the slot that the time stamp counter is taken off, 0 for none */
-    int bell;          /* the timer that the loop listens to */
+    int bell;          /* the eventfd that the loop listens to */
     u32 unused;
 };
 
@@ -49,9 +49,9 @@ struct errand {
     struct order order;
     u64 mask;          /* the signals that are blocked in the guest */
     u32 cpu;           /* the processor that it has begun on, counted from 1 */
-    u32 done;          /* steps of the chain that did not fail */
+    u32 done;          /* steps of the chain that did not fail, once it is over */
     u32 entered;       /* whether the guest was entered, and the following is known */
-    u32 unused;
+    u32 sender;        /* the processor that it was sent from, counted from 1 */
     s64 result;        /* of KVM_RUN, 0 or -errno; of KVM_SET_SIGNAL_MASK if that failed */
     u64 entered_ns, left_ns;
     u64 faults[2];     /* minor and major page faults of this thread when the chain was made */
@@ -124,10 +124,10 @@ static void count_faults(u64 faults[2])
     faults[1] = usage[RUSAGE_MAJFLT];
 }
 
-static void ring(const struct errand *errand, u64 after_ns)
+static void ring(const struct errand *errand)
 {
-    s64 timer[4] = {0, 0, 0, (s64)after_ns};
-    syscall4(SYS_TIMERFD_SETTIME, errand->order.bell, 0, (long)timer, 0);
+    u64 once = 1;
+    syscall4(SYS_WRITE, errand->order.bell, (long)&once, sizeof once, 0);
 }
 
 static void enter(struct errand *errand, int vcpu)
@@ -139,36 +139,42 @@ static void enter(struct errand *errand, int vcpu)
     errand->entered = 1;
 }
 
-static u64 at_most(u64 ns, u64 most) { return ns < most ? ns : most; }
+
 
 static void run(struct errand *errand)
 {
-    u64 begun_ns = errand->order.slots[0].end_ns = monotonic_ns();
-    __atomic_store_n(&errand->cpu, this_cpu(), __ATOMIC_RELEASE);
+    errand->order.slots[0].end_ns = monotonic_ns();
     if (errand->order.clock)
         errand->order.slots[errand->order.clock].value -= (s64)__builtin_ia32_rdtsc();
-    errand->done = chain_run(errand->order.steps, errand->order.count, errand->order.slots, errand->order.given);
-    if (errand->done < errand->order.count)
+    u32 done = chain_run(errand->order.steps, errand->order.count, errand->order.slots, errand->order.given);
+    if (done < errand->order.count) {
+        errand->done = done;
         return;
+    }
     int vcpu = (int)errand->order.slots[errand->order.vcpu].value;
     errand->result = let_signals_through(errand, vcpu);
     count_faults(errand->faults);
+    __atomic_store_n(&errand->done, done, __ATOMIC_RELEASE);
     int at_once = !errand->result && __atomic_load_n(&errand->gate, __ATOMIC_ACQUIRE) == OPEN;
-    ring(errand, at_once ? at_most(monotonic_ns() - begun_ns, LATEST_NS) : AT_ONCE_NS);
+    if (!at_once)
+        ring(errand);
     if (!errand->result && wait_while(&errand->gate, UNDECIDED) == OPEN)
         enter(errand, vcpu);
     if (at_once)
-        ring(errand, AT_ONCE_NS);
+        ring(errand);
 }
 
 /* Wait until it is sent, and run, if there are steps. Returns the state it was sent with. */
 EXPORTED u32 runner_wait(struct errand *errand)
 {
     u32 state = wait_while(&errand->state, IDLE);
-    u64 usual_ns = ask_for_slices(SHORT_SLICE_NS);
-    if (errand->order.count)
-        run(errand);
-    ask_for_slices(usual_ns);
+    if (!errand->order.count)
+        return state;
+    __atomic_store_n(&errand->cpu, this_cpu(), __ATOMIC_RELEASE);
+    u64 usual_ns = errand->cpu == errand->sender ? ask_for_slices(SHORT_SLICE_NS) : 0;
+    run(errand);
+    if (usual_ns)
+        ask_for_slices(usual_ns);
     return state;
 }
 
@@ -184,13 +190,14 @@ EXPORTED void runner_send(struct errand *errand, const struct order *order, u32 
 {
     errand->order = *order;
     errand->gate = gate;
+    errand->sender = this_cpu();
     runner_decide(&errand->state, state);
 }
 
-/* A timer's descriptor for a bell, or -errno. */
+/* An eventfd for a bell, or -errno. */
 EXPORTED int runner_bell(void)
 {
-    return (int)syscall4(SYS_TIMERFD_CREATE, CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC, 0, 0);
+    return (int)syscall4(SYS_EVENTFD2, 0, EFD_NONBLOCK | EFD_CLOEXEC, 0, 0);
 }
 
 /* Whether it may need the caller's processor: it has begun there, or nowhere yet. */

@@ -14,8 +14,8 @@ from asyncvmm.machine.kvm.fastpath.binding import Library
 pytestmark = [pytest.mark.anyio, pytest.mark.requires("native-library")]
 
 
-def timers() -> int:
-    return sum(_target(fd).endswith("[timerfd]") for fd in os.listdir("/proc/self/fd"))
+def eventfds() -> int:
+    return sum(_target(fd).endswith("[eventfd]") for fd in os.listdir("/proc/self/fd"))
 
 
 def _target(fd: str) -> str:
@@ -30,12 +30,12 @@ def unheard() -> None:
 
 
 async def test_a_bell_that_was_closed_is_not_heard_and_leaves_nothing(library: Library) -> None:
-    before = timers()
+    before = eventfds()
     for end in (Bell.close, Bell.drop, lambda bell: (bell.drop(), bell.close())):
         bell = Bell(library, unheard)
         end(bell)
         await asyncio.sleep(0)
-        assert timers() == before
+        assert eventfds() == before
 
 
 async def test_the_descriptor_lasts_until_nobody_listens_or_rings(library: Library) -> None:
@@ -49,11 +49,11 @@ async def test_the_descriptor_lasts_until_nobody_listens_or_rings(library: Libra
 
 
 async def test_a_bell_is_dropped_from_another_thread(library: Library) -> None:
-    before = timers()
+    before = eventfds()
     bell = Bell(library, unheard)
     await asyncio.to_thread(bell.drop)
     await asyncio.sleep(0.01)
-    assert timers() == before
+    assert eventfds() == before
 
 
 def test_a_bell_is_dropped_after_its_loop(library: Library) -> None:
@@ -62,10 +62,10 @@ def test_a_bell_is_dropped_after_its_loop(library: Library) -> None:
     async def leave_one() -> None:
         bells.append(Bell(library, unheard))
 
-    before = timers()
+    before = eventfds()
     asyncio.run(leave_one())
     bells[0].drop()
-    assert timers() == before
+    assert eventfds() == before
 
 
 def test_a_bell_is_dropped_while_its_loop_rests_for_good(library: Library) -> None:
@@ -73,20 +73,20 @@ def test_a_bell_is_dropped_while_its_loop_rests_for_good(library: Library) -> No
         bells.append(Bell(library, unheard))
 
     bells: list[Bell] = []
-    before, loop = timers(), asyncio.new_event_loop()
+    before, loop = eventfds(), asyncio.new_event_loop()
     loop.run_until_complete(leave_one())
     bells.pop().drop()
     loop.close()
     gc.collect()
-    assert timers() == before
+    assert eventfds() == before
 
 
 async def test_a_bell_that_was_lost_goes(library: Library) -> None:
-    before = timers()
+    before = eventfds()
     Bell(library, unheard)
     gc.collect()
     await asyncio.sleep(0)
-    assert timers() == before
+    assert eventfds() == before
 
 
 async def test_a_close_that_a_signal_breaks_off_is_not_made_again(
