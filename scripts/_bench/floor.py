@@ -34,13 +34,16 @@ class LoadedFloor:
 
     def __init__(self, library: Path, recipe: Path, memory_mib: int) -> None:
         self._library = ctypes.CDLL(str(library))
-        self._library.floor_sample.restype = ctypes.c_uint64
+        for name in ("floor_sample", "floor_sample_handed"):
+            if hasattr(self._library, name):
+                getattr(self._library, name).restype = ctypes.c_uint64
         if not self._library.floor_prepare(str(recipe).encode(), str(memory_mib).encode()):
             raise Skipped("the C floor cannot read its recipe")
 
-    def sample(self) -> float:
-        """Nanoseconds of one sample. Raises Skipped if it failed."""
-        took = self._library.floor_sample()
+    def sample(self, *, handed: bool = False) -> float:
+        """Nanoseconds of one sample. ``handed``: taken by another thread, which is woken for it. Raises Skipped if it
+        failed."""
+        took = self._library.floor_sample_handed() if handed else self._library.floor_sample()
         if not took:
             raise Skipped("the C floor failed")
         return float(took)

@@ -9,10 +9,15 @@
  *     fresh   COUNT pages that nobody touched are written, of a VM that came to its first exit
  *     copy    COUNT pages that were read are written
  *
- * Built as a shared object it is a library with floor_prepare and floor_sample, for a floor in the same address space.
+ * Built as a shared object it is a library with floor_prepare and floor_sample, for a floor in the same address space, and
+ * floor_sample_handed, where another thread is woken for it, as one must be if the caller has other things to do.
  */
 #pragma GCC diagnostic ignored "-Wunused-function"
 #include "floor_vm.h"
+
+#include <linux/futex.h>
+#include <pthread.h>
+#include <sys/syscall.h>
 
 #define COUNT 256
 #define PAGE 4096
@@ -123,21 +128,30 @@ static void enter(struct vm *vm)
         die("not the guest's IN");
 }
 
-static uint64_t restore(struct vm *vm)
+static uint64_t restore_since(uint64_t begin, struct vm *vm)
 {
-    uint64_t begin = now();
     make_shell(vm, 1);
     set_state(vm);
     enter(vm);
     return now() - begin;
 }
 
-static uint64_t from_nothing(void)
+static uint64_t restore(struct vm *vm)
+{
+    return restore_since(now(), vm);
+}
+
+static uint64_t since(uint64_t begin)
 {
     struct vm vm;
-    uint64_t took = restore(&vm);
+    uint64_t took = restore_since(begin, &vm);
     destroy(&vm);
     return took;
+}
+
+static uint64_t from_nothing(void)
+{
+    return since(now());
 }
 
 static uint64_t from_shell(void)
@@ -239,10 +253,53 @@ int floor_prepare(const char *path, const char *mib)
     return 1;
 }
 
-/* Nanoseconds of one sample; 0 if it failed. */
-uint64_t floor_sample(void)
+static uint64_t sample_since(uint64_t begin)
 {
     jmp_buf here;
     caller = &here;
-    return setjmp(here) ? 0 : from_nothing();
+    return setjmp(here) ? 0 : since(begin);
+}
+
+/* Nanoseconds of one sample; 0 if it failed. */
+uint64_t floor_sample(void)
+{
+    return sample_since(now());
+}
+
+static uint32_t asked, answered; /* futexes */
+static uint64_t asked_ns, answer_ns;
+
+static void wait_for(uint32_t *word)
+{
+    while (!__atomic_load_n(word, __ATOMIC_ACQUIRE))
+        syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, 0, 0);
+    *word = 0;
+}
+
+static void tell(uint32_t *word)
+{
+    __atomic_store_n(word, 1, __ATOMIC_RELEASE);
+    syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, 1);
+}
+
+static void *answer_for_good(void *unused)
+{
+    for (;;) {
+        wait_for(&asked);
+        answer_ns = sample_since(asked_ns);
+        tell(&answered);
+    }
+    return unused;
+}
+
+/* As floor_sample, by another thread. */
+uint64_t floor_sample_handed(void)
+{
+    static pthread_t other;
+    if (!other && pthread_create(&other, 0, answer_for_good, 0))
+        return 0;
+    asked_ns = now();
+    tell(&asked);
+    wait_for(&answered);
+    return answer_ns;
 }
