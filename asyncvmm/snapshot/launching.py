@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from asyncvmm.errors import AsyncVMMError, ConfigError
+from asyncvmm.errors import AsyncVMMError, ConfigError, HostError
 from asyncvmm.machine.kvm.runner import any_idle, make_one
 from asyncvmm.machine.saved import RestorePlan
 from asyncvmm.machine.waiting import in_thread, wait_out
@@ -106,7 +106,10 @@ class Preparation:
             self._preparing = asyncio.get_running_loop().create_task(self._prepare_and_arm())
 
     async def _prepare_and_arm(self) -> None:
-        await in_thread(self._prepare)
+        try:
+            await in_thread(self._prepare)
+        except HostError as error:
+            _log.debug("no launch of %s prepared: %s", self._snapshot.path, error)
         self._arm()
 
     def _arm(self) -> None:
@@ -131,7 +134,7 @@ class Preparation:
                 if options.plan(snapshot) is not plan:  # the working set has become known meanwhile
                     snapshot.forget_prepared(options.kind)
             make_one()
-        except (AsyncVMMError, RuntimeError) as error:  # RuntimeError: no thread to be had
+        except AsyncVMMError as error:
             _log.debug("no launch of %s prepared: %s", snapshot.path, error)
 
 

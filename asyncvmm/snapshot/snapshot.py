@@ -24,7 +24,7 @@ import attrs
 from asyncvmm.config import VMConfig
 from asyncvmm.errors import ConfigError, SnapshotDamaged, StateError
 from asyncvmm.machine.saved import RestorePlan
-from asyncvmm.machine.waiting import in_thread
+from asyncvmm.machine.waiting import in_thread, in_thread_or_here
 from asyncvmm.snapshot.guest_record import SECTION, GuestRecord
 from asyncvmm.snapshot.loading import Loaded, load
 from asyncvmm.snapshot.manifest import Manifest
@@ -127,7 +127,7 @@ class Snapshot:
         """Once for each ``begin_use``; a cancellation is heard once that is done."""
         self._users -= 1
         if self._closed and not self._users:
-            await in_thread(self._close)
+            await in_thread_or_here(self._close)
 
     def restore_plan(self, *, prefetch: bool = True, track_dirty: bool = False) -> RestorePlan:
         """What a machine restores: the same object, for as long as it is the same."""
@@ -196,7 +196,7 @@ class Snapshot:
 
     async def aclose(self) -> None:
         """As ``close``, in a worker thread; a cancellation is heard once that is done."""
-        await in_thread(self.close)
+        await in_thread_or_here(self.close)
 
     async def __aenter__(self) -> Self:
         return self

@@ -124,3 +124,13 @@ def test_a_host_that_cannot_be_measured_says_why() -> None:
     with threads_left(0), pytest.raises(HostError, match="thread"):
         measure()
     assert measure().ring0_mips > 0
+
+
+async def test_a_snapshot_is_closed_and_gone_all_the_same(vm: VM) -> None:
+    snapshot = await vm.snapshot()
+    directory = snapshot.path.parent
+    async with busy_workers():
+        with threads_left(0):
+            await snapshot.aclose()
+    assert snapshot.closed
+    assert not directory.exists()

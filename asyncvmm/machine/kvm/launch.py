@@ -41,7 +41,7 @@ from asyncvmm.machine.kvm.restoring import (
 )
 from asyncvmm.machine.kvm.runner import IDLE_NAME, Runner, give_back, take
 from asyncvmm.machine.kvm.vcpu import KICK_SIGNAL, FirstRun
-from asyncvmm.machine.waiting import in_thread
+from asyncvmm.machine.waiting import in_thread_or_here
 
 if TYPE_CHECKING:
     from asyncvmm.machine.kvm.fastpath.chain import Made
@@ -197,8 +197,7 @@ class Launch:
         if not self._taken and not self._given_up:
             self._give_up()
             self._bell.deafen()
-            self._release()  # whether there is a thread to be had to wait on, or not
-            await in_thread(self.join)
+            await in_thread_or_here(self.join)
 
     def _give_up(self) -> None:
         self._given_up = True

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 from asyncvmm.machine.kvm.fastpath.binding import Errand, Library, load
 from asyncvmm.machine.kvm.vcpu import KICK_SIGNAL
+from asyncvmm.machine.threads import start_thread
 
 IDLE_NAME = "asyncvmm idle runner"
 MOST_IDLE = 4
@@ -29,14 +30,14 @@ class Runner:
     """One thread. It becomes idle by itself, when it is ready, and again when what it was sent for has ended."""
 
     def __init__(self, library: Library) -> None:
-        """Start it. Waits until it was begun, some 0.1 ms: not for the loop."""
+        """Start it. Waits until it was begun, some 0.1 ms: not for the loop. Raises HostError if none is to be had."""
         self.ident = 0
         self.errand = Errand()
         self._address = ctypes.addressof(self.errand)
         self._library = library
         self._serve: Serve | None = None
         self.thread = threading.Thread(target=self._main, name=IDLE_NAME, daemon=True)
-        self.thread.start()
+        start_thread(self.thread)
 
     def send(self, order: int, gate: int, serve: Serve) -> None:
         """Have a chain made, and its vCPU entered if the gate is open, or once it is (``gate`` 0). Then ``serve`` is
@@ -114,7 +115,7 @@ def give_back(runner: Runner) -> None:
 
 
 def make_one() -> None:
-    """See to it that there is one soon, where the native library is. Blocks while a thread starts."""
+    """See to it that there is one soon, where the native library is. Blocks while a thread starts. Raises HostError."""
     library = load()
     if library is not None and not _idle:
         Runner(library)
