@@ -25,13 +25,14 @@ class Ahead:
         """Make them. Some 40 us."""
         program, wanted = chain.program, chain.ahead
         address, _ = slots.buffer_info()
-        self.steps = executor()(program.steps, wanted, address, program.first) if wanted else 0
-        self._made = program.made(slots, self.steps)
+        self.steps = 0
         self._process = os.getpid()
-        self.is_held = True
-        if self.steps < wanted:
+        self._made = program.made(slots, wanted)  # what was not made has no result, which ``undo`` heeds
+        self.is_held = True  # before there is anything: a signal's handler may raise behind the steps
+        if wanted and executor()(program.steps, wanted, address, program.first) == wanted:
+            self.steps = wanted
+        else:
             self.undo()
-            self.steps = 0
 
     def undo(self) -> None:
         """Give it back, if it is held. On any thread, any number of times."""

@@ -100,6 +100,11 @@ class Launch:
             self._break_off()
             raise
 
+    @property
+    def is_begun(self) -> bool:
+        """Whether ``send`` has what it was given."""
+        return hasattr(self, "_runner")
+
     def _break_off(self) -> None:
         self._given_up = True
         if self._runner.is_sent or not self._kickable:  # or it was, and is done with it
@@ -154,7 +159,11 @@ class Launch:
         """The bell of a guest that was let in at once is rung when it has come out: it may be in for long."""
         if self._mapped.done() or self._given_up:
             return
-        if self._runner.has_made(self._order.count):
+        with self._lock:
+            if not self._kickable:  # it has failed, which the loop is about to be told; the runner may serve another
+                return
+            is_made = self._runner.has_made(self._order.count)
+        if is_made:
             self._bell.deafen()
             self._on_mapped()
         else:
@@ -336,25 +345,18 @@ class PreparedLaunch:
         if launch is None or runner is None:
             self._put_back(launch)
             return None
-        if shell is not None:
-            return self._begin_in(shell, launch, runner, enters)
-        launch.send(runner, None, enters)
-        return launch
-
-    def _begin_in(
-        self, shell: Callable[[], Shell | None], launch: Launch, runner: Runner, enters: bool | None
-    ) -> Launch | None:
         taken = None
         try:
-            taken = shell()
+            taken = None if shell is None else shell()
+            if shell is None or taken is not None:
+                launch.send(runner, taken, enters)
         finally:
-            if taken is None:
+            if not launch.is_begun:
                 give_back(runner)
                 self._put_back(launch)
-        if taken is None:
-            return None
-        launch.send(runner, taken, enters)
-        return launch
+            if taken is not None:
+                taken.close()
+        return launch if launch.is_begun else None
 
     def _put_back(self, launch: Launch | None) -> None:
         if launch is None:

@@ -48,6 +48,8 @@ _DATA_SLOT = 0
 BEGAN = 1
 """The word of the slots that says when the run began, CLOCK_MONOTONIC ns."""
 _ANY_RESULT = -1 << 63
+_NO_RESULT = -1
+"""Of a step that was not made: nothing that could be undone."""
 
 Executor = Callable[[bytes, int, int, int], int]
 """Makes steps: their bytes, how many they are, the slots' address, how many of those are given before the first step's.
@@ -209,15 +211,16 @@ class Chain:
 
     def program(self) -> Program:
         """What was written down, to be run."""
-        size = 8 * _SLOT_WORDS * (self._first + len(self._steps))
+        results = array("q", (_NO_RESULT, 0)) * len(self._steps)
+        template = array("q", bytes(8 * _SLOT_WORDS * self._first)) + results
         return Program(
             steps=b"".join(
                 STEP.pack(call, index in self._timed, *rest) for index, (call, rest) in enumerate(self._steps)
             ),
             names=tuple(self._names),
             first=self._first,
-            template=array("q", bytes(size) + bytes(self._data)),
-            data_offset=size,
+            template=template + array("q", bytes(self._data)),
+            data_offset=template.itemsize * len(template),
             data_bytes=len(self._data),
             undo=tuple(self._undo),
             spans=tuple(self._spans),
@@ -337,7 +340,7 @@ class Made:
             return
         self._undone = True
         for step, call, arguments in reversed(self._program.undo):
-            if step < self._done:
+            if step < self._done and self[At(self._program.first + step)] >= 0:
                 _libc_syscall(call, *(self[part] if isinstance(part, At) else part for part in arguments))
 
 
