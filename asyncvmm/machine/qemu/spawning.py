@@ -89,6 +89,8 @@ class _Thread:
         outcome: Future[T] = Future()
 
         def carry_out() -> None:
+            if not outcome.set_running_or_notify_cancel():
+                return
             try:
                 outcome.set_result(function())
             except BaseException as error:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import anyio.to_thread
 import pytest
 
-from asyncvmm.machine.qemu.spawning import Spawned, spawn, spawn_blocking
+from asyncvmm.machine.qemu.spawning import Spawned, _thread, spawn, spawn_blocking
 from tests.support.holdings import children, is_running
 from tests.support.qemu_machine import PATIENCE_S, descriptors, holdings
 
@@ -133,3 +133,19 @@ def test_a_process_that_was_forked_starts_programs_by_a_thread_of_its_own() -> N
         "assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=PATIENCE_S)
+
+
+def test_a_start_that_nobody_waits_for_any_more_leaves_the_thread_to_others() -> None:
+    busy, begun = threading.Event(), threading.Event()
+
+    def keep_busy() -> None:
+        begun.set()
+        busy.wait(PATIENCE_S)
+
+    kept = _thread().call(keep_busy)
+    assert begun.wait(PATIENCE_S)
+    forgotten = _thread().call(lambda: None)
+    assert not kept.cancel()  # it is under way
+    assert forgotten.cancel()
+    busy.set()
+    assert _thread().call(lambda: "goes on").result(PATIENCE_S) == "goes on"
