@@ -16,6 +16,7 @@ import attrs
 
 from asyncvmm.config import VMConfig
 from asyncvmm.errors import ConfigError
+from asyncvmm.snapshot.hooks import call_plain, check_hook
 
 if TYPE_CHECKING:
     from asyncvmm.snapshot.snapshot import Snapshot
@@ -71,8 +72,7 @@ def _check(count: int, at_once: int | None, beyond_bend: bool) -> None:
 
 def _check_hooks(hooks: Hooks) -> None:
     for name, hook in attrs.asdict(hooks, recurse=False).items():
-        if hook is not None and not callable(hook):
-            raise ConfigError(name, expected="a function", found=repr(hook)[:80])
+        check_hook(name, hook)
 
 
 async def _make(snapshot: Snapshot, count: int, vms: dict[int, VM], hooks: Hooks, limit: anyio.CapacityLimiter) -> None:
@@ -81,7 +81,7 @@ async def _make(snapshot: Snapshot, count: int, vms: dict[int, VM], hooks: Hooks
     async def one(number: int) -> None:
         def prepare(vm: VM) -> None:
             if hooks.prepare is not None:
-                hooks.prepare(vm, number)
+                call_plain("prepare", hooks.prepare, vm, number)
 
         async with limit:
             configure = hooks.configure or _apart

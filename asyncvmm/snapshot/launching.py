@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 _log = logging.getLogger("asyncvmm.snapshot")
 
 
+def _flag(_: object, attribute: attrs.Attribute[bool], value: bool) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(attribute.name, expected="True or False", found=repr(value)[:80])
+
+
 Wanted = tuple[bool, bool, bool, ShellPool | None]
 """RestoreOptions' fields, of which one is not made before the launch is sent: that takes some microseconds."""
 
@@ -34,9 +39,9 @@ class RestoreOptions:
     """How to restore. prefetch: make the working set present ahead, where it is known. track_dirty: differences are to
     be saved of it. paused: leave its vCPUs held. shells: take a VM that was made ahead from there."""
 
-    prefetch: bool
-    track_dirty: bool
-    paused: bool
+    prefetch: bool = attrs.field(validator=_flag)
+    track_dirty: bool = attrs.field(validator=_flag)
+    paused: bool = attrs.field(validator=_flag)
     shells: ShellPool | None
 
     def plan(self, snapshot: Snapshot) -> RestorePlan:
@@ -58,7 +63,7 @@ def begin(snapshot: Snapshot, wanted: Wanted, *, at_once: bool) -> Launch | None
     prefetch, track_dirty, paused, shells = wanted
     if shells is not None and not isinstance(shells, ShellPool):
         raise ConfigError("shells", expected="a ShellPool or None", found=repr(shells)[:80])
-    prepared = snapshot.prepared.get((prefetch, track_dirty, shells is not None))
+    prepared = snapshot.prepared.get((prefetch is True, track_dirty is True, shells is not None))
     if prepared is None:
         return None
     enters = None if not at_once else not paused and not snapshot.guest.has_pid1

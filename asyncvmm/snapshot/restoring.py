@@ -25,6 +25,7 @@ from asyncvmm.machine.base import EffectSink, Machine
 from asyncvmm.machine.waiting import wait_out
 from asyncvmm.snapshot.attempt import RestoreAttempt, choose_machine
 from asyncvmm.snapshot.handshake import Answer, go_lines
+from asyncvmm.snapshot.hooks import call_plain, check_hook
 from asyncvmm.snapshot.launching import Preparation, RestoreOptions, Wanted, begin, enters_ahead
 from asyncvmm.snapshot.snapshot import Snapshot
 from asyncvmm.snapshot.working_set import WorkingSet
@@ -253,6 +254,9 @@ async def restored(
     vm: VM | None = None
     try:
         try:
+            if prepare is not None or configure is not None:
+                check_hook("prepare", prepare)
+                check_hook("configure", configure)
             launch = begin(opened, wanted, at_once=prepare is None)
             vm = await _restored(kind, opened, RestoreOptions(*wanted), launch, begin_ns, name, prepare, configure)
         finally:
@@ -289,7 +293,7 @@ async def _restored(
     try:
         vm.timeline.start_ns = begin_ns  # its time began with the call
         if prepare is not None:
-            prepare(vm)
+            call_plain("prepare", prepare, vm)
             if launch is not None:
                 launch.decide(enters_ahead(snapshot, options))
         await vm._become(Restoring(vm, snapshot, options, begin_ns, launch))

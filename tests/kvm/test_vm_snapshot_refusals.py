@@ -145,7 +145,8 @@ async def test_a_state_that_says_nothing_of_the_guest_is_damage(vm: Make, tmp_pa
             sections = {name: data for name, data in snapshot.loaded.sections.items() if name != "guest"}
             draft = SnapshotDirectory.create(tmp_path / "other")
             MemoryWriter(draft.memory_fd, snapshot.manifest.memory.size)
-            draft.commit(attrs.evolve(snapshot.manifest, id=draft.id), sections, MemoryMap(size=4 << 20))
+            manifest, memory = attrs.evolve(snapshot.manifest, id=draft.id), MemoryMap(size=4 << 20)
+        await in_thread(lambda: draft.commit(manifest, sections, memory))
         before = len(os.listdir("/proc/self/fd"))
         with pytest.raises(SnapshotDamaged):
             await Snapshot.load(tmp_path / "other")
@@ -438,3 +439,41 @@ async def test_a_snapshot_that_the_vms_end_ends_is_told_of(vm: Make) -> None:
         await anyio.sleep(0.05)
         await original.stop()
         assert [event["kind"] for event in _failures(told)] == ["CancelledError"]
+
+
+@pytest.mark.parametrize("option", ["prefetch", "track_dirty", "paused"])
+@pytest.mark.parametrize("value", [[], "no", 1, None])
+async def test_what_is_neither_true_nor_false_is_refused(vm: Make, option: str, value: Any) -> None:
+    async with vm("RE") as original:
+        await original.boot()
+        async with await original.snapshot() as snapshot:
+            for _ in range(2):  # the second one may be launched
+                with pytest.raises(ConfigError, match=f"{option}: expected True or False"):
+                    await VM.restore(snapshot, **{option: value})
+                async with await VM.restore(snapshot):
+                    pass
+
+
+@pytest.mark.parametrize("hook", ["prepare", "configure"])
+async def test_a_hook_that_cannot_be_called_is_refused(vm: Make, hook: str) -> None:
+    async with vm("RE") as original:
+        await original.boot()
+        async with await original.snapshot() as snapshot:
+            options: dict[str, Any] = {hook: 5}
+            with pytest.raises(ConfigError, match=f"{hook}: expected a function, found 5"):
+                await VM.restore(snapshot, **options)
+
+
+async def test_an_async_prepare_is_refused_for_nobody_would_await_it(vm: Make) -> None:
+    async def never(*_: object) -> None:
+        raise AssertionError
+
+    prepare: Any = never
+    async with vm("RE") as original:
+        await original.boot()
+        async with await original.snapshot() as snapshot:
+            with pytest.raises(ConfigError, match="prepare: expected a plain function"):
+                await VM.restore(snapshot, prepare=prepare)
+            with pytest.raises(ConfigError, match="prepare: expected a plain function"):
+                async with snapshot.clones(2, prepare=prepare):
+                    pass
