@@ -22,7 +22,7 @@ Then = Literal["resume", "stop"]
 def _path(value: object) -> Path | None:
     if value is None:
         return None
-    if not isinstance(value, str | os.PathLike) or not can_be_path(os.fspath(value)):
+    if value == "" or not isinstance(value, str | os.PathLike) or not can_be_path(os.fspath(value)):
         raise ConfigError("snapshot path", expected="a path that a directory can have", found=repr(value))
     return Path(value)
 
@@ -76,4 +76,13 @@ class SnapshotOrder:
     @property
     def wants_pre_exec(self) -> bool:
         """Whether PID 1 is to hold the workload for it."""
-        return isinstance(self.when, SnapshotResources) and self.when.on_pre_exec
+        if isinstance(self.when, SnapshotResources):
+            return self.when.on_pre_exec
+        return self.when is not None and self.when.wants_pre_exec
+
+    @property
+    def needs_pre_exec(self) -> bool:
+        """Whether nothing comes of it once the workload was let run."""
+        if self.when is None or isinstance(self.when, SnapshotResources):
+            return self.wants_pre_exec
+        return self.when.needs_pre_exec

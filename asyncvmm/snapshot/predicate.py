@@ -40,7 +40,12 @@ class Activity:
     count: int
 
 
-Fact = Event | ConsoleOutput | PortWrite | Activity
+@attrs.frozen
+class LetRun:
+    """Before anybody waited, the workload was let run: its pre-exec is over."""
+
+
+Fact = Event | ConsoleOutput | PortWrite | Activity | LetRun
 
 
 # -- what comes out ----------------------------------------------------------------------------------------------------
@@ -113,6 +118,13 @@ class Predicate(ABC):
     def wants_pre_exec(self) -> bool:
         """Whether the pre-exec is waited for, so that PID 1 is to hold the workload there."""
         return any(leaf.wants_pre_exec for leaf in self.leaves() if leaf is not self)
+
+    @property
+    def needs_pre_exec(self) -> bool:
+        """Whether it cannot come once the workload was let run."""
+        tracker = self.start(0)
+        tracker.feed(LetRun(), 0)
+        return isinstance(tracker.outcome(0), Never)
 
 
 # -- put together ------------------------------------------------------------------------------------------------------

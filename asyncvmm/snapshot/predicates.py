@@ -22,6 +22,7 @@ from asyncvmm.snapshot.predicate import (
     Activity,
     ConsoleOutput,
     Fact,
+    LetRun,
     Met,
     Never,
     Outcome,
@@ -75,7 +76,9 @@ def heartbeat(count: int) -> Predicate:
 
 
 def pre_exec() -> Predicate:
-    """The workload is one step before its exec; PID 1 holds it there."""
+    """The workload is one step before its exec; PID 1 holds it there, if it is asked before the boot, until the
+    snapshot is taken. What is waited for besides, with ``&``, has to come without the workload.
+    """
     return _PreExec()
 
 
@@ -131,6 +134,8 @@ class _PreExecTracker(_Latch):
     def _judge(self, fact: Fact) -> Outcome:
         if isinstance(fact, GuestPreExec):
             return Met("the workload is about to run", fact.t_ns)
+        if isinstance(fact, LetRun):
+            return Never("a workload that was let run (ask before boot)")
         return Never("the workload has ended") if isinstance(fact, GuestIdle) else WAITING
 
 
@@ -289,4 +294,4 @@ class _IdleTracker(Tracker):
 def _is_of_the_guest(fact: Fact) -> bool:
     if isinstance(fact, Event):
         return fact.event.startswith("guest.") and not isinstance(fact, GuestHeartbeat)
-    return True
+    return not isinstance(fact, LetRun)

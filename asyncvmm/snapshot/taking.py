@@ -83,9 +83,10 @@ class SnapshotTaker:
     async def _take(self, order: SnapshotOrder, came: list[Fired]) -> Snapshot:
         """``came`` gets what has come."""
         self._check(order)
+        let_run = self._was_let_run()
         async with self._draft(order) as draft:
             begin_ns = self._now()
-            fired = await self._fired(order)
+            fired = await self._fired(order, let_run)
             came.append(fired)
             # A trigger that came before anybody waited for it counts from then on.
             times = _Times(self._now() if fired.t_ns is None else max(fired.t_ns, begin_ns))
@@ -110,9 +111,13 @@ class SnapshotTaker:
 
             check_drives(plan.resources)
         self._bases.check(order)
-        if order.wants_pre_exec and vm.events.pre_exec.value is not None and not vm._holds_workload:
+        if order.needs_pre_exec and self._was_let_run():
             expected, found = "a workload that is yet to run (ask before boot)", "one that was let run"
             raise TriggerImpossible("snapshot at pre-exec", expected=expected, found=found)
+
+    def _was_let_run(self) -> bool:
+        """Whether it is too late to hold the workload before its exec."""
+        return self._vm.events.pre_exec.value is not None and not self._vm._holds_workload
 
     @asynccontextmanager
     async def _draft(self, order: SnapshotOrder) -> AsyncIterator[SnapshotDirectory]:
@@ -133,7 +138,7 @@ class SnapshotTaker:
                 await in_thread_or_here(lambda: _remove(holder))
             raise
 
-    async def _fired(self, order: SnapshotOrder) -> Fired:
+    async def _fired(self, order: SnapshotOrder, let_run: bool) -> Fired:
         vm = self._vm
         if order.when is None:
             return NOW
@@ -145,7 +150,7 @@ class SnapshotTaker:
             if not vm.events.stopped.done:  # else it has ended since it was asked, and nothing comes of it any more
                 raise
         fired = await wait_for_trigger(
-            order.when, vm.events, vm.console, machine.activity, watch_port=machine.watch_port
+            order.when, vm.events, vm.console, machine.activity, let_run=let_run, watch_port=machine.watch_port
         )
         while vm.state == "booting":  # READY has come, boot() has its turn in one of the loop's next
             await anyio.lowlevel.checkpoint()

@@ -20,6 +20,7 @@ from asyncvmm.snapshot.predicate import (
     Activity,
     ConsoleOutput,
     Fact,
+    LetRun,
     Met,
     Never,
     PortWrite,
@@ -44,13 +45,15 @@ async def wait_for_trigger(
     console: Console,
     activity: Callable[[], int] = lambda: 0,
     *,
+    let_run: bool = False,
     watch_port: WatchPort | None = None,
     clock: Callable[[], int] = time.monotonic_ns,
 ) -> Fired:
     """Wait until ``when`` has come. Times that it names count from here.
 
-    activity: a number that grows while the guest shows signs of life. watch_port: None where the machine cannot tell of
-    writes to ports. clock: monotonic, ns.
+    activity: a number that grows while the guest shows signs of life. let_run: the workload was, before the call, so
+    that its pre-exec, though it is known of, does not count for a predicate. watch_port: None where the machine cannot
+    tell of writes to ports. clock: monotonic, ns.
 
     Raises TriggerImpossible when the guest has ended, and when what is waited for cannot come any more; ConfigError for
     a port that cannot be watched. Cancelled or failed, it leaves nothing behind; any number may wait at the same time.
@@ -65,6 +68,8 @@ async def wait_for_trigger(
             reader = console.subscribe()
             stack.push_async_callback(reader.aclose)
             watch.take(ConsoleOutput(console.tail, gap=True))
+        if let_run:
+            watch.take(LetRun())
         for event in events.past():
             watch.take(event)
         stack.callback(events.attach(watch.take))
@@ -171,7 +176,7 @@ class _Watch:
         self._activity = activity
         self._awake = anyio.Event()
 
-    def take(self, fact: Event | ConsoleOutput | PortWrite) -> None:
+    def take(self, fact: Event | ConsoleOutput | PortWrite | LetRun) -> None:
         """A fact has come."""
         self._decider.feed(fact, self._clock())
         self._awake.set()

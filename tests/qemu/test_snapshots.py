@@ -23,7 +23,9 @@ from asyncvmm.errors import SnapshotFailed, TriggerImpossible
 from asyncvmm.events.outputs import open_output
 from asyncvmm.events.snapshot_types import RestoreStep
 from asyncvmm.events.types import Event
-from asyncvmm.snapshot.resources import SnapshotResources
+from asyncvmm.snapshot.predicate import Predicate
+from asyncvmm.snapshot.predicates import after, pre_exec
+from asyncvmm.snapshot.resources import MAX_MS, SnapshotResources
 from asyncvmm.snapshot.snapshot import Snapshot
 from asyncvmm.snapshot_commands import Runs
 
@@ -98,20 +100,26 @@ async def test_the_manifest_says_which_machine_made_it_and_that_the_workload_wai
     assert snapshot.manifest.extra["trigger"]["trigger"] == "pre_exec"
 
 
-async def test_a_snapshot_that_is_asked_for_as_the_boot_begins_has_the_workload_held(tmp_path: Path) -> None:
-    when = SnapshotResources(on_pre_exec=True, out_path=tmp_path / "s")
+@pytest.mark.parametrize(
+    "when", [SnapshotResources(on_pre_exec=True), pre_exec(), pre_exec() | after(MAX_MS)], ids=["policy", "one", "any"]
+)
+async def test_a_snapshot_that_is_asked_for_as_the_boot_begins_has_the_workload_held(
+    when: SnapshotResources | Predicate, tmp_path: Path
+) -> None:
     taken: list[Snapshot] = []
     async with VM(VMConfig(accel="qemu", workload=("sh", "-c", SAY))) as vm:
 
         async def take() -> None:
-            taken.append(await vm.snapshot(when, then="stop"))
+            taken.append(await vm.snapshot(when, out=tmp_path / "s"))
 
         with anyio.fail_after(PATIENCE_S):
             async with anyio.create_task_group() as group:
                 group.start_soon(take)
                 await vm.boot()
+            assert await vm.events.exit == 0, "it was let go"
     async with taken[0] as snapshot:
         assert snapshot.guest.in_window
+        assert snapshot.manifest.window
 
 
 async def test_a_workload_that_was_let_run_cannot_be_saved_before_its_exec() -> None:
@@ -119,8 +127,12 @@ async def test_a_workload_that_was_let_run_cannot_be_saved_before_its_exec() -> 
         with anyio.fail_after(PATIENCE_S):
             await vm.boot()
             await vm.events.pre_exec
-            with pytest.raises(TriggerImpossible, match="ask before boot"):
-                await vm.snapshot(SnapshotResources(on_pre_exec=True))
+            for when in (SnapshotResources(on_pre_exec=True), pre_exec(), pre_exec() & after(0)):
+                with pytest.raises(TriggerImpossible, match="ask before boot"):
+                    await vm.snapshot(when)
+            async with await vm.snapshot(pre_exec() | after(1)) as snapshot:
+                assert snapshot.manifest.extra["trigger"]["detail"] == "1 ms"
+                assert not snapshot.manifest.window
         assert vm.state == "ready"
 
 

@@ -242,6 +242,16 @@ async def test_a_guest_that_has_ended_before_is_not_waited_for(guest: Guest) -> 
     assert guest.left_behind == []
 
 
+async def test_the_exec_of_a_workload_that_was_let_run_is_no_pre_exec_any_more(guest: Guest) -> None:
+    guest.events.publish(GuestPreExec(1))
+    with anyio.fail_after(LONG_S):
+        fired = await wait_for_trigger(pre_exec() | after(0), guest.events, guest.console, let_run=True)
+        assert fired == Fired("predicate", "0 ms")
+        with pytest.raises(TriggerImpossible, match="let run"):
+            await wait_for_trigger(pre_exec() & idle(1), guest.events, guest.console, let_run=True)
+    assert guest.left_behind == []
+
+
 async def test_who_is_cancelled_leaves_nothing_behind(guest: Guest) -> None:
     with anyio.move_on_after(0.02):
         await guest.fires(console(b"ready") & port_write(0x7B) & idle(5) | listener())
