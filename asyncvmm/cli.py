@@ -155,14 +155,14 @@ def snapshot() -> None:
     "--on", required=True, multiple=True, metavar="pre-exec|listener|heartbeat=N|after=MS", help="What to wait for."
 )
 @click.option("--quiesce-ms", default=0, show_default=True, metavar="MS", help="How long to wait then.")
-@click.option("--out", required=True, type=FILE, metavar="DIR", help="The directory to be made.")
+@click.option("--out", required=True, metavar="DIR", help="The directory to be made.")
 @click.option("--precopy", is_flag=True, help="Copy memory while the guest runs, for a shorter pause.")
 @vm_options
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, required=True)
 def snapshot_take(
     on: tuple[str, ...],
     quiesce_ms: int,
-    out: Path,
+    out: str,
     precopy: bool,
     jsonl: str | None,
     progress: bool,

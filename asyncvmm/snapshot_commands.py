@@ -27,11 +27,13 @@ OUTPUT_BYTES = 64 << 20
 """Bytes of one guest's output that are held for a stdout that is behind."""
 
 
-def policy(on: Sequence[str], quiesce_ms: int, out: Path) -> SnapshotResources:
+def policy(on: Sequence[str], quiesce_ms: int, out: str) -> SnapshotResources:
     """What ``--on`` says, once: ``pre-exec``, ``listener``, ``heartbeat=N`` or ``after=MS``. Raises ConfigError."""
     if len(on) != 1:
         raise ConfigError("--on", expected="one", found=" ".join(on))
-    return _policy(on[0], quiesce_ms, out)
+    if not out:
+        raise ConfigError("--out", expected="a path that a directory can have", found=repr(out))
+    return _policy(on[0], quiesce_ms, Path(out))
 
 
 def _policy(on: str, quiesce_ms: int, out: Path) -> SnapshotResources:

@@ -32,6 +32,12 @@ def test_with_it_or_with_fewer_the_snapshot_is_looked_at(nothing: Path) -> None:
         assert str(nothing) in done.output
 
 
+def test_a_directory_without_a_name_is_refused() -> None:
+    done = CliRunner().invoke(main, ["snapshot", "take", "--on", "pre-exec", "--out", "", "--", "true"])
+    assert done.exit_code == 2
+    assert done.output == "asyncvmm: --out: expected a path that a directory can have, found ''\n"
+
+
 def test_two_things_to_wait_for_are_refused(nothing: Path) -> None:
     words = ["snapshot", "take", "--on", "pre-exec", "--on", "after=5", "--out", str(nothing), "--", "true"]
     done = CliRunner().invoke(main, words)
