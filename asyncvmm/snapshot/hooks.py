@@ -14,10 +14,11 @@ def check_hook(name: str, hook: object) -> None:
         raise ConfigError(name, expected="a function", found=repr(hook)[:80])
 
 
-def call_plain(name: str, hook: Callable[..., object], *arguments: object) -> None:
-    """Call a hook that is not awaited. Raises ConfigError for an async one, and what it raises."""
+def call_plain(name: str, hook: Callable[..., object], *arguments: object) -> object:
+    """Call a hook that is not awaited; gives what it does. Raises ConfigError for an async one, and what it raises."""
     found = hook(*arguments)
     if inspect.isawaitable(found):
         if inspect.iscoroutine(found):
             found.close()
         raise ConfigError(name, expected="a plain function", found="an async one")
+    return found

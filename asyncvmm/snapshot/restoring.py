@@ -42,15 +42,17 @@ _log = logging.getLogger("asyncvmm.snapshot")
 Configure = Callable[[VMConfig], VMConfig]
 
 
-def saved_config(snapshot: Snapshot, name: str | None, configure: Configure | None) -> VMConfig:
+def saved_config(snapshot: Snapshot, name: str | None, configure: Configure | None, track_dirty: bool) -> VMConfig:
     """The saved VM's configuration, with another name, and as ``configure`` wants it.
 
     Raises SnapshotDamaged, and ConfigError for a change that the saved machine cannot take.
     """
-    saved = snapshot.config if name is None else attrs.evolve(snapshot.config, name=name)
+    saved = snapshot.tracking_config if track_dirty else snapshot.config
+    if name is not None:
+        saved = attrs.evolve(saved, name=name)
     if configure is None:
         return saved
-    config = configure(saved)
+    config = call_plain("configure", configure, saved)
     if not isinstance(config, VMConfig):
         raise ConfigError("configure", expected="a VMConfig", found=repr(config)[:80])
     if config.accel not in (saved.accel, "auto", snapshot.manifest.machine):
@@ -58,6 +60,9 @@ def saved_config(snapshot: Snapshot, name: str | None, configure: Configure | No
     for what in ("memory_mib", "vcpus", "acpi", "workload", "env"):
         if getattr(config, what) != getattr(saved, what):
             raise ConfigError(f"restored {what}", expected=getattr(saved, what), found=getattr(config, what))
+    if config.track_dirty is not track_dirty:
+        expected = f"VM.restore(track_dirty={config.track_dirty}) to be asked for it"
+        raise ConfigError("restored track_dirty", expected=expected, found=f"configure= giving {config.track_dirty}")
     if config.devices.names != saved.devices.names:
         raise ConfigError("restored devices", expected=saved.devices.names, found=config.devices.names)
     return config
@@ -289,7 +294,7 @@ async def _restored(
     if launch is not None:
         await launch.go_first()
     snapshot.loaded.check_sizes()
-    vm = kind(saved_config(snapshot, name, configure))
+    vm = kind(saved_config(snapshot, name, configure, options.track_dirty))
     try:
         vm.timeline.start_ns = begin_ns  # its time began with the call
         if prepare is not None:

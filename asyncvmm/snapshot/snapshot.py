@@ -101,11 +101,16 @@ class Snapshot:
 
     @cached_property
     def config(self) -> VMConfig:
-        """How the VMs made of it are configured."""
+        """How the VMs made of it are configured. Account of what they write is kept for who asks the restore for it."""
         kept = self.loaded.config
         # A copy kept by name was the saved VM's; each clone has one of its own, which dies with it.
         drives = tuple(attrs.evolve(drive, overlay=drive.overlay is not False) for drive in kept.drives)
-        return attrs.evolve(kept, name=None, drives=drives)
+        return attrs.evolve(kept, name=None, drives=drives, track_dirty=False)
+
+    @cached_property
+    def tracking_config(self) -> VMConfig:
+        """The same of VMs for which it is kept."""
+        return attrs.evolve(self.config, track_dirty=True)
 
     @property
     def closed(self) -> bool:

@@ -204,6 +204,17 @@ async def test_a_restored_vm_that_keeps_account_can_save_a_difference_of_what_it
         assert await echoed(again, b"def") == b"def"
 
 
+@pytest.mark.parametrize("saved", [False, True])
+async def test_the_configuration_of_a_restored_vm_says_whether_it_keeps_account(vm: Make, saved: bool) -> None:
+    async with vm("RE", track_dirty=saved) as original:
+        await original.boot()
+        async with await original.snapshot() as snapshot:
+            for asked in (False, True, False):
+                async with await VM.restore(snapshot, track_dirty=asked, name="again") as restored:
+                    assert restored.config.track_dirty is asked
+                    assert restored.name == "again"
+
+
 async def test_a_guest_that_ends_at_once_is_handed_out_as_it_is(vm: Make) -> None:
     async with vm("RWO") as original:
         await original.boot()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import warnings
 from collections.abc import Callable
@@ -295,6 +296,36 @@ async def test_what_a_restored_vm_cannot_be_any_more_is_refused(vm: Make, change
         async with await original.snapshot() as snapshot:
             with pytest.raises(ConfigError, match=f"restored {next(iter(change))}"):
                 await VM.restore(snapshot, configure=lambda config: attrs.evolve(config, **change))
+
+
+@pytest.mark.parametrize("asked", [False, True])
+async def test_account_is_kept_for_who_asks_the_restore_for_it(vm: Make, asked: bool) -> None:
+    async with vm("RE", track_dirty=True) as original:
+        await original.boot()
+        async with await original.snapshot() as snapshot:
+            match = rf"restored track_dirty: expected VM.restore\(track_dirty={not asked}\)"
+            with pytest.raises(ConfigError, match=match):
+                await VM.restore(
+                    snapshot,
+                    track_dirty=asked,
+                    configure=lambda config: attrs.evolve(config, track_dirty=not asked),
+                )
+
+
+async def test_an_async_configure_is_refused_and_nothing_is_left_to_be_awaited(
+    vm: Make, recwarn: pytest.WarningsRecorder
+) -> None:
+    async def never(config: VMConfig) -> VMConfig:
+        return config
+
+    configure: Any = never
+    async with vm("RE") as original:
+        await original.boot()
+        async with await original.snapshot() as snapshot:
+            with pytest.raises(ConfigError, match="configure"):
+                await VM.restore(snapshot, configure=configure)
+    gc.collect()
+    assert not [str(warning.message) for warning in recwarn if "never awaited" in str(warning.message)]
 
 
 @pytest.mark.parametrize("accel", ["auto", "kvm"])
