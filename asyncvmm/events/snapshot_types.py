@@ -80,7 +80,11 @@ class SnapshotFailedEvent(Event):
 
 @event_class
 class RestoreMapped(Event):
-    """The memory of the snapshot with the id ``snapshot`` is the guest's, its state is in place; nothing runs yet."""
+    """The memory of the snapshot with the id ``snapshot`` is the guest's, its state is in place; nothing ran before.
+
+    Where the restore is launched on KVM, that is the state that KVM holds: the devices emulated here follow, and the
+    guest may run already, but is answered after that.
+    """
 
     event: ClassVar[str] = "restore.mapped"
 

@@ -50,7 +50,8 @@ def console(pattern: bytes | Pattern) -> Predicate:
 
 
 def port_write(port: int, value: int | None = None) -> Predicate:
-    """The guest writes the byte ``value``, or any, to I/O port ``port``, at which no device is. On KVM alone.
+    """The guest writes the byte ``value``, or any, to I/O port ``port``, at which no device is. On KVM alone. Writes
+    before READY, and before the call, do not count.
 
     Raises ConfigError.
     """
@@ -90,7 +91,7 @@ def listener(port: int | None = None) -> Predicate:
 
 
 def after(ms: int) -> Predicate:
-    """So many milliseconds after the call. Raises ConfigError."""
+    """So many milliseconds after READY, or after the call if that is later. Raises ConfigError."""
     check_whole("after", ms, 0, MAX_MS)
     return _After(ms)
 

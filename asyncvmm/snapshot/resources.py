@@ -52,9 +52,10 @@ def _path(value: Any) -> Path | None:
 class SnapshotResources:
     """When to take a snapshot: at the first that comes of what is armed.
 
-    after_ms: milliseconds after the call. at_heartbeat: once PID 1 has counted that far. on_listener: once something in
-    the guest listens on a port. on_pre_exec: one step before the workload runs; it wins over on_listener. If one of
-    these two is armed and cannot come any more, as the workload has ended, that counts as having come (``parked``).
+    after_ms: milliseconds after READY, or after the call if that is later. at_heartbeat: once PID 1 has counted that
+    far. on_listener: once something in the guest listens on a port. on_pre_exec: one step before the workload runs; it
+    wins over on_listener. If one of these two is armed and cannot come any more, as the workload has ended, that counts
+    as having come (``parked``).
 
     quiesce_ms: milliseconds that the guest runs on before it is stopped and saved. out_path: the snapshot's directory;
     None leaves the choice to who takes it.

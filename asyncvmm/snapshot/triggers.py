@@ -26,8 +26,8 @@ class Fired:
 class Facts:
     """What has happened so far: the newest heartbeat, the first pre-exec and listener, None for what has not come.
 
-    ``idle``: nothing is left in the guest that could still run a workload or listen. ``elapsed_ms`` counts from the
-    call.
+    ``idle``: nothing is left in the guest that could still run a workload or listen. ``elapsed_ms`` counts
+    from when the guest was ready and somebody waited.
     """
 
     heartbeat: GuestHeartbeat | None = None

@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 class RestoreMarks:
     """CLOCK_MONOTONIC ns, None for what has not come yet.
 
-    mapped_ns: memory and state in place, the vCPUs held. resumed_ns: they were let go. entered_ns: the guest was
-    entered by the vCPU that was the first to come out with an exit to userspace, at first_exit_ns; faults: that vCPU's
-    page faults in between.
+    mapped_ns: memory and the state that KVM holds are in place, and the vCPUs had not been let go; where the restore is
+    launched, the devices emulated here follow. resumed_ns: the vCPUs were let go. entered_ns: the guest was entered by
+    the vCPU that was the first to come out with an exit to userspace, at first_exit_ns; faults: that vCPU's page faults
+    in between.
     """
 
     mapped_ns: int
