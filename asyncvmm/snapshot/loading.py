@@ -22,7 +22,7 @@ from asyncvmm.errors import SnapshotDamaged, SnapshotError
 from asyncvmm.machine.saved import MemoryLayer, SavedMachine
 from asyncvmm.snapshot.config_record import from_plain
 from asyncvmm.snapshot.content import glimpsed_data, problems_of
-from asyncvmm.snapshot.directory import trailer
+from asyncvmm.snapshot.directory import TRAILER_MAGIC, trailer
 from asyncvmm.snapshot.extents import in_hole
 from asyncvmm.snapshot.files import open_base, open_file, open_snapshot, read_file
 from asyncvmm.snapshot.lineage import check_base
@@ -232,8 +232,10 @@ def check_memory_file(link: Link) -> None:
 
 
 def _owner(found: bytes) -> str:
-    text = found[8:].decode("ascii", "replace")
-    return f"that of {text}" if text.isalnum() else "nobody's"
+    magic, id = found[: len(TRAILER_MAGIC)], found[len(TRAILER_MAGIC) :].decode("ascii", "replace")
+    if not any(found):
+        return "nobody's"
+    return f"that of {id}" if magic == TRAILER_MAGIC and id.isascii() and id.isalnum() else "a damaged trailer"
 
 
 def _check_allocation(what: str, link: Link) -> None:

@@ -213,6 +213,17 @@ def test_a_flipped_bit_of_memory_is_found_if_its_content_is_checked(saved: Path,
         load(saved, check_memory=True)
 
 
+@pytest.mark.parametrize("at", [0, 7, 8, 39])
+def test_a_flipped_bit_behind_the_memory_is_not_called_another_snapshots(saved: Path, at: int) -> None:
+    with open(saved / "memory.bin", "r+b") as file:
+        file.seek(SIZE + at)
+        byte = file.read(1)[0]
+        file.seek(SIZE + at)
+        file.write(bytes([byte ^ 0x80]))
+    with pytest.raises(SnapshotDamaged, match="found a damaged trailer"):
+        load(saved)
+
+
 @pytest.mark.parametrize("at", [0, 5 * 4096 + 7, MIB - 1, SIZE - 1])
 def test_data_where_there_is_to_be_none_is_found_at_once(saved: Path, at: int) -> None:
     with open(saved / "memory.bin", "r+b") as file:
