@@ -198,7 +198,8 @@ async def test_two_vcpus_have_a_ring_each(smp: NewSmp, files: Files, ring_bytes:
 
 @pytest.mark.parametrize("ring_bytes", [SMALLEST_RING, 2 * SMALLEST_RING])
 async def test_nothing_is_lost_of_a_ring_that_is_overrun(smp: NewSmp, files: Files, ring_bytes: int) -> None:
-    """It is where KVM emulates the guest, here in ring 0. Elsewhere the smallest is full, and no more than that."""
+    """It is where KVM emulates the guest, here in ring 0; a larger one unless KVM is made to look at it in time, as by
+    much else that goes on. Elsewhere the smallest is full, and no more than that."""
     async with booted(smp(ring_bytes)) as both:
         await both.machine.pause()
         save = await named(await files.save(both), both, "0")
@@ -209,8 +210,8 @@ async def test_nothing_is_lost_of_a_ring_that_is_overrun(smp: NewSmp, files: Fil
             await both.machine.pause()
             save = await named(await files.save(both, save, f"{name - 1}"), both, f"{name}")
             await both.machine.resume()
-        assert ring_of(both).is_overrun or enters_guests()
-        has_room = enters_guests() and ring_bytes > SMALLEST_RING
+        has_room = ring_bytes > SMALLEST_RING
+        assert has_room or ring_of(both).is_overrun or enters_guests()
         assert (0 if has_room else 1) <= overflows(both) < 1000
         assert await both._ask(b"x") == b"k"
 
