@@ -134,12 +134,14 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session")
 def guest() -> Callable[[str], Path]:
-    """The ELF of a guest, by name."""
+    """The ELF of a guest, by name. Looked for here, not on a loop that is watched: in the lab a file can take a second."""
+    paths = {name: guest_path(name) for name in VARIANTS}
+    there = {name for name, path in paths.items() if path.exists()}
 
     def find(name: str) -> Path:
-        if not (path := guest_path(name)).exists():
+        if name not in there:
             require("gcc")
-        return path
+        return paths[name]
 
     return find
 
