@@ -134,7 +134,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session")
 def guest() -> Callable[[str], Path]:
-    """The ELF of a guest, by name. Looked for here, not on a loop that is watched: in the lab a file can take a second."""
+    """The ELF of a guest, by name. Looked for here, not on a watched loop: in the lab a file can take a second."""
     paths = {name: guest_path(name) for name in VARIANTS}
     there = {name for name, path in paths.items() if path.exists()}
 
