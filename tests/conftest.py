@@ -1,8 +1,8 @@
 """Fixtures for every layer of the suite: the event loops, the toy guest, and what must not be left behind.
 
-Three rules hold for every test: a loop that stands still for more than 50 ms fails it (unless it is marked ``stalls``),
-a skip must name a need of tests/support/requirements.py that this machine really does not meet, and every event line
-that is made in this process keeps to the schema.
+Three rules hold for every test: code of the package that keeps the loop from going on for more than 50 ms fails it
+(unless it is marked ``stalls``), a skip must name a need of tests/support/requirements.py that this machine really does
+not meet, and every event line that is made in this process keeps to the schema.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Notices an event loop that stands still, and tells the loop's own doing from a machine that is busy elsewhere.
 
 A heartbeat on the loop falls due every few milliseconds. While it is late, a bystander thread looks at what the loop's
-thread does. A stall is time during which it was seen in code of ours (the package's or the tests'), less the time for
-which the kernel kept it waiting for a processor (/proc/.../schedstat), garbage was collected, or the bystander itself
-came late: then others had the interpreter or the processors. Waiting for a new thread to come to life is not ours.
+thread does. A stall is time during which it was seen in the package's code or in what that code called, less the time
+for which the kernel kept it waiting for a processor (/proc/.../schedstat), garbage was collected, or the bystander
+itself came late: then others had the interpreter or the processors. Waiting for a new thread to come to life is not
+blamed, nor is what a test does on the loop by itself: reading its own files, or walking the heap of a long session.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import attrs
 LONGEST_STALL_S = 0.5 if os.environ.get("ASYNCVMM_LAB") == "1" else 0.05
 PERIOD_S = 0.005
 
-_OURS = tuple(str(Path(__file__).parents[2] / part) for part in ("asyncvmm", "tests"))
+PACKAGE = Path(__file__).parents[2] / "asyncvmm"
 
 _LOOPS = ("_run_once", "run_forever", "run_until_complete", "run_test", "run_asyncgen_fixture", "run_fixture")
 """Functions of asyncio and anyio that run the loop: what called them is not on it."""
@@ -67,9 +68,13 @@ class Bystander:
 
 
 class StallWatch:
-    """Watches the running loop for the time of a block: ``async with StallWatch(bystander) as watch``."""
+    """Watches the running loop for the time of a block: ``async with StallWatch(bystander) as watch``.
 
-    def __init__(self, bystander: Bystander) -> None:
+    ``blamed`` is the directory whose code is.
+    """
+
+    def __init__(self, bystander: Bystander, blamed: Path = PACKAGE) -> None:
+        self._blamed = str(blamed)
         self.worst: Stall | None = None
         self._bystander = bystander
         self._due = float("inf")
@@ -95,7 +100,7 @@ class StallWatch:
             return
         with _nothing_collected():
             frame = sys._current_frames().get(self._thread)
-            if frame is not None and _is_ours(frame):
+            if frame is not None and _is_of(frame, self._blamed):
                 self._seen.append(now)
                 if now - self._due > LONGEST_STALL_S / 2 and self._stack is None:
                     self._stack = _stack_of(frame)
@@ -144,13 +149,13 @@ def _stack_of(frame: FrameType) -> traceback.StackSummary:
     return stack
 
 
-def _is_ours(frame: FrameType) -> bool:
-    """Whether the frame or one that called it, up to the event loop, is in the package or a test."""
+def _is_of(frame: FrameType, directory: str) -> bool:
+    """Whether the frame or one that called it, up to the event loop, is in a file of that directory."""
     if frame.f_code.co_name == "wait" and _called_by(frame, threading.Thread.start.__code__):
         return False
     inner: FrameType | None = frame
     while inner is not None and inner.f_code.co_name not in _LOOPS:
-        if inner.f_code.co_filename.startswith(_OURS) and inner.f_code.co_filename != __file__:
+        if inner.f_code.co_filename.startswith(directory) and inner.f_code.co_filename != __file__:
             return True
         inner = inner.f_back
     return False

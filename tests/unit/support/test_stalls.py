@@ -9,13 +9,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from asyncvmm.events.outputs import CallbackOutput
 from tests.support.stalls import LONGEST_STALL_S, Bystander, StallWatch
 
 pytestmark = [pytest.mark.anyio, pytest.mark.stalls]
 
+HERE = Path(__file__).parent
 LONG_S = 4 * LONGEST_STALL_S
 
 
@@ -28,7 +31,7 @@ def busy() -> None:
 @pytest.mark.parametrize("block", [lambda: time.sleep(LONG_S), busy], ids=["waiting", "computing"])
 async def test_a_loop_that_is_blocked_is_noticed_and_by_what(bystander: Bystander, block: object) -> None:
     for _ in range(5):  # an excuse may spoil one try on a busy machine
-        async with StallWatch(bystander) as watch:
+        async with StallWatch(bystander, HERE) as watch:
             await asyncio.sleep(0.02)
             block()  # type: ignore[operator]
             await asyncio.sleep(0.02)
@@ -43,7 +46,7 @@ async def test_a_look_at_a_blocked_loop_opens_no_file(bystander: Bystander) -> N
     """Tests count the descriptors of the process."""
     for _ in range(5):
         linecache.clearcache()
-        async with StallWatch(bystander) as watch:
+        async with StallWatch(bystander, HERE) as watch:
             await asyncio.sleep(0.02)
             busy()
             read = [name for name, entry in linecache.cache.items() if len(entry) > 1]  # others are to be read yet
@@ -53,6 +56,26 @@ async def test_a_look_at_a_blocked_loop_opens_no_file(bystander: Bystander) -> N
             break
     assert watch.worst is not None
     assert "busy()" in watch.worst.stack
+
+
+async def test_what_a_test_itself_does_on_the_loop_is_not_blamed(bystander: Bystander) -> None:
+    async with StallWatch(bystander) as watch:
+        await asyncio.sleep(0.02)
+        busy()
+        await asyncio.sleep(0.02)
+    assert watch.worst is None
+
+
+async def test_what_the_package_calls_is_blamed(bystander: Bystander) -> None:
+    for _ in range(5):
+        async with StallWatch(bystander) as watch:
+            await asyncio.sleep(0.02)
+            CallbackOutput(lambda _: busy()).write(bytearray(b"a line"))
+            await asyncio.sleep(0.02)
+        if watch.worst is not None and watch.worst.seconds > LONGEST_STALL_S:
+            break
+    assert watch.worst is not None
+    assert watch.worst.seconds > LONGEST_STALL_S
 
 
 @pytest.fixture
@@ -67,7 +90,7 @@ def busy_machine() -> Iterator[None]:
 
 @pytest.mark.usefixtures("busy_machine")
 async def test_a_loop_that_only_waits_is_not_blamed_when_the_machine_is_busy(bystander: Bystander) -> None:
-    async with StallWatch(bystander) as watch:
+    async with StallWatch(bystander, HERE) as watch:
         for _ in range(500):
             await asyncio.sleep(0.001)
     assert watch.worst is None or watch.worst.seconds <= LONGEST_STALL_S
