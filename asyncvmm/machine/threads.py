@@ -24,8 +24,11 @@ def start_thread(thread: threading.Thread) -> None:
         raise _none_to_be_had(thread.name, error) from error
 
 
-async def run_in_thread(function: Callable[[], T], *, abandon_on_cancel: bool = False) -> T:
-    """As anyio.to_thread.run_sync. Raises HostError if ``function`` was not called, and what it raises."""
+async def run_in_thread(function: Callable[[], T], *, abandon_on_cancel: bool = False, or_here: bool = False) -> T:
+    """As anyio.to_thread.run_sync; where no thread is to be had, ``or_here`` has the loop call ``function``.
+
+    Raises HostError if it was not called, and what it raises.
+    """
     was_called = False
 
     def call() -> T:
@@ -38,7 +41,9 @@ async def run_in_thread(function: Callable[[], T], *, abandon_on_cancel: bool = 
     except RuntimeError as error:
         if was_called:
             raise
-        raise _none_to_be_had("worker", error) from error
+        if not or_here:
+            raise _none_to_be_had("worker", error) from error
+    return function()
 
 
 def _none_to_be_had(name: str, error: RuntimeError) -> HostError:

@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 import anyio
 
-from asyncvmm.errors import HostError
 from asyncvmm.machine.threads import run_in_thread
 
 T = TypeVar("T")
@@ -51,16 +50,6 @@ async def in_thread(function: Callable[[], T], undo: Callable[[T], object] | Non
 
 async def in_thread_or_here(function: Callable[[], T]) -> T:
     """The same for what must be done whatever is to be had, such as to free: without a thread the loop does it."""
-    was_called = False
-
-    def call() -> T:
-        nonlocal was_called
-        was_called = True
-        return function()
-
-    try:
-        return await in_thread(call)
-    except HostError:
-        if was_called:
-            raise
-    return call()
+    call = asyncio.ensure_future(run_in_thread(function, or_here=True))
+    await wait_out(call)
+    return call.result()

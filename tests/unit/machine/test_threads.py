@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 
 import pytest
@@ -54,3 +55,15 @@ async def test_what_must_be_done_is_done_here_where_no_thread_is_to_be_had() -> 
     async with busy_workers():
         with threads_left(0):
             assert await in_thread_or_here(this_thread) is threading.main_thread()
+
+
+async def test_what_must_be_done_is_done_here_although_whoever_asked_for_it_is_cancelled() -> None:
+    done: list[threading.Thread] = []
+    async with busy_workers():
+        with threads_left(0):
+            freeing = asyncio.ensure_future(in_thread_or_here(lambda: done.append(this_thread())))
+            await asyncio.sleep(0)
+            freeing.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await freeing
+    assert done == [threading.main_thread()]
