@@ -44,6 +44,7 @@ from asyncvmm.timing.of_vm import TimingProperties
 from asyncvmm.timing.timeline import Timeline
 from asyncvmm.timing.vm_timing import VmTiming
 from asyncvmm.watch import GuestWatch
+from asyncvmm.workload_hold import WorkloadHold
 
 if TYPE_CHECKING:
     from asyncvmm.snapshot.restoring import Restoring
@@ -82,7 +83,7 @@ class VM(TimingProperties, MachineProperties, SnapshotCalls):
         self._readiness = Readiness(self.events, self._facts, self.config.boot_timeout_s, self.config.stall_timeout_s)
         self._upkeep: Upkeep | None = None
         self._activities = Activities()
-        self._holds_workload = False
+        self._hold = WorkloadHold(self.config.pre_exec_window)
         self._being_saved = False
         self._restoring: Restoring | None = None
 
@@ -138,6 +139,7 @@ class VM(TimingProperties, MachineProperties, SnapshotCalls):
         if self._being_saved:
             raise StateError("resume", expected="a VM that is not being saved", state=self._state)
         await self._let_run()
+        await self._let_workload_go()
 
     async def _let_run(self) -> None:
         await self._timed("resume_vm", self._change("paused", "ready", self._resume))
@@ -229,7 +231,7 @@ class VM(TimingProperties, MachineProperties, SnapshotCalls):
 
     async def _attempt_boot(self, choice: AccelChoice) -> AccelName:
         with self.timeline.phase("setup"):
-            self._holds_workload = self.config.pre_exec_window
+            self._hold.is_on = self.config.pre_exec_window
             self._attempt = Attempt(self.config, self.name, choice, self.timeline)
             await self._attempt.plan()
             self._watch = self._new_watch()
@@ -246,6 +248,7 @@ class VM(TimingProperties, MachineProperties, SnapshotCalls):
         if not self._ended:
             self._go("ready")
             self._poll_balloon()
+            await self._let_workload_go()
         return choice.accel
 
     def _keep_up(self) -> None:

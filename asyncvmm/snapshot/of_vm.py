@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache, cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, cast
 
+import anyio
 import attrs
 
 from asyncvmm.activities import Activities
 from asyncvmm.attempt import Attempt
 from asyncvmm.config import VMConfig
-from asyncvmm.errors import StateError
+from asyncvmm.errors import MachineError, StateError
 from asyncvmm.events.hub import EventHub
 from asyncvmm.home_loop import HomeLoop
 from asyncvmm.watch import GuestWatch
+from asyncvmm.workload_hold import WorkloadHold
 
 if TYPE_CHECKING:
-    from asyncvmm.snapshot.order import Then
+    from asyncvmm.snapshot.order import SnapshotOrder, Then
     from asyncvmm.snapshot.predicate import Predicate
     from asyncvmm.snapshot.resources import SnapshotResources
     from asyncvmm.snapshot.shell_pool import ShellPool
     from asyncvmm.snapshot.snapshot import Snapshot
     from asyncvmm.snapshot.taking import SnapshotTaker
     from asyncvmm.vm import VM
+
+_GO_S = 1.0
+"""Seconds that a guest has to take a line that lets its workload go: whoever cancels a call waits for no more."""
 
 
 @cache
@@ -46,7 +52,7 @@ class SnapshotCalls(ABC):
     _watch: GuestWatch
     _activities: Activities
     events: EventHub
-    _holds_workload: bool
+    _hold: WorkloadHold
     _being_saved: bool
 
     @property
@@ -81,7 +87,7 @@ class SnapshotCalls(ABC):
         base: save only what changed since that snapshot of this VM, which has ``track_dirty`` (KVM alone). precopy:
         copy memory while the guest runs, so that it stands still for less time. then: ``resume`` or ``stop``. A call
         that waits for the workload's exec, made before boot() or in a task that was begun before it, has PID 1 hold the
-        workload; it is let go afterwards.
+        workload; it is let go afterwards, also if something else came first, or nothing was saved.
 
         Raises ConfigError, StateError, SnapshotFailed, TriggerImpossible, MachineError. Cancelled or failed, it leaves
         the VM as it was, and no snapshot; but with ``stop``, what is saved stays once the VM is being stopped.
@@ -90,15 +96,17 @@ class SnapshotCalls(ABC):
 
         self._home.claim("snapshot")
         order = SnapshotOrder(when=when, out=out, base=base, precopy=precopy, then=then)
-        if order.wants_pre_exec and self._attempt is None and self.state in ("new", "starting"):
-            self.config = attrs.evolve(self.config, pre_exec_window=True)
-        with self._activities.begin("snapshot"):
-            snapshot = await self._snapshots.take(order)
-        if then == "stop":
-            await self.stop()
-        elif self._holds_workload and snapshot.guest.in_window and order.wants_pre_exec:
-            await self.go()
-        return snapshot
+        try:
+            with self._workload_held(order), self._activities.begin("snapshot"):
+                snapshot = await self._snapshots.take(order)
+                if order.wants_pre_exec and snapshot.guest.in_window:
+                    self._hold.is_configured = False  # it has served its purpose
+            if then == "stop":
+                await self.stop()
+            return snapshot
+        finally:
+            with anyio.move_on_after(_GO_S, shield=True):
+                await self._let_workload_go()
 
     @classmethod
     async def restore(
@@ -139,8 +147,32 @@ class SnapshotCalls(ABC):
         machine = self._attempt.machine if self._attempt else None
         if machine is None or self.state != "ready" or not self._watch.contract.ready_on_control:
             raise StateError("go", expected="a ready VM whose PID 1 listens", state=self.state)
-        self._holds_workload = False
+        self._hold.is_on = False
         await machine.write("control", go_lines(machine))
+
+    @contextmanager
+    def _workload_held(self, order: SnapshotOrder) -> Iterator[None]:
+        """PID 1 holds the workload for what the block does, if the order is for that and there is time yet."""
+        if not order.wants_pre_exec:
+            yield
+            return
+        try:
+            with self._hold.wanted():
+                self._tell_hold()
+                yield
+        finally:
+            self._tell_hold()
+
+    def _tell_hold(self) -> None:
+        """Have the guest be booted as is wanted by now, if it was not begun with."""
+        if self._attempt is None and self.state in ("new", "starting"):
+            self.config = attrs.evolve(self.config, pre_exec_window=self._hold.is_wanted)
+
+    async def _let_workload_go(self) -> None:
+        """If it is held, it can be told, and nobody wants it held any more."""
+        if self._hold.is_on and not self._hold.is_wanted and self.state == "ready":
+            with suppress(StateError, MachineError):  # the guest's end is told otherwise
+                await self.go()
 
     @cached_property
     def _snapshots(self) -> SnapshotTaker:

@@ -117,7 +117,7 @@ class SnapshotTaker:
 
     def _was_let_run(self) -> bool:
         """Whether it is too late to hold the workload before its exec."""
-        return self._vm.events.pre_exec.value is not None and not self._vm._holds_workload
+        return self._vm.events.pre_exec.value is not None and not self._vm._hold.is_on
 
     @asynccontextmanager
     async def _draft(self, order: SnapshotOrder) -> AsyncIterator[SnapshotDirectory]:
@@ -227,7 +227,7 @@ class SnapshotTaker:
 
     def _record(self) -> GuestRecord:
         vm = self._vm
-        return record_of(vm._watch, vm.events, holds_workload=vm._holds_workload)
+        return record_of(vm._watch, vm.events, holds_workload=vm._hold.is_on)
 
     # -- on disk ---------------------------------------------------------------------------------------------------
 
