@@ -46,17 +46,20 @@ async def make_clones(
     hooks: Hooks,
     *,
     at_once: int | None,
+    track_dirty: bool,
     beyond_bend: bool,
 ) -> AsyncIterator[list[VM]]:
     """Snapshot.clones."""
     _check(count, at_once, beyond_bend)
+    if not isinstance(track_dirty, bool):
+        raise ConfigError("track_dirty", expected="True or False", found=repr(track_dirty)[:80])
     _check_hooks(hooks)
     if count > 1 and hooks.configure is None and (net := snapshot.config.net) is not None and net.publish:
         raise ConfigError("clones", expected="configure=, for only one VM can have published ports", found=count)
     vms: dict[int, VM] = {}
     try:
         limit = anyio.CapacityLimiter(at_once or 2 * (os.cpu_count() or 1))
-        await _make(snapshot, count, vms, hooks, limit)
+        await _make(snapshot, count, vms, hooks, limit, track_dirty)
         yield [vms[number] for number in range(count)]
     finally:
         await _stop(list(vms.values()))
@@ -75,7 +78,9 @@ def _check_hooks(hooks: Hooks) -> None:
         check_hook(name, hook)
 
 
-async def _make(snapshot: Snapshot, count: int, vms: dict[int, VM], hooks: Hooks, limit: anyio.CapacityLimiter) -> None:
+async def _make(
+    snapshot: Snapshot, count: int, vms: dict[int, VM], hooks: Hooks, limit: anyio.CapacityLimiter, track_dirty: bool
+) -> None:
     from asyncvmm.vm import VM
 
     async def one(number: int) -> None:
@@ -85,8 +90,12 @@ async def _make(snapshot: Snapshot, count: int, vms: dict[int, VM], hooks: Hooks
 
         async with limit:
             configure = hooks.configure or _apart
-            restore = VM.restore(snapshot, prepare=prepare, configure=lambda config: configure(config, number))
-            vms[number] = vm = await restore
+            vms[number] = vm = await VM.restore(
+                snapshot,
+                prepare=prepare,
+                configure=lambda config: configure(config, number),
+                track_dirty=track_dirty,
+            )
         if hooks.identity is not None:
             await _identify(hooks.identity, vm, number)
 

@@ -99,3 +99,27 @@ async def test_more_than_are_sensible_in_one_process_have_to_be_insisted_on(
                 await snapshot.clones(2).__aenter__()
             async with snapshot.clones(2, beyond_bend=True) as made:
                 assert [vm.state for vm in made] == ["ready", "ready"]
+
+
+async def test_clones_keep_account_of_what_they_write_if_that_is_asked_for(guest: Callable[[str], Path]) -> None:
+    async with VM(VMConfig(kernel=guest("clone"), memory_mib=4, accel="kvm")) as original:
+        await original.boot()
+        async with await original.snapshot() as snapshot:
+            async with snapshot.clones(2, track_dirty=True) as made:
+                for vm in made:
+                    assert vm.config.track_dirty
+                    async with await vm.snapshot(base=snapshot) as difference:
+                        assert difference.manifest.base is not None
+            async with snapshot.clones(1) as made:
+                assert not made[0].config.track_dirty
+
+
+async def test_clones_are_asked_for_that_with_true_or_false(guest: Callable[[str], Path]) -> None:
+    seen: list[VM] = []
+    async with VM(VMConfig(kernel=guest("clone"), memory_mib=4, accel="kvm")) as original:
+        await original.boot()
+        async with await original.snapshot() as snapshot:
+            wrong: Any = "no"
+            with pytest.raises(ConfigError, match="track_dirty: expected True or False, found 'no'"):
+                await snapshot.clones(2, track_dirty=wrong, prepare=lambda vm, _: seen.append(vm)).__aenter__()
+    assert not seen
