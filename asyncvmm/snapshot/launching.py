@@ -58,23 +58,25 @@ def begin(snapshot: Snapshot, wanted: Wanted, *, at_once: bool) -> Launch | None
     """Send what is prepared on its way; None where nothing is. Unless ``at_once``, its guest is not entered before
     ``decide``.
 
-    Raises ConfigError and StateError for the shells.
+    Raises ConfigError for what is asked wrongly, StateError for the shells.
     """
     prefetch, track_dirty, paused, shells = wanted
+    if not (type(prefetch) is type(track_dirty) is type(paused) is bool):
+        RestoreOptions(*wanted)  # says which
     if shells is not None and not isinstance(shells, ShellPool):
         raise ConfigError("shells", expected="a ShellPool or None", found=repr(shells)[:80])
-    prepared = snapshot.prepared.get((prefetch is True, track_dirty is True, shells is not None))
+    prepared = snapshot.prepared.get((prefetch, track_dirty, shells is not None))
     if prepared is None:
         return None
-    enters = None if not at_once else not paused and not snapshot.guest.has_pid1
+    enters = enters_ahead(snapshot, paused) if at_once else None
     if shells is None:
         return prepared.begin(enters)
     return prepared.begin(enters, lambda: shells.take_ready(RestoreOptions(*wanted).plan(snapshot)))
 
 
-def enters_ahead(snapshot: Snapshot, options: RestoreOptions) -> bool:
+def enters_ahead(snapshot: Snapshot, paused: bool) -> bool:
     """Whether the guest is entered as soon as it is there. Else it is held for what must be told before it runs."""
-    return not options.paused and not snapshot.guest.has_pid1
+    return not paused and not snapshot.guest.has_pid1
 
 
 class Preparation:

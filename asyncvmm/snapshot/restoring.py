@@ -300,7 +300,7 @@ async def _restored(
         if prepare is not None:
             call_plain("prepare", prepare, vm)
             if launch is not None:
-                launch.decide(enters_ahead(snapshot, options))
+                launch.decide(enters_ahead(snapshot, options.paused))
         await vm._become(Restoring(vm, snapshot, options, begin_ns, launch))
     except BaseException:
         await vm.stop()

@@ -272,6 +272,17 @@ async def test_what_is_no_pool_of_shells_is_refused(ready: Ready) -> None:
                 await VM.restore(snapshot, shells=wrong)
 
 
+@pytest.mark.parametrize("option", ["prefetch", "track_dirty", "paused"])
+async def test_what_is_asked_wrongly_is_refused_before_a_guest_runs(
+    ready: Ready, launches: list[Launch], option: str
+) -> None:
+    async with ready("RE") as snapshot:
+        wrong: Any = {"prefetch": False} | {option: "no"}
+        with pytest.raises(ConfigError, match=f"{option}: expected True or False"):
+            await VM.restore(snapshot, **wrong)
+    assert not launches
+
+
 async def test_a_closed_pool_is_refused(ready: Ready, holdings: Count) -> None:
     async with ready("RE") as snapshot:
         before = held(holdings, snapshot)
