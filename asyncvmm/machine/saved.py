@@ -43,7 +43,7 @@ class RestorePlan:
 
     touched, written: runs known from an earlier restore to be read, and written, before the guest's first event; they
     are made present ahead. Empty for none. track_dirty: whether differences are to be saved of the restored machine.
-    ring_bytes: as in BootPlan.
+    ring_bytes: as in BootPlan. devices: how many virtio devices it has.
     """
 
     saved: SavedMachine
@@ -52,3 +52,4 @@ class RestorePlan:
     written: tuple[Run, ...] = ()
     track_dirty: bool = False
     ring_bytes: int | None = None
+    devices: int = 0

@@ -91,10 +91,15 @@ class ShellPool:
             return
         saved = plan.saved
         found = attrs.evolve(
-            self._shape, memory_bytes=saved.memory.size, vcpus=saved.vcpus, track_dirty=plan.track_dirty
+            self._shape,
+            memory_bytes=saved.memory.size,
+            vcpus=saved.vcpus,
+            devices=plan.devices,
+            track_dirty=plan.track_dirty,
         )
         if found != self._shape:
-            raise ConfigError("shells", expected=f"a snapshot of the shape {self._shape}", found=found)
+            mine, others = _differences(self._shape, found)
+            raise ConfigError("shells", expected=f"a restore with {mine}", found=f"one with {others}")
         self._fits = plan
 
     def _refill(self) -> None:
@@ -175,4 +180,19 @@ def _shape(snapshot: Snapshot, track_dirty: bool) -> ShellShape:
         vcpus=manifest.vcpus,
         devices=len(manifest.devices),
         track_dirty=track_dirty,
+    )
+
+
+def _differences(one: ShellShape, other: ShellShape) -> tuple[str, str]:
+    """What each has that the other has not, in words."""
+    differing = [(mine, its) for mine, its in zip(_words(one), _words(other), strict=True) if mine != its]
+    return " and ".join(mine for mine, _ in differing), " and ".join(its for _, its in differing)
+
+
+def _words(shape: ShellShape) -> tuple[str, ...]:
+    return (
+        f"{shape.memory_bytes >> 20} MiB of memory",
+        f"{shape.vcpus} vCPU{'s' * (shape.vcpus != 1)}",
+        f"{shape.devices or 'no'} device{'s' * (shape.devices != 1)}",
+        f"track_dirty={shape.track_dirty}",
     )

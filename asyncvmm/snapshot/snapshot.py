@@ -145,6 +145,7 @@ class Snapshot:
                 touched=known.touched,
                 written=known.written,
                 track_dirty=track_dirty,
+                devices=len(self.manifest.devices),
             )
         return kept
 
@@ -156,6 +157,7 @@ class Snapshot:
         configure: Callable[[VMConfig, int], VMConfig] | None = None,
         identity: Callable[[VM, int], Awaitable[None]] | None = None,
         at_once: int | None = None,
+        track_dirty: bool = False,
         beyond_bend: bool = False,
     ) -> AbstractAsyncContextManager[list[VM]]:
         """``count`` VMs of this one state, all different in their entropy; stopped when the block ends.
@@ -164,14 +166,15 @@ class Snapshot:
         its configuration, as in VM.restore; without it a vsock's path gets the number behind it, and published ports
         are refused, for only one VM can have them. identity: an async function, awaited with each VM and its number
         before the block begins, for all of them at the same time. at_once: how many are made at the same time.
-        beyond_bend: allow more than MOST_CLONES in one process, where each costs more than the last.
+        track_dirty: as in VM.restore. beyond_bend: allow more than MOST_CLONES in one process, where each costs more
+        than the last.
 
         Raises as VM.restore does; then none is left. ConfigError for a count that is too large.
         """
         from asyncvmm.snapshot.clones import Hooks, make_clones
 
         hooks = Hooks(prepare, configure, identity)
-        return make_clones(self, count, hooks, at_once=at_once, beyond_bend=beyond_bend)
+        return make_clones(self, count, hooks, at_once=at_once, track_dirty=track_dirty, beyond_bend=beyond_bend)
 
     async def keep_working_set(self, found: WorkingSet) -> None:
         """What a restored guest was found to need first, for the next ones."""

@@ -170,13 +170,33 @@ async def test_a_vm_can_be_restored_in_a_shell_that_was_made_ahead(vm: Make) -> 
     assert [type(event) for event in told].count(RestoreFirstExit) == 3
 
 
-async def test_a_shell_of_another_shape_is_refused(vm: Make) -> None:
-    async with vm("RE") as original, vm("RE", vcpus=2) as larger:
+async def test_a_shell_of_another_shape_is_refused_in_words(vm: Make) -> None:
+    async with vm("RE") as original, vm("RE", vcpus=2) as larger, vm("RE", rng=True) as other:
         await original.boot()
         await larger.boot()
-        async with await original.snapshot() as small, await larger.snapshot() as large, ShellPool(small) as shells:
-            with pytest.raises(ConfigError):
+        await other.boot()
+        async with (
+            await original.snapshot() as small,
+            await larger.snapshot() as large,
+            await other.snapshot() as with_device,
+            ShellPool(small) as shells,
+            ShellPool(with_device) as for_device,
+        ):
+            with pytest.raises(ConfigError) as caught:
                 await VM.restore(large, shells=shells)
+            assert str(caught.value) == "shells: expected a restore with 1 vCPU, found one with 2 vCPUs"
+            with pytest.raises(ConfigError) as caught:
+                await VM.restore(large, shells=shells, track_dirty=True)
+            expected, found = "1 vCPU and track_dirty=False", "2 vCPUs and track_dirty=True"
+            assert str(caught.value) == f"shells: expected a restore with {expected}, found one with {found}"
+            for _ in range(2):  # the second one could be launched
+                with pytest.raises(ConfigError) as caught:
+                    await VM.restore(small, shells=for_device)
+                assert str(caught.value) == "shells: expected a restore with 1 device, found one with no devices"
+                with pytest.raises(ConfigError, match="expected a restore with no devices, found one with 1 device"):
+                    await VM.restore(with_device, shells=shells)
+                async with await VM.restore(small, shells=shells) as fitting:
+                    assert await echoed(fitting, b"fits") == b"fits"
 
 
 async def test_what_the_first_restore_needed_is_known_to_the_next(vm: Make) -> None:
