@@ -33,14 +33,16 @@ class Bases:
             raise StateError("snapshot base", expected="an open one", state="closed")
         if base.is_temporary and order.directory is not None:
             raise ConfigError("snapshot base", expected="one that has a place of its own", found="a temporary one")
-        if vm.accel is not None and base.manifest.machine != vm.accel:
-            raise SnapshotFailed("snapshot base", expected=f"one of {vm.accel}", found=base.manifest.machine)
-        if vm.accel == "kvm":
-            self._check_account(base)
+        accel = vm.accel or vm.config.accel
+        if accel == "qemu" or (accel == "auto" and base.manifest.machine == "qemu"):
+            expected = "none on QEMU, where every snapshot is of all memory"
+            raise SnapshotFailed("snapshot base", expected=expected, found=base.path)
+        if accel == "kvm" and base.manifest.machine != "kvm":
+            raise SnapshotFailed("snapshot base", expected="one of kvm", found=base.manifest.machine)
+        self._check_account(base)
 
     def _check_account(self, base: Snapshot) -> None:
-        plan = self._vm._attempt.made_plan if self._vm._attempt else None
-        if plan is not None and not plan.track_dirty:
+        if not self._vm.config.track_dirty:
             expected = "a VM with track_dirty=True (of its VMConfig, or of VM.restore)"
             raise SnapshotFailed("snapshot base", expected=expected, found="one without")
         last = self._last or self._made_of()

@@ -26,7 +26,7 @@ from asyncvmm.events.outputs import open_output
 from asyncvmm.events.snapshot_types import RestoreStep
 from asyncvmm.events.types import Event, VmState
 from asyncvmm.snapshot.predicate import Predicate
-from asyncvmm.snapshot.predicates import after, pre_exec
+from asyncvmm.snapshot.predicates import after, console, pre_exec
 from asyncvmm.snapshot.resources import MAX_MS, SnapshotResources
 from asyncvmm.snapshot.snapshot import Snapshot
 from asyncvmm.snapshot_commands import Runs
@@ -268,6 +268,36 @@ async def test_a_difference_is_kvms_alone(held: tuple[Snapshot, str]) -> None:
         with pytest.raises(SnapshotFailed):
             await vm.snapshot(base=snapshot)
         assert vm.state == "paused"
+
+
+async def test_a_difference_is_refused_before_anything_is_waited_for_or_held(held: tuple[Snapshot, str]) -> None:
+    snapshot, _ = held
+    states: list[str] = []
+
+    def take(event: Event) -> None:
+        if isinstance(event, VmState):
+            states.append(event.state)
+
+    with anyio.fail_after(PATIENCE_S):
+        async with await VM.restore(snapshot) as vm:
+            vm.events.attach(take)
+            for when in (None, console(rb"never")):
+                with pytest.raises(SnapshotFailed, match=r"snapshot base: expected none on QEMU, .*found ") as caught:
+                    await vm.snapshot(when, base=snapshot)
+                assert caught.value.found == snapshot.path
+            assert states == []
+
+
+@pytest.mark.parametrize("accel", ["qemu", "auto"])
+async def test_a_vm_that_is_yet_to_boot_is_refused_a_base_as_well(held: tuple[Snapshot, str], accel: Any) -> None:
+    snapshot, _ = held
+    with anyio.move_on_after(1):
+        async with VM(VMConfig(accel=accel, workload=("true",), track_dirty=True)) as vm:
+            with pytest.raises(SnapshotFailed, match="snapshot base: expected none on QEMU"):
+                await vm.snapshot(pre_exec(), base=snapshot)
+            assert vm.state == "new"
+            return
+    pytest.fail("it waits")
 
 
 async def test_a_listener_that_cannot_come_any_more_counts_as_parked() -> None:
