@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import gc
+import threading
 import time
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 
@@ -21,6 +22,7 @@ from asyncvmm.snapshot.snapshot import LaunchKind, Snapshot
 from tests.support.echoing import echoed
 from tests.support.launched import (
     IN_SHELL,
+    PATIENCE_S,
     PLAIN,
     PREFETCHED,
     Count,
@@ -30,8 +32,23 @@ from tests.support.launched import (
 
 pytestmark = pytest.mark.anyio
 
+Bells = Callable[[], int]
 
-async def test_a_snapshot_that_is_closed_has_none_armed(ready: Ready, holdings: Count) -> None:
+
+@pytest.fixture
+def bells(monkeypatch: pytest.MonkeyPatch) -> Bells:
+    """How many there are that are open."""
+    made, init = WeakSet[Bell](), Bell.__init__
+
+    def noted(self: Bell, *arguments: Any) -> None:
+        init(self, *arguments)
+        made.add(self)
+
+    monkeypatch.setattr(Bell, "__init__", noted)
+    return lambda: sum(bell.fd >= 0 for bell in made)
+
+
+async def test_a_snapshot_that_is_closed_has_none_armed(ready: Ready, holdings: Count, bells: Bells) -> None:
     before = holdings()
     async with ready("RE") as snapshot:
         assert armed(snapshot) == {PLAIN: 1, IN_SHELL: 1, PREFETCHED: 1}
@@ -59,7 +76,9 @@ async def test_restores_that_come_too_soon_need_none(ready: Ready, launches: lis
     assert len(launches) == 1
 
 
-async def test_what_is_armed_for_one_loop_is_not_used_on_another(ready: Ready, launches: list[Launch]) -> None:
+async def test_what_is_armed_for_one_loop_is_not_used_on_another(
+    ready: Ready, launches: list[Launch], bells: Bells
+) -> None:
     async def restored_elsewhere() -> bytes:
         async with await VM.restore(snapshot, prefetch=False) as vm:
             return await echoed(vm, b"x")
@@ -75,9 +94,7 @@ async def test_what_is_armed_for_one_loop_is_not_used_on_another(ready: Ready, l
     assert bells() == 0
 
 
-async def test_a_working_set_that_becomes_known_has_what_was_armed_before_given_up(
-    ready: Ready, launches: list[Launch]
-) -> None:
+async def test_a_working_set_that_becomes_known_has_what_was_armed_before_given_up(ready: Ready, bells: Bells) -> None:
     async with ready("RE") as snapshot:
         assert not snapshot.working_set
         async with await VM.restore(snapshot) as vm:
@@ -88,13 +105,17 @@ async def test_a_working_set_that_becomes_known_has_what_was_armed_before_given_
 
 
 async def test_what_is_prepared_twice_at_once_is_armed_once(
-    guest: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    guest: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, bells: Bells
 ) -> None:
     def a_while_apart(*arguments: Any, **options: Any) -> PreparedLaunch | None:
-        time.sleep(0.05 + 0.05 * next(numbers))  # both have begun before one is done
+        number = next(numbers)
+        if number:
+            both_have_begun.set()
+        both_have_begun.wait(PATIENCE_S)
+        time.sleep(0.05 * number)
         return prepare_launch(*arguments, **options)
 
-    numbers, prepare_launch = count(), launch_module.prepare_launch
+    numbers, both_have_begun, prepare_launch = count(), threading.Event(), launch_module.prepare_launch
     async with ready_snapshot(guest("foreign"), "RE") as snapshot:
         for kind in list(snapshot.prepared):
             snapshot.forget_prepared(kind)
@@ -102,14 +123,14 @@ async def test_what_is_prepared_twice_at_once_is_armed_once(
         vms = await asyncio.gather(*(VM.restore(snapshot, prefetch=False) for _ in range(2)))
         await asyncio.sleep(0.01)
         await asyncio.gather(*(vm.stop() for vm in vms))
-        assert next(numbers) >= 2
+        assert both_have_begun.is_set()
         assert armed(snapshot) == {PLAIN: 1}
         assert bells() == 1
     await asyncio.sleep(0)
     assert bells() == 0
 
 
-async def test_what_was_retired_is_not_armed_again(ready: Ready) -> None:
+async def test_what_was_retired_is_not_armed_again(ready: Ready, bells: Bells) -> None:
     async with ready("RE") as snapshot:
         prepared = snapshot.prepared[PLAIN]
         snapshot.forget_prepared(PLAIN)
@@ -121,8 +142,3 @@ async def test_what_was_retired_is_not_armed_again(ready: Ready) -> None:
 
 def armed(snapshot: Snapshot) -> dict[LaunchKind, int]:
     return {kind: len(prepared._armed) for kind, prepared in snapshot.prepared.items()}
-
-
-def bells() -> int:
-    gc.collect()
-    return sum(isinstance(found, Bell) and found.fd >= 0 for found in gc.get_objects())
