@@ -213,8 +213,8 @@ class VM(TimingProperties, MachineProperties, SnapshotCalls):
     async def _become(self, restoring: Restoring) -> None:
         """Instead of booting: become the VM that was saved."""
         self._home.claim("restore")
-        self._go("starting")
         self._restoring = restoring
+        self._go("starting")
         async with self._freed_unless_done("restore"):
             total = self.timeline.phase("total")
             with total:
@@ -407,4 +407,5 @@ class VM(TimingProperties, MachineProperties, SnapshotCalls):
         previous, self._state = self._state, state
         if self.events.listening:
             exits = exit_counts(self.exits) if state in ("stopped", "failed") else None
-            self.events.publish(VmState(self._now(), state, previous, exits))
+            made_of = self._made_of() if state == "starting" else {}
+            self.events.publish(VmState(self._now(), state, previous, exits, **made_of))

@@ -43,7 +43,9 @@ if TYPE_CHECKING:
 class VmState(Event):
     """The VM went into ``state``; ``previous`` is the one it left, None for the first.
 
-    ``exits`` counts its exits to userspace by reason, at its end, where the machine can tell.
+    ``exits`` counts its exits to userspace by reason, at its end, where the machine can tell. One that is made of a
+    snapshot says so as it starts: ``snapshot`` is that one's id, ``accel`` the machine that made it and runs this one,
+    ``clone`` its number among the clones that it is one of.
     """
 
     event: ClassVar[str] = "vm.state"
@@ -51,6 +53,9 @@ class VmState(Event):
     state: str
     previous: str | None = None
     exits: Mapping[str, int] | None = None
+    accel: str | None = None
+    snapshot: str | None = None
+    clone: int | None = None
 
 
 @event_class

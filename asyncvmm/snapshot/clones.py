@@ -85,6 +85,7 @@ async def _make(
 
     async def one(number: int) -> None:
         def prepare(vm: VM) -> None:
+            vm._clone = number
             if hooks.prepare is not None:
                 call_plain("prepare", hooks.prepare, vm, number)
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from functools import cache, cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import anyio
 import attrs
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from asyncvmm.snapshot.order import SnapshotOrder, Then
     from asyncvmm.snapshot.predicate import Predicate
     from asyncvmm.snapshot.resources import SnapshotResources
+    from asyncvmm.snapshot.restoring import Restoring
     from asyncvmm.snapshot.shell_pool import ShellPool
     from asyncvmm.snapshot.snapshot import Snapshot
     from asyncvmm.snapshot.taking import SnapshotTaker
@@ -54,6 +55,9 @@ class SnapshotCalls(ABC):
     events: EventHub
     _hold: WorkloadHold
     _being_saved: bool
+    _restoring: Restoring | None
+    _clone: int | None = None
+    """Its number among the clones that it is one of."""
 
     @property
     @abstractmethod
@@ -173,6 +177,13 @@ class SnapshotCalls(ABC):
         if self._hold.is_on and not self._hold.is_wanted and self.state == "ready":
             with suppress(StateError, MachineError):  # the guest's end is told otherwise
                 await self.go()
+
+    def _made_of(self) -> dict[str, Any]:
+        """What a VM that is made of a snapshot says of that as it starts; nothing if it boots."""
+        if self._restoring is None:
+            return {}
+        manifest = self._restoring.snapshot.manifest
+        return {"accel": manifest.machine, "snapshot": manifest.id, "clone": self._clone}
 
     @cached_property
     def _snapshots(self) -> SnapshotTaker:

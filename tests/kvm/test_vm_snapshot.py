@@ -19,7 +19,7 @@ from asyncvmm.events.snapshot_types import (
     SnapshotSaved,
     SnapshotTrigger,
 )
-from asyncvmm.events.types import Event, RestoreProfileEvent, RuntimeRestoreProfileEvent
+from asyncvmm.events.types import Event, RestoreProfileEvent, RuntimeRestoreProfileEvent, VmState
 from asyncvmm.machine.waiting import in_thread
 from asyncvmm.snapshot.directory import SnapshotDirectory
 from asyncvmm.snapshot.predicate import Predicate, Tracker
@@ -46,6 +46,25 @@ async def test_a_vm_runs_on_after_its_snapshot_and_so_does_one_made_of_it(vm: Ma
                 assert restored.state == "ready"
                 assert await echoed(restored, b"restored") == b"restored"
                 assert await echoed(original, b"original") == b"original"
+
+
+async def test_a_vm_made_of_a_snapshot_says_so_with_its_machine_as_it_starts(vm: Make) -> None:
+    heard: list[VmState] = []
+
+    def listen(machine: VM, *_: int) -> None:
+        machine.events.attach(lambda event: heard.append(event) if isinstance(event, VmState) else None)
+
+    async with vm("RE") as original:
+        listen(original)
+        await original.boot()
+        async with await original.snapshot(then="stop") as snapshot:
+            async with await VM.restore(snapshot, prepare=listen):
+                pass
+            async with snapshot.clones(2, prepare=listen, at_once=1):
+                pass
+            said = [(state.accel, state.snapshot, state.clone) for state in heard if state.state == "starting"]
+            assert said == [(None, None, None), *(("kvm", snapshot.id, clone) for clone in (None, 0, 1))]
+    assert all(state.accel is None for state in heard if state.state != "starting")
 
 
 async def test_a_snapshot_by_name_can_be_restored_after_its_vm_has_gone(vm: Make, tmp_path: Path) -> None:

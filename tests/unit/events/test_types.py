@@ -62,6 +62,7 @@ SAMPLES: list[Event] = [
     types.VmState(1, "booting", "new"),
     types.VmState(0, "new"),
     types.VmState(9, "stopped", "ready", {"IO": 3}),
+    types.VmState(0, "starting", "new", accel="kvm", snapshot="5eed", clone=0),
     types.AccelProbe(2, "qemu", "auto", "slow", "3.1 MIPS is below 20", True, True, 12, 3.1, 45.5, "7.2.9"),
     types.AccelProbe(2, "kvm"),
     types.PhaseEnded.of(Phase("memory", 105, 125, "setup", True), 100, attempt=1),
