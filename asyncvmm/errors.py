@@ -20,7 +20,7 @@
     │   ├── VsockRefused       nobody listens there
     │   └── VsockTimeout       no answer in time
     ├── MachineError           the backend failed underneath the guest (a QEMU child that died, QMP)
-    ├── SnapshotError          a snapshot cannot be taken or used
+    ├── SnapshotError          a snapshot cannot be taken or used; there is none
     │   ├── SnapshotFailed     it could not be taken: no room, a path that is taken, a machine that cannot
     │   ├── SnapshotDamaged    it is not whole: truncated, bits flipped, files missing, sizes that lie
     │   ├── SnapshotMismatch   it is whole, but not for here: another version, machine, CPU or base
@@ -162,7 +162,7 @@ class MachineError(AsyncVMMError):
 
 
 class SnapshotError(AsyncVMMError):
-    """A snapshot cannot be taken or used."""
+    """A snapshot cannot be taken or used; of this kind itself where there is none."""
 
 
 class SnapshotFailed(SnapshotError):

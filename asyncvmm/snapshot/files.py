@@ -13,15 +13,18 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 
 _AMISS = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.ENAMETOOLONG, errno.EISDIR, errno.ENODEV)
-"""What is there is not a snapshot; any other error is the host's."""
+"""What is there is not what a snapshot has there; any other error is the host's."""
 
 
 def open_snapshot(path: Path) -> int:
-    """A snapshot's directory. Raises SnapshotDamaged or SnapshotError."""
+    """A snapshot's directory. Raises SnapshotError where there is none."""
     try:
         return os.open(path, _DIRECTORY)
-    except (OSError, ValueError) as error:
-        raise _refusal(f"snapshot {path}", "a directory", error, loop="symbolic links that lead nowhere") from None
+    except OSError as error:
+        found = "symbolic links that lead nowhere" if error.errno == errno.ELOOP else error.strerror
+        raise SnapshotError(f"snapshot {path}", expected="a directory", found=found) from None
+    except ValueError as error:
+        raise SnapshotError(f"snapshot {path}", expected="a directory", found=str(error)) from None
 
 
 def open_base(directory: int, path: str, shown: Path) -> int:
@@ -71,10 +74,9 @@ def _open_beneath(directory: int, name: str) -> int:
         os.close(inner)
 
 
-def _refusal(
-    what: str, expected: str, error: OSError | ValueError, loop: str = "a symbolic link, which is not followed"
-) -> SnapshotError:
+def _refusal(what: str, expected: str, error: OSError | ValueError) -> SnapshotError:
     if not isinstance(error, OSError):
         return SnapshotDamaged(what, expected=expected, found=str(error))
     kind = SnapshotDamaged if error.errno in _AMISS else SnapshotError
-    return kind(what, expected=expected, found=loop if error.errno == errno.ELOOP else error.strerror)
+    found = "a symbolic link, which is not followed" if error.errno == errno.ELOOP else error.strerror
+    return kind(what, expected=expected, found=found)

@@ -27,10 +27,10 @@ def flatten(path: Path, out: Path | None = None) -> Manifest:
     full one stays in its place as it is.
     Raises SnapshotDamaged, SnapshotMismatch, SnapshotFailed, SnapshotError.
     """
-    place = Path(os.path.realpath(path)) if out is None else Path(out)
     with load(Path(path), check_memory=True) as loaded:
         if out is None and loaded.manifest.base is None:
             return loaded.manifest
+        place = Path(os.path.realpath(path)) if out is None else Path(out)
         with SnapshotDirectory.create(place, loaded.manifest.memory.size, replace=out is None) as made:
             return _write(loaded, made)
 

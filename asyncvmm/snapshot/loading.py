@@ -110,7 +110,8 @@ def load(path: Path, *, check_memory: bool = False) -> Loaded:
 
     One that is replaced meanwhile is loaded as it was, or as it has become.
 
-    Raises SnapshotDamaged, SnapshotMismatch (another format, another base), SnapshotError (no permission).
+    Raises SnapshotDamaged, SnapshotMismatch (another format, another base), SnapshotError (nothing there, no
+    permission).
     """
     path = Path(path)
     while True:

@@ -133,8 +133,8 @@ class SnapshotCalls(ABC):
         make present ahead what an earlier restore is known to have needed. track_dirty: as in VMConfig. paused: leave
         it paused; ``resume`` lets it run. shells: do it in a VM that was made ahead.
 
-        Raises SnapshotDamaged, SnapshotMismatch, ConfigError, HostError, MachineError. Cancelled or failed, it leaves
-        nothing behind.
+        Raises SnapshotDamaged, SnapshotMismatch, SnapshotError where there is none, ConfigError, HostError,
+        MachineError. Cancelled or failed, it leaves nothing behind.
         """
         restored, wanted = _restoring().restored, (prefetch, track_dirty, paused, shells)
         vm: VM = await restored(cls, snapshot, wanted, name=name, prepare=prepare, configure=configure)

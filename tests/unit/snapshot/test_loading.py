@@ -14,12 +14,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from asyncvmm import VM
 from asyncvmm.errors import SnapshotDamaged, SnapshotError, SnapshotMismatch
+from asyncvmm.snapshot.flatten import flatten
+from asyncvmm.snapshot.inspect import inspect
 from asyncvmm.snapshot.lineage import MOST_LAYERS
 from asyncvmm.snapshot.loading import MOST_RUNS_WALKED, load
 from asyncvmm.snapshot.manifest import MOST_MANIFEST_BYTES, FileRecord, Manifest
 from asyncvmm.snapshot.memory_map import PAGE_BYTES
 from asyncvmm.snapshot.memory_writer import punch_hole
+from asyncvmm.snapshot.snapshot import Snapshot
 from asyncvmm.snapshot.state_file import MOST_STATE_BYTES, pack
 from asyncvmm.snapshot.verify import verify
 from tests.support.snapshots import MIB, SIZE, memory_of, page, save
@@ -111,15 +115,29 @@ def test_a_link_to_a_snapshot_is_followed(saved: Path, tmp_path: Path) -> None:
     load(tmp_path / "link").close()
 
 
-@pytest.mark.parametrize("kind", ["nothing", "file", "empty", "nul"])
-def test_what_is_no_snapshot_is_damage(tmp_path: Path, kind: str) -> None:
-    path = tmp_path / ("a\0b" if kind == "nul" else "s")
+@pytest.mark.parametrize("kind", ["nothing", "nothing above", "file", "nul", "long"])
+@pytest.mark.parametrize("look", [load, verify, inspect, flatten], ids=lambda look: look.__name__)
+def test_where_there_is_no_snapshot_none_is_damaged(tmp_path: Path, kind: str, look: Callable[[Path], object]) -> None:
+    path = tmp_path / {"nul": "a\0b", "long": 300 * "a", "nothing above": "a/s"}.get(kind, "s")
     if kind == "file":
         path.touch()
-    elif kind == "empty":
-        path.mkdir()
-    with pytest.raises(SnapshotDamaged):
-        load(path)
+    with pytest.raises(SnapshotError, match="expected a directory") as caught:
+        look(path)
+    assert type(caught.value) is SnapshotError
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.anyio
+async def test_a_call_that_restores_what_is_not_there_says_so_as_well(tmp_path: Path) -> None:
+    for look in (Snapshot.load, VM.restore):
+        with pytest.raises(SnapshotError, match="nothing: expected a directory, found No such file") as caught:
+            await look(tmp_path / "nothing")
+        assert type(caught.value) is SnapshotError
+
+
+def test_a_directory_without_anything_is_damage(tmp_path: Path) -> None:
+    with pytest.raises(SnapshotDamaged, match=r"manifest\.json"):
+        load(tmp_path)
 
 
 FILES = ["manifest.json", "state.bin", "memory.bin", "disks/root"]
@@ -155,10 +173,12 @@ def test_a_link_in_a_files_place_is_called_one(saved: Path) -> None:
         load(saved)
 
 
-def test_a_path_that_leads_back_to_itself_is_damage(tmp_path: Path) -> None:
+def test_a_path_that_leads_back_to_itself_leads_to_none(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
-    with pytest.raises(SnapshotDamaged, match="loop: expected a directory, found symbolic links that lead nowhere"):
+    found = "loop: expected a directory, found symbolic links that lead nowhere"
+    with pytest.raises(SnapshotError, match=found) as caught:
         load(tmp_path / "loop")
+    assert type(caught.value) is SnapshotError
 
 
 @pytest.mark.requires("root")
