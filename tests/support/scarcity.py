@@ -8,15 +8,20 @@ import itertools
 import resource
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from pathlib import Path
 
 import anyio
 import anyio.to_thread
+import attrs
 import pytest
 
+from asyncvmm import VM, DriveConfig, VMConfig
 from tests.support.holdings import Holdings
+
+MEMORY_MIB = 71
+"""A size that no other mapping has."""
 
 NO_SUCH_STACK = 1 << 62
 """More than there are addresses for: the kernel refuses a thread with such a stack, whoever asks."""
@@ -69,13 +74,69 @@ async def busy_workers() -> AsyncIterator[None]:
         await asyncio.gather(*busy)
 
 
-async def nothing_more_is_held_than(before: Holdings, now: Callable[[], Holdings]) -> None:
+@asynccontextmanager
+async def workers_left(count: int) -> AsyncIterator[None]:
+    """Only so many can be had in the block."""
+    async with busy_workers():
+        with threads_left(count):
+            yield
+
+
+# -- VMs ---------------------------------------------------------------------------------------------------------------
+
+
+def echoing_config(kernel: Path, *, disk: Path | None) -> VMConfig:
+    """Of tests/guests/kvm/foreign.S that echoes; with devices, one of them a ``disk`` that is made, or without."""
+    config = VMConfig(kernel=kernel, cmdline="RE", memory_mib=MEMORY_MIB, accel="kvm")
+    if disk is None:
+        return config
+    disk.write_bytes(bytes(1 << 20))
+    return attrs.evolve(config, drives=[DriveConfig(path=disk, overlay=True)], vsock=True)
+
+
+async def errors_until_it_can_be(
+    make: Callable[[], Awaitable[VM]], left: Callable[[int], AbstractAsyncContextManager[None]]
+) -> list[Exception]:
+    """What comes with none of what is scarce ``left``, with one, and so on until there are enough; nothing else is
+    left of it. ``make`` gives a VM with an ``echoing_config``."""
+    errors: list[Exception] = []
+    while True:
+        async with await make():  # what is kept for a coming one is there again
+            await anyio.sleep(0.02)
+        gc.collect()
+        before = held()
+        try:
+            async with left(len(errors)):
+                vm = await make()
+        except Exception as error:
+            errors.append(error.with_traceback(None))
+            await nothing_more_is_held_than(before)
+        else:
+            await vm.stop()
+            assert errors, "nothing was scarce"
+            return errors
+
+
+def out_of_kind(errors: list[Exception], *kinds: type[Exception], saying: str = "") -> list[Exception]:
+    """Those that are of no such kind, or do not say so."""
+    return [error for error in errors if not isinstance(error, kinds) or saying not in str(error)]
+
+
+# -- what is left ------------------------------------------------------------------------------------------------------
+
+
+def held() -> Holdings:
+    """What there is now, of VMs with an ``echoing_config`` as well."""
+    return Holdings.now(MEMORY_MIB << 20)
+
+
+async def nothing_more_is_held_than(before: Holdings) -> None:
     """What refers to an error may go a little later. Tasks do not count: the one that looks for stalls opens files."""
     with anyio.move_on_after(5):
-        while _more_than(before, now()):
+        while _more_than(before, held()):
             gc.collect()
             await anyio.sleep(0.01)
-    assert not _more_than(before, now())
+    assert not _more_than(before, held())
 
 
 def _more_than(before: Holdings, now: Holdings) -> list[object]:

@@ -10,7 +10,7 @@ import pytest
 from asyncvmm.errors import HostError
 from asyncvmm.machine.threads import run_in_thread, start_thread
 from asyncvmm.machine.waiting import in_thread, in_thread_or_here
-from tests.support.scarcity import busy_workers, threads_left
+from tests.support.scarcity import busy_workers, threads_left, workers_left
 
 pytestmark = pytest.mark.anyio
 
@@ -52,18 +52,16 @@ def test_a_thread_that_cannot_be_started_is_an_error_that_names_it() -> None:
 
 async def test_what_must_be_done_is_done_here_where_no_thread_is_to_be_had() -> None:
     assert await in_thread_or_here(this_thread) is not threading.main_thread()
-    async with busy_workers():
-        with threads_left(0):
-            assert await in_thread_or_here(this_thread) is threading.main_thread()
+    async with workers_left(0):
+        assert await in_thread_or_here(this_thread) is threading.main_thread()
 
 
 async def test_what_must_be_done_is_done_here_although_whoever_asked_for_it_is_cancelled() -> None:
     done: list[threading.Thread] = []
-    async with busy_workers():
-        with threads_left(0):
-            freeing = asyncio.ensure_future(in_thread_or_here(lambda: done.append(this_thread())))
-            await asyncio.sleep(0)
-            freeing.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await freeing
+    async with workers_left(0):
+        freeing = asyncio.ensure_future(in_thread_or_here(lambda: done.append(this_thread())))
+        await asyncio.sleep(0)
+        freeing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await freeing
     assert done == [threading.main_thread()]
