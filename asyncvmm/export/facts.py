@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import get_args
+from typing import Literal, get_args
 
 import attrs
 
 from asyncvmm import errors
 from asyncvmm.effects import StopReason
 from asyncvmm.events.markers import STAGES
+from asyncvmm.events.snapshot_types import Trigger
 from asyncvmm.export.records import LARGEST_GUEST_NS, Record, counts, number, text
 from asyncvmm.machine.kvm.exits import EXIT_NAMES
 
@@ -28,6 +29,7 @@ MAX_STRANGERS = 32
 _NS = 1e-9
 _RUNNING = ("ready", "paused")
 _OUTCOMES = {"ready": "ready", "failed": "failed", "stopped": "cancelled"}
+_RESTORE_OUTCOMES = {"paused": "restored", "ready": "restored", "failed": "failed", "stopped": "cancelled"}
 _FINAL = ("stopped", "failed")
 _LAST_STAGE = "command_loop"
 _WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. -]{0,63}", re.ASCII)
@@ -37,6 +39,8 @@ _KINDS = tuple(
     name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, errors.AsyncVMMError)
 )
 _REASONS = (*get_args(StopReason), "none", "timeout", "stalled")
+_TRIGGERS = (*get_args(Trigger), "none")
+_CANCELLED = "CancelledError"
 _PHASES = """
     total accel setup machine_import plan overlay network_helper device_open device_fit device_attach
     kernel_asset_read rootfs_asset_open layout qemu_cmd_build
@@ -67,6 +71,9 @@ class Duration:
 
 Fact = Count | Duration
 
+Operation = Literal["boot", "restore"]
+"""How a VM comes to be."""
+
 
 class Words:
     """The values of one label: those expected, and of others as many as there is room for."""
@@ -91,6 +98,7 @@ class Vocabulary:
     def __init__(self) -> None:
         self.accel = Words(_ACCELS, 0)
         self.kind = Words(_KINDS, 0)
+        self.trigger = Words(_TRIGGERS, 0)
         self.stage = Words(STAGES, 0)
         self.reason = Words(_REASONS)
         self.phase = Words(_PHASES.split())
@@ -98,12 +106,14 @@ class Vocabulary:
 
 
 class VmFacts:
-    """What one VM's records say, one after the other. ``accel`` is its machine as far as it is known."""
+    """What one VM's records say, one after the other. ``accel`` is its machine as far as it is known, ``operation`` how
+    it came to be."""
 
-    def __init__(self, vocabulary: Vocabulary, accel: str = "unknown") -> None:
+    def __init__(self, vocabulary: Vocabulary, accel: str = "unknown", operation: Operation = "boot") -> None:
         self.accel = accel
+        self.operation = operation
         self._words = vocabulary
-        self._was_ready = self._booted = False
+        self._was_ready = self._booted = self._is_clone = self._was_mapped = False
         self._exits: dict[str, int] = {}
         self._stages: dict[str, int] = {}
         self._stages_counted: set[str] = set()
@@ -127,14 +137,32 @@ class VmFacts:
     def _state(self, record: Record) -> Iterator[Fact]:
         state, exits = text(record, "state"), counts(record, "exits")
         previous = record.get("previous")
-        booted = previous in ("starting", "booting") and state in _OUTCOMES
+        if record.get("snapshot") is not None:
+            self._made_of_a_snapshot(record)
+        outcomes = _OUTCOMES if self.operation == "boot" else _RESTORE_OUTCOMES
+        done = previous in ("starting", "booting") and state in outcomes
         self._was_ready |= state in _RUNNING
-        self._booted |= booted
-        if booted:
+        self._booted |= done
+        if done and self.operation == "boot":
             yield Count("boots", (self.accel, "ready" if self._was_ready else _OUTCOMES[state]))
-        if booted or state in _FINAL:
+        elif done:
+            yield from self._restored(_RESTORE_OUTCOMES[state])
+        if done or state in _FINAL:
             yield from self.stages()
         yield from self._more_exits(exits)
+
+    def _made_of_a_snapshot(self, record: Record) -> None:
+        text(record, "snapshot")
+        accel = self.accel if record.get("accel") is None else self._words.accel(text(record, "accel"))
+        clone = None if record.get("clone") is None else number(record, "clone")
+        self.operation, self.accel, self._is_clone = "restore", accel, clone is not None
+
+    def _restored(self, outcome: str) -> Iterator[Fact]:
+        if outcome == "cancelled" and self._was_mapped:
+            outcome = "restored"  # a guest may be gone before the VM's state says so
+        yield Count("restores", (self.accel, outcome))
+        if self._is_clone:
+            yield Count("clones", (self.accel, outcome))
 
     def _ready(self, record: Record) -> Iterator[Fact]:
         self._was_ready = True  # a guest may be gone before the VM's state says so
@@ -144,15 +172,15 @@ class VmFacts:
         kind, exits = self._words.kind(text(record, "kind")), counts(record, "exits")
         reason = self._words.reason(text(record, "reason")) if record.get("reason") is not None else "none"
         was_ready = self._was_ready or record.get("state") in _RUNNING
-        yield Count("vm_failures" if was_ready else "boot_failures", (self.accel, kind, reason))
+        yield Count("vm_failures" if was_ready else f"{self.operation}_failures", (self.accel, kind, reason))
         yield from self._more_exits(exits)
 
     def _phase(self, record: Record) -> Iterator[Fact]:
         ns, name = number(record, "duration_ns"), self._words.phase(text(record, "name"))
         if record.get("failed") is True:
-            yield Count("phase_failures", (name, self.accel))
+            yield Count("phase_failures", (name, self.accel, self.operation))
         else:
-            yield Duration("phase_duration_seconds", (name, self.accel), ns * _NS)
+            yield Duration("phase_duration_seconds", (name, self.accel, self.operation), ns * _NS)
 
     def _stage(self, record: Record) -> Iterator[Fact]:
         ns, stage = number(record, "guest_ns", LARGEST_GUEST_NS), self._words.stage(text(record, "stage"))
@@ -160,6 +188,30 @@ class VmFacts:
             self._stages[stage] = ns
         if self._booted and stage == _LAST_STAGE:
             yield from self.stages()
+
+    def _restore_stage(self, record: Record) -> Iterator[Fact]:
+        ns, stage = number(record, "duration_ns"), text(record, "event").removeprefix("restore.")
+        self.operation = "restore"  # older files say it here first
+        self._was_mapped |= stage == "mapped"
+        yield Duration("restore_stage_seconds", (stage, self.accel), ns * _NS)
+
+    def _saved(self, record: Record) -> Iterator[Fact]:
+        trigger, size = self._words.trigger(text(record, "trigger")), number(record, "allocated_bytes")
+        pause, save = number(record, "pause_duration_ns"), number(record, "save_duration_ns")
+        labels = (self.accel, "difference" if record.get("difference") is True else "full")
+        yield Count("snapshots", (self.accel, "saved", trigger))
+        yield Count("snapshot_bytes", labels, size)
+        yield Duration("snapshot_pause_seconds", labels, pause * _NS)
+        yield Duration("snapshot_save_seconds", labels, save * _NS)
+
+    def _not_saved(self, record: Record) -> Iterator[Fact]:
+        kind = text(record, "kind")
+        trigger = "none" if record.get("trigger") is None else self._words.trigger(text(record, "trigger"))
+        if kind == _CANCELLED:
+            yield Count("snapshots", (self.accel, "cancelled", trigger))
+        else:
+            yield Count("snapshots", (self.accel, "failed", trigger))
+            yield Count("snapshot_failures", (self.accel, self._words.kind(kind)))
 
     def _timing(self, record: Record) -> Iterator[Fact]:
         if "boot_retries" in record and (retries := number(record, "boot_retries")):
@@ -188,6 +240,11 @@ _READERS: dict[str, Callable[[VmFacts, Record], Iterator[Fact]]] = {
     "phase": VmFacts._phase,
     "guest.boot_time": VmFacts._stage,
     "vm.timing": VmFacts._timing,
+    "snapshot.saved": VmFacts._saved,
+    "snapshot.failed": VmFacts._not_saved,
+    "restore.mapped": VmFacts._restore_stage,
+    "restore.first_exit": VmFacts._restore_stage,
+    "restore.first_guest_event": VmFacts._restore_stage,
     "log.lost": VmFacts._lost,
 }
 

@@ -35,7 +35,13 @@ COUNTERS = {
     "boot_failures": ("Boots that failed, by the error's class and its reason.", ("accel", "kind", "reason")),
     "vm_failures": ("VMs that failed after they had been ready.", ("accel", "kind", "reason")),
     "boot_retries": ("Boot attempts that were made again for want of the host's resources.", ("accel",)),
-    "phase_failures": ("Phases of host work that failed; they are in no histogram.", ("name", "accel")),
+    "restores": ("VMs made of a snapshot: restored, failed or cancelled.", ("accel", "outcome")),
+    "clones": ("Clones of a snapshot, which are in restores as well.", ("accel", "outcome")),
+    "restore_failures": ("Restores that failed, by the error's class and its reason.", ("accel", "kind", "reason")),
+    "snapshots": ("Snapshots that were asked for: saved, failed or cancelled.", ("accel", "outcome", "trigger")),
+    "snapshot_failures": ("Snapshots that failed, by the error's class.", ("accel", "kind")),
+    "snapshot_bytes": ("Bytes on disk that saved snapshots took.", ("accel", "type")),
+    "phase_failures": ("Phases of host work that failed; they are in no histogram.", ("name", "accel", "operation")),
     "exits": ("Exits of VMs that have ended from guest to userspace, by KVM's reason.", ("reason",)),
     "events_lost": ("Events dropped because their reader did not keep up.", ()),
     "lines_unreadable": ("Lines that are not events as asyncvmm writes them.", ()),
@@ -43,8 +49,11 @@ COUNTERS = {
 """Counters by name, without the ``asyncvmm_`` before and the ``_total`` after it: what they count, their labels."""
 
 HISTOGRAMS = {
-    "phase_duration_seconds": ("How long phases of host work took.", ("name", "accel")),
+    "phase_duration_seconds": ("How long phases of host work took.", ("name", "accel", "operation")),
     "guest_stage_seconds": ("The guest's monotonic clock when PID 1 reached a stage, once a VM.", ("stage", "accel")),
+    "restore_stage_seconds": ("From a restore's call until it came to a stage.", ("stage", "accel")),
+    "snapshot_pause_seconds": ("How long guests stood still for a snapshot.", ("accel", "type")),
+    "snapshot_save_seconds": ("From a snapshot's trigger until it was on disk.", ("accel", "type")),
 }
 """Histograms by name, without the ``asyncvmm_`` before it."""
 
@@ -113,8 +122,11 @@ class VmCollector:
         return self._metrics.registry
 
     def watch(self, vm: VM) -> Callable[[], None]:
-        """Count the VM's events from now on: call it before ``boot()``. Returns a function that ends it."""
-        facts = VmFacts(self._vocabulary, vm.accel or "unknown")
+        """Count the VM's events from now on: call it before ``boot()``, or have ``prepare`` of a restore do so.
+
+        Returns a function that ends it.
+        """
+        facts = VmFacts(self._vocabulary, vm.accel or "unknown", "boot" if vm._restoring is None else "restore")
 
         def take(event: Event) -> None:
             if event.event in EVENTS_READ:

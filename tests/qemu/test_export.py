@@ -100,7 +100,7 @@ async def test_a_boot_that_fails_is_counted_and_told() -> None:
     values = values_of(exposition(collector.registry, "-").decode())
     assert values["asyncvmm_boots_total", "qemu", "failed"] == 1
     assert values["asyncvmm_boot_failures_total", "qemu", "BootError", "timeout"] == 1
-    assert values["asyncvmm_phase_failures_total", "qemu", "boot_wait"] == 1
+    assert values["asyncvmm_phase_failures_total", "qemu", "boot_wait", "boot"] == 1
     spans = {span.context.span_id: span for span in exporter.get_finished_spans()}
     [root] = [span for span in spans.values() if span.parent is None]
     check_nesting(spans, root)

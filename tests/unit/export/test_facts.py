@@ -83,7 +83,7 @@ def test_vms_mixed_in_one_file_keep_their_accelerators() -> None:
         line("b", "phase", name="boot", duration_ns=2_000_000),
         line("c", "phase", name="boot", duration_ns=3_000_000),
     )
-    assert [fact.labels for fact in facts] == [("boot", "kvm"), ("boot", "qemu"), ("boot", "unknown")]
+    assert [fact.labels[:2] for fact in facts] == [("boot", "kvm"), ("boot", "qemu"), ("boot", "unknown")]
     assert [fact.seconds for fact in facts if isinstance(fact, Duration)] == pytest.approx([0.001, 0.002, 0.003])
 
 
@@ -95,7 +95,7 @@ def test_a_name_used_again_is_a_new_vm() -> None:
         line("a", "phase", name="accel", duration_ns=1),
         state("a", "ready", "stopped", exits={"IO": 3}),
     )
-    assert counted(facts) == {("exits", "IO"): 8, ("phase_duration_seconds", "accel", "unknown"): 1}
+    assert counted(facts) == {("exits", "IO"): 8, ("phase_duration_seconds", "accel", "unknown", "boot"): 1}
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_a_failure_after_ready_is_none_of_the_boot() -> None:
 
 def test_a_phase_that_failed_is_counted_apart() -> None:
     facts = all_of(line("a", "phase", name="boot_wait", duration_ns=1, failed=True))
-    assert facts == [Count("phase_failures", ("boot_wait", "unknown"))]
+    assert facts == [Count("phase_failures", ("boot_wait", "unknown", "boot"))]
 
 
 def test_retries_and_lost_lines_count() -> None:
@@ -132,6 +132,110 @@ def test_retries_and_lost_lines_count() -> None:
         line("a", "log.lost", lines=7),
     )
     assert facts == [Count("boot_retries", ("unknown",), 2), Count("events_lost", (), 7)]
+
+
+# -- snapshots and restores --------------------------------------------------------------------------------------------
+
+
+def made_of_a_snapshot(vm: str = "a", **fields: object) -> Record:
+    return state(vm, "new", "starting", **{"accel": "kvm", "snapshot": "5eed", **fields})
+
+
+SAVED = {"trigger": "listener", "pause_duration_ns": 2_000_000, "save_duration_ns": 30_000_000, "allocated_bytes": 4096}
+
+
+def test_a_vm_made_of_a_snapshot_runs_on_the_machine_that_it_names_as_it_starts() -> None:
+    facts = all_of(made_of_a_snapshot(), line("a", "phase", name="total", duration_ns=1))
+    assert [fact.labels for fact in facts] == [("total", "kvm", "restore")]
+
+
+def test_phases_of_boots_and_of_restores_are_told_apart_in_older_files_too() -> None:
+    told = line("a", "phase", name="total", duration_ns=1)
+    assert [fact.labels for fact in all_of(told)] == [("total", "unknown", "boot")]
+    facts = all_of(line("a", "restore.mapped", duration_ns=1, snapshot="s"), told)
+    assert [fact.labels for fact in facts[1:]] == [("total", "unknown", "restore")]
+
+
+@pytest.mark.parametrize(
+    ("end", "outcome"), [("paused", "restored"), ("ready", "restored"), ("failed", "failed"), ("stopped", "cancelled")]
+)
+def test_a_restore_counts_once_by_its_end_and_is_no_boot(end: str, outcome: str) -> None:
+    facts = all_of(
+        made_of_a_snapshot(), state("a", "starting", end), state("a", "paused", "ready"), state("a", "ready", "stopped")
+    )
+    assert facts == [Count("restores", ("kvm", outcome))]
+
+
+def test_a_restored_guest_that_is_gone_at_once_was_restored() -> None:
+    mapped = line("a", "restore.mapped", duration_ns=1, snapshot="5eed")
+    facts = all_of(made_of_a_snapshot(), mapped, state("a", "starting", "stopped"))
+    assert facts[1:] == [Count("restores", ("kvm", "restored"))]
+
+
+@pytest.mark.parametrize("number", [0, 99])
+def test_a_clone_is_a_restore_and_counts_as_a_clone_besides(number: int) -> None:
+    facts = all_of(made_of_a_snapshot(clone=number), state("a", "starting", "paused"))
+    assert facts == [Count("restores", ("kvm", "restored")), Count("clones", ("kvm", "restored"))]
+
+
+def test_a_restore_that_fails_is_no_boot_that_failed() -> None:
+    error = line("a", "vm.error", kind="SnapshotMismatch", what="cpu", state="starting")
+    assert counted(all_of(made_of_a_snapshot(), error, state("a", "starting", "failed"))) == {
+        ("restore_failures", "kvm", "SnapshotMismatch", "none"): 1,
+        ("restores", "kvm", "failed"): 1,
+    }
+    later = all_of(
+        made_of_a_snapshot(), state("a", "starting", "paused"), line("a", "vm.error", kind="GuestStopped", what="")
+    )
+    assert counted(later)["vm_failures", "kvm", "GuestStopped", "none"] == 1
+
+
+def test_the_stages_of_a_restore_are_observed_from_its_call() -> None:
+    facts = all_of(
+        made_of_a_snapshot(),
+        line("a", "restore.mapped", duration_ns=1_000_000, snapshot="s"),
+        line("a", "restore.first_exit", duration_ns=2_000_000),
+        line("a", "restore.first_guest_event", duration_ns=3_000_000, kind="serial"),
+    )
+    assert [(fact.metric, *fact.labels) for fact in facts] == [
+        ("restore_stage_seconds", stage, "kvm") for stage in ("mapped", "first_exit", "first_guest_event")
+    ]
+    assert [fact.seconds for fact in facts if isinstance(fact, Duration)] == pytest.approx([0.001, 0.002, 0.003])
+
+
+@pytest.mark.parametrize(("difference", "kind"), [(False, "full"), (True, "difference")])
+def test_a_snapshot_counts_by_its_trigger_with_its_pause_its_duration_and_its_bytes(
+    difference: bool, kind: str
+) -> None:
+    facts = all_of(line("a", "accel.probe", accel="qemu"), line("a", "snapshot.saved", difference=difference, **SAVED))
+    assert facts == [
+        Count("snapshots", ("qemu", "saved", "listener")),
+        Count("snapshot_bytes", ("qemu", kind), 4096),
+        Duration("snapshot_pause_seconds", ("qemu", kind), 2_000_000 * 1e-9),
+        Duration("snapshot_save_seconds", ("qemu", kind), 30_000_000 * 1e-9),
+    ]
+
+
+def test_a_snapshot_that_failed_counts_by_its_error_and_one_cancelled_is_no_failure() -> None:
+    failed = line("a", "snapshot.failed", kind="SnapshotFailed", what="x", trigger="after")
+    assert counted(all_of(failed, line("a", "snapshot.failed", kind="CancelledError", what="snapshot"))) == {
+        ("snapshots", "unknown", "failed", "after"): 1,
+        ("snapshot_failures", "unknown", "SnapshotFailed"): 1,
+        ("snapshots", "unknown", "cancelled", "none"): 1,
+    }
+
+
+def test_triggers_and_errors_of_snapshots_are_a_closed_list() -> None:
+    facts = all_of(
+        line("a", "snapshot.saved", difference=False, **{**SAVED, "trigger": "evil"}),
+        line("a", "snapshot.failed", kind="Evil", what="x", trigger="worse"),
+    )
+    assert [fact.labels for fact in facts if fact.metric.startswith("snapshot")] == [
+        ("unknown", "saved", "other"),
+        *[("unknown", "full")] * 3,
+        ("unknown", "failed", "other"),
+        ("unknown", "other"),
+    ]
 
 
 def reached(name: str, seconds: int, vm: str = "a") -> Record:
@@ -210,6 +314,17 @@ def test_exits_told_twice_count_once() -> None:
         line("a", "log.lost", lines="many"),
         line("a", "vm.timing", boot_retries=-1),
         line("a", "accel.probe", accel=1),
+        state("a", "new", "starting", snapshot=7),
+        state("a", "new", "starting", snapshot="s", accel=7),
+        state("a", "new", "starting", snapshot="s", clone="first"),
+        line("a", "restore.mapped", duration_ns=-1),
+        line("a", "restore.first_exit"),
+        line("a", "snapshot.saved"),
+        line("a", "snapshot.saved", difference=True, **{**SAVED, "trigger": 7}),
+        line("a", "snapshot.saved", difference=True, **{**SAVED, "pause_duration_ns": -1}),
+        line("a", "snapshot.saved", difference=True, **{**SAVED, "allocated_bytes": 1 << 80}),
+        line("a", "snapshot.failed", kind=None),
+        line("a", "snapshot.failed", kind="SnapshotFailed", trigger=[]),
     ],
 )
 def test_a_field_of_the_wrong_type_is_refused_and_counts_nothing(record: Record) -> None:
@@ -243,7 +358,7 @@ def test_vms_are_forgotten_beyond_a_number() -> None:
         fold.of(line(name, "accel.probe", accel="kvm"))
     [forgotten] = fold.of(line("a", "phase", name="boot", duration_ns=1))
     [known] = fold.of(line("c", "phase", name="boot", duration_ns=1))
-    assert (forgotten.labels, known.labels) == (("boot", "unknown"), ("boot", "kvm"))
+    assert (forgotten.labels, known.labels) == (("boot", "unknown", "boot"), ("boot", "kvm", "boot"))
 
 
 def test_a_vm_holds_few_exit_reasons_however_many_are_told() -> None:

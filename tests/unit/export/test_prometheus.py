@@ -34,7 +34,7 @@ def test_many_vms_are_counted_in_one_registry() -> None:
         vm = VM()
         collector.watch(vm)
         booted(vm, accel, boot_ns)
-    of_kvm = {"accel": "kvm", "name": "boot"}
+    of_kvm = {"accel": "kvm", "name": "boot", "operation": "boot"}
     assert registry.get_sample_value("asyncvmm_boots_total", {"accel": "kvm", "outcome": "ready"}) == 2
     assert registry.get_sample_value("asyncvmm_boots_total", {"accel": "qemu", "outcome": "ready"}) == 1
     assert registry.get_sample_value("asyncvmm_phase_duration_seconds_sum", of_kvm) == pytest.approx(0.087)
