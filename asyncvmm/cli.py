@@ -19,13 +19,14 @@ from click.exceptions import NoArgsIsHelpError
 from asyncvmm.device_options import device_options
 from asyncvmm.errors import AsyncVMMError
 from asyncvmm.interrupts import ENDING, Ended, ending_signals, exit_code_of, signals_held
+from asyncvmm.named_path import NamedPath, NamedText
 from asyncvmm.snapshot.command import flatten, inspect, verify
 from asyncvmm.standard_streams import EXIT_READER_GONE, hold_standard_streams, stdout_lost
 
 EXIT_ERROR = 2
 
-FILE = click.Path(path_type=Path, readable=False)
-"""Whether it can be read is for the library to find out, and to say."""
+FILE = NamedPath()
+EVENTS = NamedText()
 
 T = TypeVar("T")
 Command = Callable[..., None]
@@ -88,7 +89,7 @@ def vm_options(command: Command) -> Command:
         click.option("--memory", default=256, show_default=True, metavar="MIB", help="Guest memory, MiB."),
         click.option("--vcpus", default=1, show_default=True, metavar="N", help="Virtual CPUs."),
         click.option("--accel", default="auto", show_default=True, metavar="auto|kvm|qemu", help="Machine to use."),
-        click.option("--jsonl", metavar="PATH|-", help="Write events as JSON lines; - is boot's stdout."),
+        click.option("--jsonl", type=EVENTS, metavar="PATH|-", help="Write events as JSON lines; - is boot's stdout."),
         click.option("--serial-lines", is_flag=True, help="Make each serial line an event too."),
         click.option("--progress", is_flag=True, help="Show the boot live on stderr if it is a terminal."),
         click.option("--timeout", default=300.0, show_default=True, metavar="S", help="Seconds until READY at most."),
@@ -131,11 +132,11 @@ def run(ctx: click.Context, /, jsonl: str | None, progress: bool, command: tuple
 
 
 class SnapshotGroup(click.Group):
-    """``snapshot`` itself takes one; a first word that is one of its commands is that command."""
+    """``snapshot`` itself takes one; a first word is one of its commands, for the guest's comes behind options."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Put the hidden command in front of everything else."""
-        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
+        """Put the hidden command in front of options."""
+        if args and args[0].startswith("-") and args[0] not in ctx.help_option_names:
             args = ["take", *args]
         return super().parse_args(ctx, args)
 
@@ -186,7 +187,9 @@ for _command in (inspect, verify, flatten):
 @click.argument("directory", type=FILE, metavar="DIR")
 @click.option("--clones", default=1, show_default=True, metavar="N", help="How many VMs to make of it.")
 @click.option("--beyond-bend", is_flag=True, help="More than 100 of them, where each costs more than the last.")
-@click.option("--jsonl", metavar="PATH|-", help="Write events as JSON lines; with - the output goes to stderr.")
+@click.option(
+    "--jsonl", type=EVENTS, metavar="PATH|-", help="Write events as JSON lines; with - the output goes to stderr."
+)
 @click.pass_context
 def restore(ctx: click.Context, directory: Path, clones: int, beyond_bend: bool, jsonl: str | None) -> None:
     """Run the guest that is saved in DIR, or several of it, until its workload ends: its exit code is ours, of several

@@ -70,7 +70,7 @@ def _check(target: object) -> None:
         call = getattr(target, "__call__", None)  # noqa: B004 -- an object may have an async one
         if inspect.iscoroutinefunction(target) or inspect.iscoroutinefunction(call):
             raise ConfigError("event output", expected="a callback that is no coroutine function", found=repr(target))
-    elif isinstance(target, bool) or not isinstance(target, str | os.PathLike | int):
+    elif isinstance(target, bool) or target == "" or not isinstance(target, str | os.PathLike | int):
         expected = "a path, -, unix:PATH, a descriptor or a callback"
         raise ConfigError("event output", expected=expected, found=repr(target))
 

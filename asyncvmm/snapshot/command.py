@@ -7,7 +7,9 @@ from pathlib import Path
 
 import click
 
-_DIRECTORY = click.argument("directory", type=click.Path(path_type=Path, readable=False), metavar="DIR")
+from asyncvmm.named_path import NamedPath
+
+_DIRECTORY = click.argument("directory", type=NamedPath(), metavar="DIR")
 
 
 @click.command("inspect")
@@ -44,7 +46,7 @@ def verify(directory: Path) -> None:
 
 
 @click.command("flatten")
-@click.option("--out", type=click.Path(path_type=Path, readable=False), metavar="OUT", help="Elsewhere, not in place.")
+@click.option("--out", type=NamedPath(), metavar="OUT", help="Elsewhere, not in place.")
 @_DIRECTORY
 def flatten(directory: Path, out: Path | None) -> None:
     """Make the snapshot in DIR, a difference of others, one that needs no other."""

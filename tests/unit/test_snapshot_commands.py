@@ -38,6 +38,64 @@ def test_a_directory_without_a_name_is_refused() -> None:
     assert done.output == "asyncvmm: --out: expected a path that a directory can have, found ''\n"
 
 
+@pytest.mark.parametrize(
+    ("words", "which"),
+    [
+        (["snapshot", "flatten", "{0}", "--out", ""], "--out"),
+        (["snapshot", "flatten", ""], "DIR"),
+        (["snapshot", "verify", ""], "DIR"),
+        (["snapshot", "inspect", ""], "DIR"),
+        (["restore", ""], "DIR"),
+        (["restore", "{0}", "--jsonl", ""], "--jsonl"),
+        (["snapshot", "--on", "pre-exec", "--out", "{0}", "--jsonl", "", "--", "true"], "--jsonl"),
+        (["snapshot", "--on", "pre-exec", "--out", "{0}", "--kernel", "", "--", "true"], "--kernel"),
+        (["boot", "--kernel", ""], "--kernel"),
+        (["boot", "--initrd", ""], "--initrd"),
+        (["boot", "--jsonl", ""], "--jsonl"),
+        (["run", "--jsonl", "", "--", "true"], "--jsonl"),
+        (["image", "build", "--rootfs", ""], "--rootfs"),
+        (["image", "build", "--modules", ""], "--modules"),
+        (["timeline", ""], "FILE..."),
+        (["timeline", "/dev/null", "--html", ""], "--html"),
+    ],
+    ids=str,
+)
+def test_a_path_without_a_name_is_refused_before_anything_is_done(
+    nothing: Path, words: list[str], which: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not taken for the current directory."""
+    nothing.mkdir()
+    monkeypatch.chdir(nothing)
+    monkeypatch.setenv("ASYNCVMM_HOME", str(nothing / "home"))
+    done = CliRunner().invoke(main, [word.format(nothing / "s") for word in words])
+    assert done.exit_code == 2
+    assert done.output == f"asyncvmm: {which}: expected a path, found ''\n"
+    assert not list(nothing.iterdir())
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("flaten", "flatten"), ("verfy", "verify"), ("inspct", "inspect")])
+def test_a_command_of_snapshot_that_is_misspelt_is_answered_with_a_hint(typed: str, meant: str) -> None:
+    done = CliRunner().invoke(main, ["snapshot", typed, "DIR"], prog_name="asyncvmm")
+    assert done.exit_code == 2
+    assert done.output.startswith(f"asyncvmm: No such command '{typed}'. Did you mean '{meant}'?")
+    assert done.output.endswith(" (see asyncvmm snapshot --help)\n")
+
+
+def test_the_shell_completes_paths_as_files() -> None:
+    env = {"COMP_WORDS": "asyncvmm restore s", "COMP_CWORD": "2", "_ASYNCVMM_COMPLETE": "bash_complete"}
+    done = CliRunner().invoke(main, [], prog_name="asyncvmm", env=env, complete_var="_ASYNCVMM_COMPLETE")
+    assert done.output == "file,s\n"
+
+
+def test_a_command_for_the_guest_comes_behind_the_options() -> None:
+    done = CliRunner().invoke(main, ["snapshot", "sleep", "5"])
+    assert (done.exit_code, len(done.output.splitlines())) == (2, 1)
+    assert done.output.startswith("asyncvmm: No such command 'sleep'")
+    for words in (["--", "sleep", "5"], ["--out", "s", "--", "sleep", "5"]):
+        done = CliRunner().invoke(main, ["snapshot", *words], prog_name="asyncvmm")
+        assert done.output == "asyncvmm: Missing option '--on'. (see asyncvmm snapshot take --help)\n"
+
+
 def test_two_things_to_wait_for_are_refused(nothing: Path) -> None:
     words = ["snapshot", "take", "--on", "pre-exec", "--on", "after=5", "--out", str(nothing), "--", "true"]
     done = CliRunner().invoke(main, words)
