@@ -331,6 +331,14 @@ def vm(guest: Callable[[str], Path]) -> Callable[..., VM]:
 
 
 @pytest.fixture
+async def original(vm: Callable[..., VM]) -> AsyncIterator[VM]:
+    """One that has booted, and echoes."""
+    async with vm("RE") as original:
+        await original.boot()
+        yield original
+
+
+@pytest.fixture
 def ready(guest: Callable[[str], Path]) -> Ready:
     """Snapshots whose restores are launched, see tests/support/launched.py."""
     return lambda program: ready_snapshot(guest("foreign"), program)
