@@ -1,10 +1,11 @@
 """A recording laid out on one axis: rows of host phases, residuals, guest stages and instants. All drawings use these.
 
 The axis is the boot: its ``total`` phase, in older files everything between the first phase's start and the last one's
-end. Of a VM that was restored it is the restore, up to its last stage. What happened later keeps its time and is drawn
-at the edge, so that a long workload does not crush a short boot. A guest stage cannot have come after its line: the
-host's clock bounds what the guest says of itself. A stage that says more than the VM's age is off the axis: it is told
-with its value, and takes no room.
+end. Of a VM that was restored it is the restore, from its call to its last stage, and that is its total: the phase
+``total``, which ends before, has another name here. What happened later keeps its time and is drawn at the edge, so
+that a long workload does not crush a short boot. A guest stage cannot have come after its line: the host's clock bounds
+what the guest says of itself. A stage that says more than the VM's age is off the axis: it is told with its value, and
+takes no room.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Literal
 import attrs
 
 from asyncvmm.timing.nesting import Node, nest, walk
-from asyncvmm.timing.recording import TOTAL, RecordedInstant, RecordedStage, Recording
+from asyncvmm.timing.recording import TOTAL, RecordedInstant, RecordedPhase, RecordedStage, Recording
 from asyncvmm.timing.text import duration_text, printable
 
 MAX_ROWS = 1000
@@ -23,10 +24,14 @@ MAX_ROWS = 1000
 
 _EXITS = 5
 _OFF_AXIS = 5
+_REASONS = 5
+_MAPPED = "restore.mapped"
 
 RESIDUAL = "residual"
 GUEST = "guest"
 RESTORE = "restore"
+RESTORING = "restoring"
+"""What the phase ``total`` of a restore is called here, which is not all of it."""
 
 RowKind = Literal["phase", "residual", "stage", "ready", "mark", "error", "lost"]
 
@@ -37,6 +42,7 @@ class Row:
 
     ``path`` names it across boots; ``leaf`` says whether nothing lies in it. ``gaps`` are a residual's stretches.
     ``off_axis_ns`` is what a guest stage says that cannot be; it has no duration, and starts where its line came.
+    ``reason`` says why something went wrong.
     """
 
     label: str
@@ -50,6 +56,7 @@ class Row:
     leaf: bool = True
     gaps: tuple[tuple[int, int], ...] = ()
     off_axis_ns: int | None = None
+    reason: str | None = None
 
     @property
     def end_ns(self) -> int:
@@ -61,7 +68,8 @@ class Row:
 class Chart:
     """One VM's rows on the axis from ``start_ns`` to ``end_ns``; ``total_ns`` is what shares are of.
 
-    ``notes`` say what a reader must know about the figures, one sentence each.
+    ``total_spans`` says from where to where a restore's total is; a boot's needs no words. ``notes`` say what a reader
+    must know about the figures, one sentence each.
     """
 
     recording: Recording
@@ -73,6 +81,7 @@ class Chart:
     instants: tuple[Row, ...]
     restore: tuple[Row, ...] = ()
     notes: tuple[str, ...] = ()
+    total_spans: str = ""
 
     @property
     def name(self) -> str:
@@ -97,38 +106,66 @@ class Chart:
     def headline(self) -> str:
         """What became of the boot or the restore, in a few words."""
         recording = self.recording
-        if recording.restore:
-            stages = (f"{stage} after {duration_text(ns)}" for stage, ns in self.restore_times)
-            return f"restored, {', '.join(stages)}"
         accel = f" on {printable(recording.accel)}" if recording.accel else ""
+        if recording.restore:
+            said = [f"total {duration_text(self.total_ns)} {self.total_spans}"]
+            said += [f"{stage} after {duration_text(ns)}" for stage, ns in self.restore_times]
+            return f"restored{accel}, {', '.join(said)}"
         ready = recording.ready_ns
         if ready is not None:
             return f"total {duration_text(self.total_ns)}{accel}, READY at {duration_text(ready)}"
         outcome = "failed after" if recording.failed else "cancelled after" if recording.cancelled else "no READY in"
-        return f"{outcome} {duration_text(self.total_ns)}{accel}"
+        what = "restore " if recording.what == RESTORE and recording.broken else ""
+        return f"{what}{outcome} {duration_text(self.total_ns)}{accel}"
 
     @property
     def restore_times(self) -> list[tuple[str, int]]:
-        """The stages of a restore in words, and how long after its call they came, ns."""
+        """The stages of a restore in words, without the one that ends its total, and how long after its call they came,
+        ns."""
         stages = self.recording.restore
-        words = [stage.name.removeprefix(f"{RESTORE}.").replace("_", " ") for stage in stages]
-        return [(word, stage.since_call_ns) for word, stage in zip(words, stages, strict=True)]
+        if stages and stages[-1].t_ns >= self.end_ns:
+            stages = stages[:-1]
+        return [(_words(stage.name), stage.since_call_ns) for stage in stages]
 
 
 def lay_out(recording: Recording) -> Chart:
     """The chart of ``recording``."""
-    tops, missing = nest(recording.phases)
+    tops, missing = nest(_named(recording))
     start_ns, end_ns, total_ns = _axis(recording)
     host = list(_host_rows(tops, recording.attempts > 1))
     guest, restore = tuple(_guest_rows(recording, end_ns)), tuple(_restore_rows(recording, start_ns))
     instants = [_instant(instant) for instant in recording.instants]
-    notes = [*_notes(recording, missing), *_off_axis_notes(recording, end_ns)]
+    notes = [*_notes(recording, missing), *_off_axis_notes(recording, end_ns), *_reasons(instants)]
     if (more := len(host) - MAX_ROWS) > 0:
         notes.append(f"{more} more phases are not drawn")
     if (more := len(instants) - MAX_ROWS) > 0:
         notes.append(f"{more} more instants are not drawn")
     drawn = tuple(host[:MAX_ROWS]), guest, tuple(instants[:MAX_ROWS]), restore
-    return Chart(recording, start_ns, end_ns, total_ns, *drawn, tuple(notes))
+    return Chart(recording, start_ns, end_ns, total_ns, *drawn, tuple(notes), _total_spans(recording, end_ns))
+
+
+def _named(recording: Recording) -> Sequence[RecordedPhase]:
+    """Its phases. A restore goes on after the one that is called its total in the file."""
+    if recording.what != RESTORE:
+        return recording.phases
+    names: dict[str | None, str] = {TOTAL: RESTORING}
+    return [
+        attrs.evolve(phase, name=names.get(phase.name, phase.name), parent=names.get(phase.parent, phase.parent))
+        for phase in recording.phases
+    ]
+
+
+def _total_spans(recording: Recording, end_ns: int) -> str:
+    if not recording.restore:
+        return ""
+    last = recording.restore[-1]
+    if last.t_ns < end_ns:
+        return "from call until in place"
+    return "from call until mapped" if last.name == _MAPPED else f"from call to {_words(last.name)}"
+
+
+def _words(stage: str) -> str:
+    return printable(stage.removeprefix(f"{RESTORE}.").replace("_", " "))
 
 
 def _axis(recording: Recording) -> tuple[int, int, int]:
@@ -137,12 +174,13 @@ def _axis(recording: Recording) -> tuple[int, int, int]:
         called_ns, last_ns = max(0, _called_ns(recording)), recording.restore[-1].t_ns
         start_ns = min(start_ns, called_ns) if recording.phases else called_ns
         end_ns = max(end_ns, last_ns) if recording.phases else last_ns
-        total_ns = end_ns - start_ns
+        total_ns = end_ns - min(start_ns, _called_ns(recording))
     return start_ns, end_ns, total_ns
 
 
 def _called_ns(recording: Recording) -> int:
-    return min(stage.t_ns - stage.since_call_ns for stage in recording.restore)
+    # The latest, for a stage's two figures are two looks at the clock, of which the second is the later one.
+    return max(stage.t_ns - stage.since_call_ns for stage in recording.restore)
 
 
 def _boot_axis(recording: Recording) -> tuple[int, int, int]:
@@ -225,13 +263,14 @@ def _reached(recording: Recording, stage: RecordedStage, latest: int) -> int:
 
 
 def _instant(instant: RecordedInstant) -> Row:
-    return Row(printable(instant.label), instant.kind, instant.t_ns)
+    reason = None if instant.reason is None else printable(instant.reason)
+    return Row(printable(instant.label), instant.kind, instant.t_ns, reason=reason)
 
 
 def _notes(recording: Recording, missing: Sequence[str]) -> Iterator[str]:
     if recording.stages:
         yield _clock_note(recording)
-    if recording.phases and not any(phase.name == TOTAL for phase in recording.phases):
+    if recording.phases and not recording.restore and not any(phase.name == TOTAL for phase in recording.phases):
         yield "no total phase in the file: total is from the first phase's start to the last one's end"
     yield from _restore_notes(recording)
     if missing:
@@ -247,11 +286,21 @@ def _notes(recording: Recording, missing: Sequence[str]) -> Iterator[str]:
 
 
 def _restore_notes(recording: Recording) -> Iterator[str]:
+    if recording.restore and any(phase.name == TOTAL for phase in recording.phases):
+        yield f"{RESTORING} is the phase {TOTAL} in the file: from the call until memory and state are in place"
     if recording.restore and (called_ns := _called_ns(recording)) < 0:
         yield f"the restore was called {duration_text(-called_ns)} before the VM's start, where the axis begins"
     if recording.faults is not None:
         minor, major = recording.faults
         yield f"page faults until the first guest event: {minor} minor, {major} major"
+
+
+def _reasons(instants: Sequence[Row]) -> Iterator[str]:
+    rows = [row for row in instants if row.reason is not None]
+    for row in rows[:_REASONS]:
+        yield f"{row.label} (at {duration_text(row.start_ns)}): {row.reason}"
+    if (more := len(rows) - _REASONS) > 0:
+        yield f"{more} more snapshot{'s' * (more > 1)} failed"
 
 
 def _clock_note(recording: Recording) -> str:

@@ -75,6 +75,14 @@ class Group:
         kinds = {chart.recording.what for chart in self.charts} or {"boot"}
         return kinds.pop() if len(kinds) == 1 else "VM"
 
+    @property
+    def total_spans(self) -> str:
+        """From where to where their totals are, if all are restores."""
+        spans = {chart.total_spans for chart in self.charts}
+        if len(spans) == 1:
+            return spans.pop()
+        return "from call to the last stage of each" if self.what == RESTORE else ""
+
 
 @attrs.frozen
 class Line:

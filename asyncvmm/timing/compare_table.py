@@ -52,7 +52,8 @@ def group_text(group: Group) -> str:
     """``boot.jsonl: 20 boots, 1 failed or incomplete and left out``."""
     count = len(group.charts)
     left_out = f", {group.left_out} failed or incomplete and left out" if group.left_out else ""
-    return f"{printable(group.name)}: {count} {group.what}{'s' * (count != 1)}{left_out}"
+    total = f", total {group.total_spans}" if group.total_spans else ""
+    return f"{printable(group.name)}: {count} {group.what}{'s' * (count != 1)}{total}{left_out}"
 
 
 def spread_text(spread: Spread) -> str:

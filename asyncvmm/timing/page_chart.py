@@ -71,7 +71,7 @@ def _badge(chart: Chart) -> Markup:
 
 def _tiles(chart: Chart) -> Markup:
     recording = chart.recording
-    tiles = [("total", us(duration_text(chart.total_ns)))]
+    tiles = [(f"total {chart.total_spans}".rstrip(), us(duration_text(chart.total_ns)))]
     if recording.ready_ns is not None:
         tiles.append(("READY after", us(duration_text(max(0, recording.ready_ns - chart.start_ns)))))
     tiles += [(f"{stage} after", us(duration_text(ns))) for stage, ns in chart.restore_times]
@@ -206,6 +206,8 @@ def _more(chart: Chart, row: Row) -> str | None:
         return f"off the axis: says {us(duration_text(row.off_axis_ns))}"
     if row.start_ns > chart.end_ns:
         return f"after the {chart.recording.what}"
+    if row.reason is not None:
+        return us(row.reason)
     if row.kind == "residual":
         return "what no phase inside accounts for"
     if row.path[:1] == (GUEST,):

@@ -49,7 +49,8 @@ def _process(pid: int, chart: Chart) -> Iterator[TraceEvent]:
     yield from slices
     for row in chart.instants:
         scope = "p" if row.kind in ("ready", "error") else "t"
-        yield {**_event(pid, GUEST, row), "ph": "i", "s": scope}
+        said = {} if row.reason is None else {"args": {"reason": row.reason}}
+        yield {**_event(pid, GUEST, row), "ph": "i", "s": scope, **said}
 
 
 def _slices(pid: int, chart: Chart) -> Iterator[TraceEvent]:

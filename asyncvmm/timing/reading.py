@@ -43,6 +43,8 @@ MAX_STAGES = 64
 
 FOREIGN = "not an event of asyncvmm"
 
+_CANCELLED = "CancelledError"
+
 Event = Mapping[str, object]
 
 
@@ -212,8 +214,11 @@ class _Vm:
         self.stages[name] = RecordedStage(name, guest_ns, t_ns)
 
     def state(self, event: Event, _: int, __: int) -> None:
-        """The state the VM went into."""
+        """The state the VM went into, and what it is made of."""
         self.facts["state"] = fields.text(event, "state")
+        for fact, name in (("accel", "accel"), ("made_of", "snapshot")):
+            if (said := fields.maybe_text(event, name)) is not None:
+                self.facts[fact] = said
         if exits := fields.numbers(fields.mapping(event, "exits")):
             self.facts["exits"] = exits
 
@@ -269,6 +274,15 @@ class _Vm:
             self.instants.append(RecordedInstant("paused", paused_ns))
         self.mark(event, t_ns, line)
 
+    def not_saved(self, event: Event, t_ns: int, _: int) -> None:
+        """A snapshot that was asked for is none, and why."""
+        trigger, kind = fields.maybe_text(event, "trigger") or "", fields.maybe_text(event, "kind")
+        facts = {name: fields.maybe_text(event, name) for name in ("expected", "found", "state")}
+        said = ", ".join(f"{name} {fact}" for name, fact in facts.items() if fact is not None)
+        what = ", ".join(word for word in (kind, fields.maybe_text(event, "what")) if word)
+        reason = "cancelled" if kind == _CANCELLED else f"{what}: {said}" if said else what
+        self.instants.append(RecordedInstant(f"snapshot.failed {trigger}".rstrip(), t_ns, reason=reason or None))
+
     def restore_stage(self, event: Event, t_ns: int, _: int) -> None:
         """A restore has come so far."""
         name = fields.text(event, "event")
@@ -313,7 +327,7 @@ _TAKE: Mapping[str, _Take] = {
     "log.lost": _Vm.lost_lines,
     "snapshot.trigger": _Vm.named_mark,
     "snapshot.saved": _Vm.saved,
-    "snapshot.failed": _Vm.named_mark,
+    "snapshot.failed": _Vm.not_saved,
     "restore.mapped": _Vm.restore_stage,
     "restore.first_exit": _Vm.restore_stage,
     "restore.first_guest_event": _Vm.restore_stage,

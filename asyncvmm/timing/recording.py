@@ -60,11 +60,12 @@ class RestoreStage:
 
 @attrs.frozen
 class RecordedInstant:
-    """Something that happened at ``t_ns``."""
+    """Something that happened at ``t_ns``. ``reason`` says why, if it is something that went wrong."""
 
     label: str
     t_ns: int
     kind: InstantKind = "mark"
+    reason: str | None = None
 
 
 @attrs.frozen
@@ -83,8 +84,8 @@ class RecordedClock:
 class Recording:
     """One VM of one file. ``source`` is the file as it was named; the rest is what its lines said.
 
-    ``restore``: the stages of its restore, in order; there are none if it was booted. ``faults``: minor and major page
-    faults until the last of them.
+    ``restore``: the stages of its restore, in order; there are none if it was booted. ``made_of``: the snapshot that it
+    is made of, as it said when it started. ``faults``: minor and major page faults until the last of the stages.
     """
 
     source: str
@@ -96,6 +97,7 @@ class Recording:
     faults: tuple[int, int] | None = None
     clock: RecordedClock | None = None
     accel: str | None = None
+    made_of: str | None = None
     state: str | None = None
     lost_lines: int = 0
     timing: Mapping[str, int] = attrs.field(factory=dict)
@@ -110,7 +112,7 @@ class Recording:
     @property
     def what(self) -> str:
         """``boot`` or ``restore``."""
-        return "restore" if self.restore else "boot"
+        return "restore" if self.restore or self.made_of is not None else "boot"
 
     @property
     def attempts(self) -> int:
@@ -128,12 +130,12 @@ class Recording:
     def failed(self) -> bool:
         """Whether it records a boot or a restore that did not succeed: an error or a failed phase, and neither READY
         nor a stage of a restore; none cancelled."""
-        return self._broken and not self.cancelled
+        return self.broken and not self.cancelled
 
     @property
     def cancelled(self) -> bool:
         """Whether it records a boot that its caller ended: it broke off as a whole, and there was no error."""
-        if not self._broken or self.state == "failed" or any(instant.kind == "error" for instant in self.instants):
+        if not self.broken or self.state == "failed" or any(instant.kind == "error" for instant in self.instants):
             return False
         return self.state == "stopped" or any(phase.name == TOTAL and phase.failed for phase in self.phases)
 
@@ -142,7 +144,8 @@ class Recording:
         return self.ready_ns is not None or bool(self.restore)
 
     @property
-    def _broken(self) -> bool:
+    def broken(self) -> bool:
+        """Whether it failed or was cancelled."""
         if self._good:
             return False
         return any(instant.kind == "error" for instant in self.instants) or any(phase.failed for phase in self.phases)

@@ -50,6 +50,7 @@ def restore(vm: str = "a1b2", guest_ms: int = 40) -> list[bytes]:
     """A restore that was called for 1 ms before the VM was made; its guest is heard of ``guest_ms`` after the call."""
     heard = {"kind": "serial", "minor_faults": 3, "major_faults": 0}
     return [
+        line("vm.state", 0, vm, state="starting", previous="new", accel="kvm", snapshot="s"),
         phase("memory_register", 3 * MS, 2 * MS, "total", vm),
         phase("total", MS, 9 * MS, None, vm, residual_ns=7 * MS),
         line("restore.mapped", 10 * MS, vm, duration_ns=11 * MS, snapshot="s"),

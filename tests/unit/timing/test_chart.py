@@ -74,7 +74,7 @@ def test_a_stage_of_which_no_line_is_there_is_held_against_the_boots_end() -> No
 
 def test_the_axis_of_a_restore_goes_from_its_call_to_the_first_sign_of_its_guest() -> None:
     drawn = chart(restore())
-    assert (drawn.start_ns, drawn.end_ns, drawn.total_ns) == (0, 39 * MS, 39 * MS)
+    assert (drawn.start_ns, drawn.end_ns, drawn.total_ns) == (0, 39 * MS, 40 * MS)
     assert [(row.label, row.start_ns, row.duration_ns) for row in drawn.restore] == [
         ("restore.mapped", 0, 10 * MS),
         ("restore.first_exit", 10 * MS, 5 * MS),
@@ -82,18 +82,72 @@ def test_the_axis_of_a_restore_goes_from_its_call_to_the_first_sign_of_its_guest
     ]
     assert [row.label for row in drawn.instants] == ["restore.step entropy"]
     assert drawn.headline == (
-        "restored, mapped after 11.0 ms, first exit after 16.0 ms, first guest event after 40.0 ms"
+        "restored on kvm, total 40.0 ms from call to first guest event, mapped after 11.0 ms, first exit after 16.0 ms"
     )
     assert drawn.notes == (
+        "restoring is the phase total in the file: from the call until memory and state are in place",
         "the restore was called 1.00 ms before the VM's start, where the axis begins",
         "page faults until the first guest event: 3 minor, 0 major",
     )
 
 
 def test_a_restore_whose_guest_has_said_nothing_yet_ends_with_what_it_came_to() -> None:
-    drawn = chart(restore()[:3])
+    drawn = chart(restore()[:4])
     assert (drawn.start_ns, drawn.end_ns) == (0, 10 * MS)
-    assert drawn.headline == "restored, mapped after 11.0 ms"
+    assert drawn.headline == "restored on kvm, total 11.0 ms from call until mapped"
+
+
+def test_no_row_of_a_restore_is_called_total_beside_the_total_that_it_has() -> None:
+    drawn = chart(restore())
+    assert [(row.label, row.depth, row.duration_ns) for row in drawn.host] == [
+        ("restoring", 0, 9 * MS),
+        ("memory_register", 1, 2 * MS),
+        ("residual of restoring", 1, 7 * MS),
+        ("resume_kvm_run", 0, 4 * MS),
+    ]
+
+
+def test_a_restore_that_was_in_place_after_its_first_exit_is_told_until_then() -> None:
+    ahead = [
+        line("restore.mapped", 2 * MS, duration_ns=2 * MS),
+        line("restore.first_exit", 3 * MS, duration_ns=3 * MS),
+        phase("total", 0, 4 * MS),
+    ]
+    assert chart(ahead).headline == (
+        "restored, total 4.00 ms from call until in place, mapped after 2.00 ms, first exit after 3.00 ms"
+    )
+
+
+def test_what_a_clock_went_on_between_two_looks_at_it_is_not_taken_for_an_earlier_call() -> None:
+    late = [*restore()[2:3], line("restore.mapped", 10 * MS, duration_ns=10 * MS)]
+    late.append(line("restore.first_exit", 11 * MS, duration_ns=11 * MS + 1_500))
+    assert not [note for note in chart(late).notes if "before the VM's start" in note]
+    assert chart(late).total_ns == 11 * MS
+
+
+def test_a_restore_that_came_to_nothing_is_none_of_the_boots() -> None:
+    lines = [*restore()[:1], phase("total", 0, 3 * MS, failed=True), line("vm.error", 3 * MS, what="cpu")]
+    drawn = chart(lines)
+    assert drawn.headline == "restore failed after 3.00 ms on kvm"
+    assert drawn.host[0].label == "restoring"
+
+
+def test_why_a_snapshot_failed_is_said() -> None:
+    facts = {"expected": "a path\n", "found": "it there", "state": "ready"}
+    failed = line("snapshot.failed", 200 * MS, kind="SnapshotFailed", what="snapshot", trigger="after", **facts)
+    drawn = chart([*boot(), failed])
+    assert drawn.instants[-1].label == "snapshot.failed after"
+    assert drawn.instants[-1].reason == "SnapshotFailed, snapshot: expected a path\\x0a, found it there, state ready"
+    assert drawn.notes[-1] == f"snapshot.failed after (at 200 ms): {drawn.instants[-1].reason}"
+
+
+def test_of_many_snapshots_that_failed_the_first_few_reasons_are_notes() -> None:
+    failed = [line("snapshot.failed", n * MS, kind="CancelledError", what="snapshot") for n in range(1, 9)]
+    notes = chart([*boot(), *failed]).notes
+    assert notes[-2:] == (
+        "snapshot.failed (at 5.00 ms): cancelled",
+        "3 more snapshots failed",
+    )
 
 
 def test_a_restore_of_which_no_phase_is_in_the_file_has_its_stages_all_the_same() -> None:

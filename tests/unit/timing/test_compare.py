@@ -89,9 +89,12 @@ def test_restores_are_compared_by_their_stages_and_called_restores() -> None:
         ("restore.first_guest_event", 0),
     ]
     (conclusion,) = comparison.conclusions
-    assert "total +20.0 ms (+51.3%), one restore each" in conclusion
+    assert "total +20.0 ms (+50.0%), one restore each" in conclusion
     assert "the restore stage that differs most is restore.first_guest_event, +20.0 ms" in conclusion
-    assert group_text(comparison.groups[0]) == "a.jsonl: 1 restore"
+    assert group_text(comparison.groups[0]) == "a.jsonl: 1 restore, total from call to first guest event"
+    cut_short = compared([*restore(), *restore("v1")[:-3]])
+    assert group_text(cut_short.groups[0]) == "a.jsonl: 2 restores, total from call to the last stage of each"
+    assert [one.path for one in comparison.lines[:2]] == [("total",), ("total", "restoring")]
     assert group_text(compared([*restore(), *boot("v1")]).groups[0]) == "a.jsonl: 2 VMs"
 
 

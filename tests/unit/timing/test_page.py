@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from html import escape
 from html.parser import HTMLParser
 
 import pytest
@@ -96,10 +97,20 @@ def test_a_restore_is_called_one_and_has_its_stages() -> None:
     drawn = paint(restore())
     assert "<title>Restore of VM a1b2</title>" in drawn
     assert "restored</span>" in drawn
-    assert "first guest event after" in drawn
+    assert "<dt>total from call to first guest event</dt><dd>40.0 ms</dd>" in drawn
+    assert "<dt>first exit after</dt><dd>16.0 ms</dd>" in drawn
+    assert "total" not in Seen(drawn).cells
     assert {"restore.mapped", "restore.first_exit", "restore.first_guest_event"} <= set(Seen(drawn).cells)
     assert "not ready" not in drawn
     assert "2 VMs compared" in paint(restore(), boot())
+
+
+def test_why_a_snapshot_failed_is_in_the_notes_and_at_its_mark() -> None:
+    failed = line("snapshot.failed", MS, kind="SnapshotFailed", what=HOSTILE, trigger="after")
+    drawn = paint([*boot(), failed])
+    assert Seen(drawn).tags.count("script") == 1
+    (more,) = [value for name, value in Seen(drawn).attributes if name == "data-more" and value and "Failed" in value]
+    assert drawn.count(f": {escape(more)}</li>") == 1
 
 
 def test_boots_stand_side_by_side_with_what_moved_above() -> None:

@@ -76,6 +76,11 @@ def test_instants_are_instants() -> None:
     assert (ready["ph"], ready["s"], ready["ts"]) == ("i", "p", 96_000)
 
 
+def test_why_a_snapshot_failed_is_an_argument_of_its_instant() -> None:
+    failed = line("snapshot.failed", MS, kind="SnapshotFailed", what="snapshot", found="it there")
+    assert find(trace([failed]), "snapshot.failed")["args"] == {"reason": "SnapshotFailed, snapshot: found it there"}
+
+
 def test_times_keep_their_nanoseconds() -> None:
     event = find(trace([phase("a", 1_234_567_891_234_567, 3)]), "a")
     assert (event["ts"], event["dur"]) == (1_234_567_891_234.567, 0.003)

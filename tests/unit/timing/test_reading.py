@@ -133,6 +133,7 @@ def test_a_restore_is_complete_once_its_memory_is_in_place_and_failed_if_it_came
     failed = [phase("total", 0, 9, failed=True), line("vm.error", 9, what="no")]
     assert one(restore()).complete
     assert one(restore()).what == "restore"
+    assert one(restore()[:1]).what == "restore"  # it says so as it starts
     assert not one([*restore(), failed[1]]).failed  # what became of the guest is another matter
     assert one(failed).failed
 

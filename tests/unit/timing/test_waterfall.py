@@ -46,7 +46,8 @@ def test_a_pipe_gets_each_row_with_start_duration_share_and_bar() -> None:
 
 def test_a_restore_is_drawn_with_its_stages_and_no_ready_is_missed() -> None:
     lines = drawn(restore())
-    assert "restored, mapped after 11.0 ms" in lines[0]
+    assert "restored on kvm, total 40.0 ms from call to first guest event, mapped after 11.0 ms" in lines[0]
+    assert not [text for text in lines if text.split()[:1] == ["total"]]
     assert "READY" not in "".join(lines)
     at = lines.index("restore, up to each stage")
     assert [text.split()[0] for text in lines[at + 1 : at + 4]] == [
@@ -54,7 +55,7 @@ def test_a_restore_is_drawn_with_its_stages_and_no_ready_is_missed() -> None:
         "restore.first_exit",
         "restore.first_guest_event",
     ]
-    assert row(lines, "restore.first_exit").split()[1:6] == ["10.0", "ms", "5.00", "ms", "12.8%"]
+    assert row(lines, "restore.first_exit").split()[1:6] == ["10.0", "ms", "5.00", "ms", "12.5%"]
 
 
 def test_host_and_guest_share_one_axis() -> None:
