@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from pathlib import Path
 
 import anyio
@@ -17,7 +16,7 @@ from asyncvmm.config import VMConfig
 from asyncvmm.console import ConsoleReader
 from asyncvmm.errors import AsyncVMMError, ConfigError, GuestStopped, HostError, TriggerImpossible
 from asyncvmm.events.lines import LineScanner
-from asyncvmm.events.outputs import Output, Target, open_output
+from asyncvmm.events.outputs import Output, Target, open_output, shared_file
 from asyncvmm.snapshot.clones import MOST_CLONES
 from asyncvmm.snapshot.resources import SnapshotResources
 from asyncvmm.snapshot.snapshot import Snapshot
@@ -123,20 +122,11 @@ async def restore(directory: Path, clones: int, jsonl: str | None, beyond_bend: 
                     return runs.code
 
 
-@contextmanager
-def _shared(jsonl: str | None) -> Iterator[Target | None]:
+def _shared(jsonl: str | None) -> AbstractContextManager[Target | None]:
     """What every clone's lines can go to: a file is opened once for all."""
     if jsonl is None or jsonl == "-" or jsonl.startswith("unix:"):
-        yield jsonl
-        return
-    try:
-        fd = os.open(jsonl, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"event output {jsonl}", expected="something to write to", found=str(error)) from None
-    try:
-        yield fd
-    finally:
-        os.close(fd)
+        return nullcontext(jsonl)
+    return shared_file(jsonl)
 
 
 class Runs:

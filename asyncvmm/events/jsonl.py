@@ -12,7 +12,7 @@ import logging
 import anyio
 
 from asyncvmm.events.encoding import to_line
-from asyncvmm.events.outputs import Target, WriteWatch, name_of, open_output
+from asyncvmm.events.outputs import SharedFile, Target, WriteWatch, name_of, open_output, reason_of
 from asyncvmm.events.types import Event, LogLost
 
 LIMIT = 1 << 20
@@ -97,13 +97,20 @@ class JsonLines:
         try:
             self._write_all()
         except OSError as error:
-            _log.warning("%s is gone, its lines are dropped: %s", name_of(self._target), error)
+            self._say_gone(error)
             self._give_up()
             return
         if self._buffer:
             self._wait()
         elif self._drained is not None:
             self._drained.set()
+
+    def _say_gone(self, error: OSError) -> None:
+        if isinstance(self._target, SharedFile):
+            if self._target.is_gone:
+                return
+            self._target.is_gone = True
+        _log.warning("%s is gone, its lines are dropped: %s", name_of(self._target), reason_of(error))
 
     def _write_all(self) -> None:
         while True:

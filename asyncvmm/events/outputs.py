@@ -15,16 +15,32 @@ import os
 import select
 import socket
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, Protocol
 
+import attrs
+
 from asyncvmm.errors import ConfigError
 
-Target = str | Path | int | Callable[[bytes], None]
-"""A path (made, or emptied), ``-`` for stdout, ``unix:PATH`` to connect to, an open descriptor, or a callback."""
+
+@attrs.define(eq=False)
+class SharedFile:
+    """One open file for the events of several VMs: its descriptor, and its name as it was asked for. ``is_gone``:
+    somebody has said so."""
+
+    fd: int
+    name: str
+    is_gone: bool = False
+
+
+Target = str | Path | int | Callable[[bytes], None] | SharedFile
+"""A path (made, or emptied), ``-`` for stdout, ``unix:PATH`` to connect to, an open descriptor, a callback, or what
+``shared_file`` gives."""
 
 _STANDARD: Final[Mapping[Target, str]] = {"-": "stdout", 1: "stdout", 2: "stderr"}
+_OTHERS = (str, os.PathLike, int, SharedFile)
 _OWN_FLAGS = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
@@ -50,19 +66,39 @@ def open_output(target: Target) -> Output:
             return CallbackOutput(target)
         if isinstance(target, int):
             return _of_descriptor(target)
+        if isinstance(target, SharedFile):
+            return _of_descriptor(target.fd)
         name = os.fsdecode(target)
         if name == "-":
             return _of_descriptor(1)
         return _connect(name[5:]) if name.startswith("unix:") else _of_path(name)
     except (OSError, ValueError) as error:
-        raise ConfigError(name_of(target), expected=_expected(error), found=_found(error)) from error
+        raise ConfigError(name_of(target), expected=_expected(error), found=reason_of(error)) from error
+
+
+@contextmanager
+def shared_file(name: str) -> Iterator[SharedFile]:
+    """Make, or empty, the file of that name: several write to it, each behind the others. Raises ConfigError."""
+    try:
+        fd = os.open(name, _OWN_FLAGS | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o666)
+    except (OSError, ValueError) as error:
+        raise ConfigError(name_of(name), expected=_expected(error), found=reason_of(error)) from None
+    try:
+        yield SharedFile(fd, name)
+    finally:
+        os.close(fd)
 
 
 def name_of(target: Target) -> str:
     """What a person calls it."""
     if isinstance(target, int) or target == "-":
         return _STANDARD.get(target, f"descriptor {target}")
-    return f"event output {target}"
+    return f"event output {target.name if isinstance(target, SharedFile) else target}"
+
+
+def reason_of(error: OSError | ValueError) -> str:
+    """Why it cannot be written to, in words."""
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
 
 
 def _check(target: object) -> None:
@@ -70,7 +106,7 @@ def _check(target: object) -> None:
         call = getattr(target, "__call__", None)  # noqa: B004 -- an object may have an async one
         if inspect.iscoroutinefunction(target) or inspect.iscoroutinefunction(call):
             raise ConfigError("event output", expected="a callback that is no coroutine function", found=repr(target))
-    elif isinstance(target, bool) or target == "" or not isinstance(target, str | os.PathLike | int):
+    elif isinstance(target, bool) or target == "" or not isinstance(target, _OTHERS):
         expected = "a path, -, unix:PATH, a descriptor or a callback"
         raise ConfigError("event output", expected=expected, found=repr(target))
 
@@ -226,7 +262,3 @@ def _expected(error: OSError | ValueError) -> str:
     if isinstance(error, OSError) and error.errno == errno.ENXIO:
         return "a FIFO with a reader, or a file (for a socket, unix:PATH)"
     return "something to write to"
-
-
-def _found(error: OSError | ValueError) -> str:
-    return error.strerror or str(error) if isinstance(error, OSError) else str(error)

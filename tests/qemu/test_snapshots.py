@@ -372,6 +372,25 @@ def test_restored_clones_prefix_their_lines_and_give_the_workloads_exit_code(sav
     assert {"restore.mapped", "restore.first_guest_event", "restore.profile"} <= {event["event"] for event in events}
 
 
+def test_events_for_which_there_is_no_room_are_said_to_be_lost_once_and_where(saved: Path) -> None:
+    done = asyncvmm(saved, "restore", "s", "--clones", "2", "--jsonl", "/dev/full")
+    assert done.returncode == 3, done
+    assert len(done.stdout.splitlines()) == 2
+    assert done.stderr == "event output /dev/full is gone, its lines are dropped: No space left on device\n"
+
+
+def test_events_that_can_go_nowhere_are_refused_with_the_path_and_the_reason(saved: Path) -> None:
+    os.mkfifo(saved / "fifo")
+    for target, expected, found in (
+        ("fifo", "a FIFO with a reader, or a file (for a socket, unix:PATH)", "No such device or address"),
+        ("no/file", "something to write to", "No such file or directory"),
+        ("s", "something to write to", "Is a directory"),
+    ):
+        done = asyncvmm(saved, "restore", "s", "--jsonl", target)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == f"asyncvmm: event output {target}: expected {expected}, found {found}\n"
+
+
 def test_one_restored_guest_has_stdout_to_itself(saved: Path) -> None:
     done = asyncvmm(saved, "restore", "s")
     assert done.returncode == 3, done
