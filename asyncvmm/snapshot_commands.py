@@ -16,7 +16,7 @@ from asyncvmm.config import VMConfig
 from asyncvmm.console import ConsoleReader
 from asyncvmm.errors import AsyncVMMError, ConfigError, GuestStopped, HostError, TriggerImpossible
 from asyncvmm.events.lines import LineScanner
-from asyncvmm.events.outputs import Output, Target, open_output, shared_file
+from asyncvmm.events.outputs import Output, SharedFile, Target, open_output, shared_file
 from asyncvmm.snapshot.clones import MOST_CLONES
 from asyncvmm.snapshot.resources import SnapshotResources
 from asyncvmm.snapshot.snapshot import Snapshot
@@ -124,9 +124,9 @@ async def restore(directory: Path, clones: int, jsonl: str | None, beyond_bend: 
 
 def _shared(jsonl: str | None) -> AbstractContextManager[Target | None]:
     """What every clone's lines can go to: a file is opened once for all."""
-    if jsonl is None or jsonl == "-" or jsonl.startswith("unix:"):
+    if jsonl is None or jsonl.startswith("unix:"):
         return nullcontext(jsonl)
-    return shared_file(jsonl)
+    return nullcontext(SharedFile(1, jsonl)) if jsonl == "-" else shared_file(jsonl)
 
 
 class Runs:

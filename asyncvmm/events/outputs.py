@@ -93,7 +93,7 @@ def name_of(target: Target) -> str:
     """What a person calls it."""
     if isinstance(target, int) or target == "-":
         return _STANDARD.get(target, f"descriptor {target}")
-    return f"event output {target.name if isinstance(target, SharedFile) else target}"
+    return name_of(target.name) if isinstance(target, SharedFile) else f"event output {target}"
 
 
 def reason_of(error: OSError | ValueError) -> str:

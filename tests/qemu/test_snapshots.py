@@ -379,6 +379,17 @@ def test_events_for_which_there_is_no_room_are_said_to_be_lost_once_and_where(sa
     assert done.stderr == "event output /dev/full is gone, its lines are dropped: No space left on device\n"
 
 
+def test_so_are_those_for_a_stdout_that_has_no_room(saved: Path) -> None:
+    command = [str(Path(sys.executable).parent / "asyncvmm"), "restore", "s", "--clones", "2", "--jsonl", "-"]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            command, cwd=saved, stdout=full, stderr=subprocess.PIPE, text=True, timeout=PATIENCE_S, check=False
+        )
+    assert done.returncode == 3, done
+    lines = [line for line in done.stderr.splitlines() if "random=" not in line]
+    assert lines == ["stdout is gone, its lines are dropped: No space left on device"]
+
+
 def test_events_that_can_go_nowhere_are_refused_with_the_path_and_the_reason(saved: Path) -> None:
     os.mkfifo(saved / "fifo")
     for target, expected, found in (
