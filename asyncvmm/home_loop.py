@@ -24,13 +24,14 @@ class HomeLoop:
 
     def check(self, what: str) -> None:
         """Raises StateError if ``what`` is called on another loop than the VM's; before it has one, any will do."""
-        if self._loop is not None and _running() not in (None, self._loop):
+        if self._loop is not None and running_loop() not in (None, self._loop):
             found = "another one (the VM's is closed)" if self._loop.is_closed() else "another one"
             expected = "the event loop that the VM was started on"
             raise StateError(what, expected=expected, found=found, state=self._state())
 
 
-def _running() -> asyncio.AbstractEventLoop | None:
+def running_loop() -> asyncio.AbstractEventLoop | None:
+    """The one that runs on this thread, if one does."""
     try:
         return asyncio.get_running_loop()
     except RuntimeError:

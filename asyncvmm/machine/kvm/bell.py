@@ -13,6 +13,7 @@ import threading
 import weakref
 from collections.abc import Callable
 
+from asyncvmm.home_loop import running_loop
 from asyncvmm.machine.kvm.fastpath.binding import Library
 
 
@@ -61,7 +62,7 @@ class Bell:
 
     def drop(self) -> None:
         """As ``close``, on any thread, and after the loop's end: soon."""
-        if _running() is self.loop:
+        if running_loop() is self.loop:
             self.close()
             return
         try:
@@ -95,10 +96,3 @@ def _hear(bell: weakref.ref[Bell]) -> None:
 def _stop_listening(loop: asyncio.AbstractEventLoop, fd: int) -> None:
     loop.remove_reader(fd)
     os.close(fd)
-
-
-def _running() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None
