@@ -15,6 +15,7 @@ from asyncvmm.machine.kvm.restoring import Shell
 from asyncvmm.machine.kvm.ring_shape import PAYS_FROM_BYTES, enters_guests, largest, ring_shape
 from asyncvmm.snapshot.shell_pool import ShellPool
 from asyncvmm.snapshot.snapshot import Snapshot
+from tests.support.cancelling import cancel_work
 from tests.support.holdings import Holdings
 
 pytestmark = pytest.mark.anyio
@@ -89,11 +90,7 @@ async def test_whoever_is_cancelled_while_a_pool_is_closed_leaves_no_shell(snaps
     before = held(holdings)
     pool = ShellPool(snapshot, SIZE)
     await pool.fill()
-    closing = asyncio.ensure_future(pool.aclose())
-    await asyncio.sleep(0)
-    closing.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await closing
+    await cancel_work(1, pool.aclose())
     assert held(holdings) == before
 
 

@@ -20,6 +20,7 @@ from asyncvmm.machine.base import BootPlan
 from asyncvmm.machine.qemu.command import QemuBinary
 from asyncvmm.machine.qemu.machine import QemuMachine
 from asyncvmm.timing.timeline import Timeline
+from tests.support.cancelling import cancel_work
 from tests.support.holdings import children
 from tests.support.qemu_machine import DEBUG_EXIT, PATIENCE_S, holdings, running, start_cancelled
 
@@ -121,12 +122,7 @@ async def test_a_start_cancelled_by_its_task_leaves_nothing(plan: BootPlan, qemu
 async def test_a_stop_cancelled_still_ends_everything_and_is_cancelled(plan: BootPlan, qemu: QemuBinary) -> None:
     before = holdings()
     async with running(plan, qemu) as (machine, _):
-        task = asyncio.ensure_future(machine.stop())
-        await anyio.lowlevel.checkpoint()
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        del task
+        await cancel_work(1, machine.stop())
         assert not holdings() - before  # less is no leak: what an earlier test left to the collector may go
 
 

@@ -1,16 +1,29 @@
-"""Cancels boots wherever they can be cancelled: at each phase, and after many a delay."""
+"""Cancels what it is given, and boots wherever they can be cancelled: at each phase, and after many a delay."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import asyncio
+from collections.abc import Callable, Coroutine, Iterable
 from types import TracebackType
+from typing import Any
 
 import anyio
+import pytest
 
 from asyncvmm import VM
 from asyncvmm.timing.timeline import Span, Timeline, _OpenPhase
 
 DELAYS_S = (0.0, 0.0005, 0.001, 0.002, 0.003, 0.005, 0.008, 0.012, 0.02, 0.03, 0.05, 0.1, 0.2)
+
+
+async def cancel_work(turns: int, work: Coroutine[Any, Any, object]) -> None:
+    """Begin it, cancel it so many turns of the loop later, and wait for it to say that it was."""
+    task = asyncio.ensure_future(work)
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
 
 
 class Tripwire(Timeline):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 
 import pytest
@@ -10,6 +9,7 @@ import pytest
 from asyncvmm.errors import HostError
 from asyncvmm.machine.threads import run_in_thread, start_thread
 from asyncvmm.machine.waiting import in_thread, in_thread_or_here
+from tests.support.cancelling import cancel_work
 from tests.support.scarcity import busy_workers, threads_left, workers_left
 
 pytestmark = pytest.mark.anyio
@@ -59,9 +59,5 @@ async def test_what_must_be_done_is_done_here_where_no_thread_is_to_be_had() -> 
 async def test_what_must_be_done_is_done_here_although_whoever_asked_for_it_is_cancelled() -> None:
     done: list[threading.Thread] = []
     async with workers_left(0):
-        freeing = asyncio.ensure_future(in_thread_or_here(lambda: done.append(this_thread())))
-        await asyncio.sleep(0)
-        freeing.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await freeing
+        await cancel_work(1, in_thread_or_here(lambda: done.append(this_thread())))
     assert done == [threading.main_thread()]

@@ -22,6 +22,7 @@ from asyncvmm.storage.image import Buffer
 from asyncvmm.storage.overlay import make_overlay
 from asyncvmm.storage.raw import RawImage
 from asyncvmm.storage.work import MOST_MERGED, merged
+from tests.support.cancelling import cancel_work
 
 CONTENT = os.urandom(1 << 20)
 pytestmark = pytest.mark.anyio
@@ -266,12 +267,7 @@ async def test_a_drive_that_cannot_be_opened_is_refused_with_its_id(tmp_path: Pa
 
 @pytest.mark.parametrize("turns", range(4))
 async def test_opening_can_be_cancelled_without_leaving_the_image_locked(path: Path, turns: int) -> None:
-    task = asyncio.create_task(open_disk(DriveConfig(path=path)))
-    for _ in range(turns):
-        await asyncio.sleep(0)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
+    await cancel_work(turns, open_disk(DriveConfig(path=path)))
     for _ in range(100):
         try:
             disk = await open_disk(DriveConfig(path=path))

@@ -17,6 +17,7 @@ import anyio.to_thread
 import pytest
 
 from asyncvmm.machine.qemu.spawning import Spawned, _thread, spawn, spawn_blocking
+from tests.support.cancelling import cancel_work
 from tests.support.holdings import children, is_running
 from tests.support.qemu_machine import PATIENCE_S, descriptors, holdings
 
@@ -87,13 +88,7 @@ def test_a_program_that_is_not_there_is_an_error_and_leaves_nothing() -> None:
 async def test_a_start_that_is_cancelled_leaves_no_program() -> None:
     before = holdings()
     for turns in range(6):
-        task = asyncio.ensure_future(spawn(SLEEP, (), 2))
-        for _ in range(turns):
-            await asyncio.sleep(0)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-    del task
+        await cancel_work(turns, spawn(SLEEP, (), 2))
     assert not holdings() - before
 
 
