@@ -17,13 +17,7 @@
 round:
     mov ticks, %ecx
     mov %ebx, LAPIC + 0x380
-1:  cli
-    cmp %ecx, ticks
-    jne 2f
-    sti
-    hlt
-    jmp 1b
-2:  sti
+    wait_for_more ticks, %ecx
     add $STEP, %ebx
     cmp $LATEST, %ebx
     jb 3f

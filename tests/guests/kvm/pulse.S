@@ -12,16 +12,6 @@
 .set TSC_DEADLINE, 0x6e0
 .set CYCLES, 400000
 
-.macro wait_for_more place, than        # than: a register
-1:  cli
-    cmp \than, \place
-    jne 2f
-    sti
-    hlt
-    jmp 1b
-2:  sti
-.endm
-
     pvh_entry
     lidt idtr
     gate CALL, call
