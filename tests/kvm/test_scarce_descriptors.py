@@ -11,7 +11,7 @@ import pytest
 from asyncvmm import VM, VMConfig
 from asyncvmm.errors import ConfigError, HostError, SnapshotError
 from asyncvmm.snapshot.snapshot import Snapshot
-from tests.support.scarcity import descriptors_left, echoing_config, errors_until_it_can_be, out_of_kind
+from tests.support.scarcity import booted, descriptors_left, echoing_config, errors_until_it_can_be, out_of_kind
 
 pytestmark = pytest.mark.anyio
 
@@ -37,12 +37,8 @@ async def few(count: int) -> AsyncIterator[None]:
 
 
 async def test_boots_fail_in_kind(config: VMConfig) -> None:
-    async def boot() -> VM:
-        vm = VM(config)
-        await vm.boot()
-        return vm
-
-    assert not out_of_kind(await errors_until_it_can_be(boot, few), HostError, ConfigError)
+    errors = await errors_until_it_can_be(lambda: booted(config), few)
+    assert not out_of_kind(errors, HostError, ConfigError)
 
 
 async def test_restores_fail_in_kind(saved: Path) -> None:

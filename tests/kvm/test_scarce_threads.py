@@ -14,6 +14,7 @@ from asyncvmm.machine.kvm.calibrate import measure
 from asyncvmm.snapshot.shell_pool import ShellPool
 from tests.support.echoing import echoed
 from tests.support.scarcity import (
+    booted,
     echoing_config,
     errors_until_it_can_be,
     held,
@@ -42,12 +43,7 @@ async def vm(config: VMConfig) -> AsyncIterator[VM]:
 
 
 async def test_boots_fail_in_kind(config: VMConfig) -> None:
-    async def boot() -> VM:
-        vm = VM(config)
-        await vm.boot()
-        return vm
-
-    errors = await errors_until_it_can_be(boot, workers_left)
+    errors = await errors_until_it_can_be(lambda: booted(config), workers_left)
     assert not out_of_kind(errors, HostError, saying="thread")
 
 
@@ -72,8 +68,7 @@ async def test_a_vm_that_cannot_be_paused_or_saved_goes_on(vm: VM, tmp_path: Pat
 
 async def test_a_vm_is_freed_all_the_same(config: VMConfig) -> None:
     before = held()
-    vm = VM(config)
-    await vm.boot()
+    vm = await booted(config)
     async with workers_left(0):
         await vm.stop()
     await nothing_more_is_held_than(before)

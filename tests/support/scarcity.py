@@ -94,6 +94,13 @@ def echoing_config(kernel: Path, *, disk: Path | None) -> VMConfig:
     return attrs.evolve(config, drives=[DriveConfig(path=disk, overlay=True)], vsock=True)
 
 
+async def booted(config: VMConfig) -> VM:
+    """A VM, running."""
+    vm = VM(config)
+    await vm.boot()
+    return vm
+
+
 async def errors_until_it_can_be(
     make: Callable[[], Awaitable[VM]], left: Callable[[int], AbstractAsyncContextManager[None]]
 ) -> list[Exception]:
