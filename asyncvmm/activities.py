@@ -14,6 +14,8 @@ class Activities:
     """Those of one VM. Each runs in a task of its own caller."""
 
     def __init__(self) -> None:
+        self.ended = False
+        """Whether ``end_all`` was called."""
         self._under_way: dict[anyio.CancelScope, anyio.Event] = {}
 
     @contextmanager
@@ -32,6 +34,7 @@ class Activities:
 
     async def end_all(self) -> None:
         """Cancel all, and wait until each has cleared up behind itself."""
+        self.ended = True
         under_way = dict(self._under_way)
         for scope in under_way:
             scope.cancel()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, closing, nullcontext, suppress
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 
 import anyio
@@ -41,7 +41,8 @@ def _policy(on: str, quiesce_ms: int, out: Path) -> SnapshotResources:
     if on == "pre-exec":
         return SnapshotResources(on_pre_exec=True, quiesce_ms=quiesce_ms, out_path=out)
     if on == "listener":
-        return SnapshotResources(on_listener=True, quiesce_ms=quiesce_ms, out_path=out)
+        # Without one there is nothing that `asyncvmm restore` could run.
+        return SnapshotResources(on_listener=True, or_parked=False, quiesce_ms=quiesce_ms, out_path=out)
     if name == "heartbeat" and number is not None:
         return SnapshotResources(at_heartbeat=number, quiesce_ms=quiesce_ms, out_path=out)
     if name == "after" and number is not None:
@@ -67,18 +68,20 @@ async def take(config: VMConfig, when: SnapshotResources, jsonl: str | None, pre
 
 
 async def _boot_and_save(vm: VM, when: SnapshotResources, stdout: Output, precopy: bool) -> Snapshot:
-    result: list[Snapshot] = []
-    output, saving = WorkloadOutput(vm), anyio.CancelScope()
+    result: list[Snapshot | TriggerImpossible] = []
+    output = WorkloadOutput(vm)
 
     async def save() -> None:
-        with saving:
+        try:
             result.append(await vm.snapshot(when, precopy=precopy, then="stop"))
+        except TriggerImpossible as error:
+            if not vm.events.idle.done:
+                raise
+            result.append(error)  # once the output is written, which may say why
 
     try:
         async with anyio.create_task_group() as group:
             group.start_soon(save)
-            if when.on_listener:
-                group.start_soon(_give_up, vm, saving)
             await anyio.lowlevel.checkpoint()  # it has to be asked for before the boot
             await vm.boot()
             group.start_soon(_copy_workload, vm, output, stdout)
@@ -87,18 +90,9 @@ async def _boot_and_save(vm: VM, when: SnapshotResources, stdout: Output, precop
         if task is not None and task.cancelling():  # what failed then is what came of it
             raise asyncio.CancelledError from None
         raise first_error(failed) from None
-    if not result:
-        found = f"the workload has ended with exit code {vm.events.exit.value}"
-        raise TriggerImpossible("snapshot trigger", expected="a listener", found=found)
+    if isinstance(result[0], TriggerImpossible):
+        raise result[0]
     return result[0]
-
-
-async def _give_up(vm: VM, saving: anyio.CancelScope) -> None:
-    """Save no guest whose workload has ended without a listener: ``asyncvmm restore`` has nothing to run in it."""
-    with suppress(AsyncVMMError):  # it was stopped, or the boot says why
-        await vm.events.idle
-        if not vm.events.listener.done:
-            saving.cancel()
 
 
 async def _copy_workload(vm: VM, output: WorkloadOutput, stdout: Output) -> None:

@@ -55,7 +55,8 @@ class SnapshotFailedEvent(Event):
     """A snapshot that was asked for is none; the VM is as it was.
 
     ``kind`` is the error's class name, CancelledError where nobody waits for it any more. ``trigger``: what had come by
-    then. ``path``: the directory it was to be, None for one of its own.
+    then. ``path``: the directory it was to be, None for one of its own. ``reason``: what is behind the error, where
+    that is known: why nobody waits, or the error that it came of.
     """
 
     event: ClassVar[str] = "snapshot.failed"
@@ -67,15 +68,21 @@ class SnapshotFailedEvent(Event):
     state: str | None = None
     trigger: Trigger | None = None
     path: str | None = None
+    reason: str | None = None
 
     @classmethod
-    def of(cls, t_ns: int, error: BaseException, trigger: Trigger | None, path: str | None) -> SnapshotFailedEvent:
-        """The event of ``error``, whatever its kind."""
+    def of(
+        cls, t_ns: int, error: BaseException, trigger: Trigger | None, path: str | None, reason: str | None = None
+    ) -> SnapshotFailedEvent:
+        """The event of ``error``, whatever its kind. ``reason``: what an error without words would not say."""
         kind = type(error).__name__
         if not isinstance(error, AsyncVMMError):
-            return cls(t_ns, kind, str(error) or "snapshot", trigger=trigger, path=path)
+            what = "snapshot" if reason else str(error) or "snapshot"
+            return cls(t_ns, kind, what, trigger=trigger, path=path, reason=reason)
+        if reason is None and isinstance(error.__cause__, AsyncVMMError):
+            reason = str(error.__cause__)
         expected, found = (None if fact is None else str(fact) for fact in (error.expected, error.found))
-        return cls(t_ns, kind, error.what, expected, found, error.state, trigger, path)
+        return cls(t_ns, kind, error.what, expected, found, error.state, trigger, path, reason)
 
 
 @event_class

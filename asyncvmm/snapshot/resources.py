@@ -55,7 +55,8 @@ class SnapshotResources:
     after_ms: milliseconds after READY, or after the call if that is later. at_heartbeat: once PID 1 has counted that
     far. on_listener: once something in the guest listens on a port. on_pre_exec: one step before the workload runs; it
     wins over on_listener. If one of these two is armed and cannot come any more, as the workload has ended, that counts
-    as having come (``parked``).
+    as having come (``parked``); with ``or_parked=False`` it does not, and a snapshot that waits for nothing else is
+    impossible then.
 
     quiesce_ms: milliseconds that the guest runs on before it is stopped and saved. out_path: the snapshot's directory;
     None leaves the choice to who takes it.
@@ -67,6 +68,7 @@ class SnapshotResources:
     at_heartbeat: int | None = attrs.field(default=None, validator=attrs.validators.optional(_check_heartbeat))
     on_listener: bool = attrs.field(default=False, validator=_check_bool)
     on_pre_exec: bool = attrs.field(default=False, validator=_check_bool)
+    or_parked: bool = attrs.field(default=True, validator=_check_bool)
     quiesce_ms: int = attrs.field(default=0, validator=_check_ms)
     out_path: Path | None = attrs.field(default=None, converter=_path)
 

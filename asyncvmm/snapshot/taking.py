@@ -302,8 +302,12 @@ class SnapshotTaker:
     def _tell_failed(self, error: BaseException, order: SnapshotOrder, came: list[Fired]) -> None:
         events, path = self._vm.events, order.directory
         if events.listening:
-            trigger = came[0].trigger if came else None
-            events.publish(SnapshotFailedEvent.of(self._now(), error, trigger, None if path is None else str(path)))
+            trigger, where = came[0].trigger if came else None, None if path is None else str(path)
+            reason = None
+            if isinstance(error, asyncio.CancelledError):
+                ended = self._vm._activities.ended
+                reason = "the VM was stopped" if ended else "whoever asked for it was cancelled"
+            events.publish(SnapshotFailedEvent.of(self._now(), error, trigger, where, reason))
 
     def _tell_saved(self, snapshot: Snapshot, fired: Fired, times: _Times) -> None:
         vm, manifest, now_ns = self._vm, snapshot.manifest, self._now()

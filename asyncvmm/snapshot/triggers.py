@@ -5,7 +5,7 @@ from __future__ import annotations
 import attrs
 
 from asyncvmm.events.snapshot_types import Trigger
-from asyncvmm.events.types import GuestHeartbeat, GuestIdle, GuestListener, GuestPreExec
+from asyncvmm.events.types import GuestExit, GuestHeartbeat, GuestIdle, GuestListener, GuestPreExec
 from asyncvmm.snapshot.resources import SnapshotResources
 
 
@@ -24,7 +24,7 @@ class Fired:
 
 @attrs.frozen(kw_only=True)
 class Facts:
-    """What has happened so far: the newest heartbeat, the first pre-exec and listener, None for what has not come.
+    """What has happened so far: the newest heartbeat, the first of everything else, None for what has not come.
 
     ``idle``: nothing is left in the guest that could still run a workload or listen. ``elapsed_ms`` counts
     from when the guest was ready and somebody waited.
@@ -33,6 +33,7 @@ class Facts:
     heartbeat: GuestHeartbeat | None = None
     pre_exec: GuestPreExec | None = None
     listener: GuestListener | None = None
+    exit: GuestExit | None = None
     idle: GuestIdle | None = None
     elapsed_ms: float = 0.0
 
@@ -48,6 +49,16 @@ def decide(resources: SnapshotResources, facts: Facts) -> Fired | None:
         or _parked(resources, facts)
         or _after(resources, facts)
     )
+
+
+def impossible(resources: SnapshotResources, facts: Facts) -> str | None:
+    """Why none of it can come any more; None as long as one may."""
+    waits = resources.at_heartbeat is not None or resources.after_ms is not None
+    if resources.or_parked or waits or facts.idle is None:
+        return None
+    if facts.exit is None:
+        return "nothing is left that could run a workload or listen"
+    return f"the workload has ended with exit code {facts.exit.code}"
 
 
 def _heartbeat(resources: SnapshotResources, facts: Facts) -> Fired | None:
@@ -71,7 +82,7 @@ def _listener(resources: SnapshotResources, facts: Facts) -> Fired | None:
 
 
 def _parked(resources: SnapshotResources, facts: Facts) -> Fired | None:
-    if facts.idle is None:
+    if facts.idle is None or not resources.or_parked:
         return None
     awaited = [("pre-exec", resources.on_pre_exec), ("listener", resources.on_listener)]
     names = " and ".join(name for name, armed in awaited if armed)

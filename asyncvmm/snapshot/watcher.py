@@ -15,7 +15,7 @@ import attrs
 from asyncvmm.console import Console, ConsoleReader
 from asyncvmm.errors import TriggerImpossible
 from asyncvmm.events.hub import EventHub
-from asyncvmm.events.types import Event, GuestHeartbeat, GuestIdle, GuestListener, GuestPreExec
+from asyncvmm.events.types import Event, GuestExit, GuestHeartbeat, GuestIdle, GuestListener, GuestPreExec
 from asyncvmm.snapshot.predicate import (
     Activity,
     ConsoleOutput,
@@ -30,7 +30,7 @@ from asyncvmm.snapshot.predicate import (
 )
 from asyncvmm.snapshot.predicates import MS_NS, S_NS, ConsoleMatch, Idle, PortWritten
 from asyncvmm.snapshot.resources import SnapshotResources
-from asyncvmm.snapshot.triggers import Facts, Fired, decide
+from asyncvmm.snapshot.triggers import Facts, Fired, decide, impossible
 
 WatchPort = Callable[[int, int | None, Callable[[int], None]], Callable[[], None]]
 """Have a function called, on the loop, with the next byte that the guest writes to a port: this one, or any for None.
@@ -110,6 +110,8 @@ class _Policy:
                 self._facts = attrs.evolve(facts, pre_exec=facts.pre_exec or fact)
             case GuestListener():
                 self._facts = attrs.evolve(facts, listener=facts.listener or fact)
+            case GuestExit():
+                self._facts = attrs.evolve(facts, exit=facts.exit or fact)
             case GuestIdle():
                 self._facts = attrs.evolve(facts, idle=facts.idle or fact)
 
@@ -117,9 +119,11 @@ class _Policy:
         """How it stands."""
         after_ms = self._resources.after_ms
         facts = attrs.evolve(self._facts, elapsed_ms=(now_ns - self._begin_ns) / MS_NS)
-        return decide(self._resources, facts) or Waiting(
-            None if after_ms is None else self._begin_ns + after_ms * MS_NS
-        )
+        if (fired := decide(self._resources, facts)) is not None:
+            return fired
+        if (why := impossible(self._resources, facts)) is not None:
+            return Never(why)
+        return Waiting(None if after_ms is None else self._begin_ns + after_ms * MS_NS)
 
     def __str__(self) -> str:
         return " or ".join(self._armed())

@@ -16,6 +16,7 @@ from asyncvmm.events.snapshot_types import (
     RestoreFirstExit,
     RestoreFirstGuestEvent,
     RestoreMapped,
+    SnapshotFailedEvent,
     SnapshotSaved,
     SnapshotTrigger,
 )
@@ -32,6 +33,34 @@ from tests.support.echoing import echoed
 pytestmark = pytest.mark.anyio
 PATIENCE_S = 60
 Make = Callable[..., VM]
+
+
+# -- told of -----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_snapshot_that_nobody_waits_for_any_more_is_told_of_with_the_reason(vm: Make) -> None:
+    told: list[SnapshotFailedEvent] = []
+
+    def take(event: Event) -> None:
+        if isinstance(event, SnapshotFailedEvent):
+            told.append(event)
+
+    async with vm("RE") as original, anyio.create_task_group() as group:
+        original.events.attach(take)
+        await original.boot()
+        with anyio.move_on_after(0.01):
+            await original.snapshot(console(rb"never"))
+
+        async def wait() -> None:
+            with pytest.raises(StateError):
+                await original.snapshot(console(rb"never"))
+
+        group.start_soon(wait)
+        await anyio.wait_all_tasks_blocked()
+        await original.stop()
+    assert [event.kind for event in told] == ["CancelledError", "CancelledError"]
+    assert [event.what for event in told] == ["snapshot", "snapshot"]
+    assert [event.reason for event in told] == ["whoever asked for it was cancelled", "the VM was stopped"]
 
 
 # -- taken and restored ------------------------------------------------------------------------------------------------

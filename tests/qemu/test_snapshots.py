@@ -439,8 +439,10 @@ def test_a_listener_that_cannot_come_any_more_is_one_line_and_exit_code_2(tmp_pa
     words = ["snapshot", "--on", "listener", "--out", "s", "--accel", "qemu", "--jsonl", "lines"]
     done = asyncvmm(tmp_path, *words, "--", "sh", "-c", "echo no such file; exit 3")
     assert done.returncode == 2, done
-    assert done.stderr == (
-        "asyncvmm: snapshot trigger: expected a listener, found the workload has ended with exit code 3\n"
-    )
+    found = "the workload has ended with exit code 3"
+    assert done.stderr == f"asyncvmm: snapshot trigger: expected a listener, found {found}\n"
     assert done.stdout.strip() == "no such file"
     assert os.listdir(tmp_path) == ["lines"]
+    events = [orjson.loads(line) for line in (tmp_path / "lines").read_bytes().splitlines()]
+    (told,) = [event for event in events if event["event"].startswith("snapshot.")]
+    assert (told["event"], told["kind"], told["found"]) == ("snapshot.failed", "TriggerImpossible", found)

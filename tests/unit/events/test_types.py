@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator, ValidationError
 
 from asyncvmm.effects import ExitCount, ExitStatistics
-from asyncvmm.errors import BootError, KernelError, KvmIoctlError, SnapshotFailed, StateError
+from asyncvmm.errors import (
+    BootError,
+    GuestStopped,
+    KernelError,
+    KvmIoctlError,
+    SnapshotFailed,
+    StateError,
+    TriggerImpossible,
+)
 from asyncvmm.events import snapshot_types, types
 from asyncvmm.events.encoding import timestamp, to_line
 from asyncvmm.events.lines import Line
@@ -88,6 +96,7 @@ SAMPLES: list[Event] = [
     snapshot_types.SnapshotFailedEvent.of(99, SnapshotFailed("snapshot", expected=Path("/s")), "after", "/s"),
     snapshot_types.SnapshotFailedEvent.of(99, StateError("snapshot", expected="a", found=1, state="new"), None, None),
     snapshot_types.SnapshotFailedEvent.of(99, CancelledError(), None, None),
+    snapshot_types.SnapshotFailedEvent.of(99, CancelledError("scope 7f"), None, None, "the VM was stopped"),
     snapshot_types.RestoreMapped(5, 5, "c0ffee"),
     snapshot_types.RestoreFirstExit(7, 6),
     snapshot_types.RestoreFirstGuestEvent(9, 8, "guest.heartbeat", 120, 0),
@@ -225,6 +234,20 @@ def test_the_schema_knows_the_triggers_that_there_are() -> None:
     for event in ("snapshot.trigger", "snapshot.saved", "snapshot.failed"):
         described = schema()["$defs"][event]["properties"]["trigger"]["enum"]
         assert tuple(described) == get_args(snapshot_types.Trigger)
+
+
+def test_a_snapshot_that_failed_says_what_was_behind_it() -> None:
+    cancelled = CancelledError("Cancelled via cancel scope 7f00")
+    record = parsed(snapshot_types.SnapshotFailedEvent.of(9, cancelled, None, None, "the VM was stopped"))
+    assert (record["kind"], record["what"], record["reason"]) == ("CancelledError", "snapshot", "the VM was stopped")
+    impossible = TriggerImpossible("snapshot trigger", expected="a listener", found="the guest has ended")
+    assert "reason" not in parsed(snapshot_types.SnapshotFailedEvent.of(9, impossible, None, None))
+    impossible.__cause__ = GuestStopped("guest", expected="an orderly end", found="a panic", reason="panic")
+    record = parsed(snapshot_types.SnapshotFailedEvent.of(9, impossible, None, None))
+    assert (record["found"], record["reason"]) == (
+        "the guest has ended",
+        "guest: expected an orderly end, found a panic",
+    )
 
 
 def test_an_error_carries_its_evidence() -> None:

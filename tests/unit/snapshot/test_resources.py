@@ -38,6 +38,7 @@ def test_nothing_armed_is_refused(rest: dict[str, Any]) -> None:
         {"at_heartbeat": False},
         {"on_listener": 1},
         {"on_pre_exec": None},
+        {"on_pre_exec": True, "or_parked": "no"},
         {"on_pre_exec": True, "quiesce_ms": -1},
         {"on_pre_exec": True, "quiesce_ms": None},
         {"on_pre_exec": True, "out_path": ""},

@@ -156,6 +156,27 @@ async def test_a_guest_that_is_idle_without_a_listener_is_parked(guest: Guest) -
     assert result == [Fired("parked", "no listener can come any more", 6)]
 
 
+async def test_it_is_impossible_for_who_does_not_want_it_parked(guest: Guest) -> None:
+    async with guest.waiting(SnapshotResources(on_listener=True, or_parked=False)) as result:
+        guest.events.publish(GuestExit(5, 3))
+        await guest.settle()
+        assert result == []  # what it left behind may listen yet
+        guest.events.publish(GuestIdle(6))
+    assert isinstance(result[0], TriggerImpossible)
+    assert (result[0].expected, result[0].found) == ("a listener", "the workload has ended with exit code 3")
+    assert guest.left_behind == []
+
+
+async def test_what_does_not_rest_on_the_workload_is_waited_for_all_the_same(guest: Guest) -> None:
+    guest.events.publish(GuestIdle(6))
+    assert await guest.fires(SnapshotResources(on_listener=True, after_ms=20, or_parked=False)) == Fired(
+        "after", "20 ms"
+    )
+    async with guest.waiting(SnapshotResources(on_listener=True, at_heartbeat=2, or_parked=False)) as result:
+        guest.events.publish(GuestHeartbeat(7, 2))
+    assert result == [Fired("heartbeat", "heartbeat 2", 7)]
+
+
 async def test_a_predicate_that_cannot_come_any_more_is_impossible(guest: Guest) -> None:
     async with guest.waiting(listener(80) | pre_exec()) as result:
         guest.events.publish(GuestIdle(6))
