@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +25,18 @@ if TYPE_CHECKING:
     from asyncvmm.metrics.vm_metrics import VmMetrics
 
 
+_REASON = "the snapshot's machine"
+_KVM = AccelChoice(requested="kvm", accel="kvm", reason=_REASON, kvm=KvmFacts(present=True, usable=True))
+_QEMU = AccelChoice(requested="qemu", accel="qemu", reason=_REASON, kvm=KvmFacts(present=False, usable=False))
+
+_IMPORTED_LAST = {"kvm": "asyncvmm.machine.kvm.restoring", "qemu": "asyncvmm.machine.qemu.machine"}
+"""Of what a restore on each machine takes."""
+_BESIDE = ("asyncvmm.metrics.control", "asyncvmm.upkeep")
+
+
 async def choose_machine(snapshot: Snapshot) -> AccelChoice:
-    """The machine that made it. Raises KvmUnavailable or QemuUnavailable where it is not to be had."""
-    if snapshot.manifest.machine == "kvm":  # the restore itself finds out whether it can be had
-        known = KvmFacts(present=True, usable=True)
-        return AccelChoice(requested="kvm", accel="kvm", reason="the snapshot's machine", kvm=known)
-    return await choose_accel("qemu")
+    """The machine that made it. Whether it is to be had is found out later: on KVM by the restore itself."""
+    return _KVM if snapshot.manifest.machine == "kvm" else _QEMU
 
 
 class RestoreAttempt(Attempt):
@@ -48,7 +56,13 @@ class RestoreAttempt(Attempt):
         self._track_dirty = track_dirty
 
     async def plan(self) -> None:
-        """Import what it takes, the first time. Raises SnapshotDamaged."""
+        """Find out what QEMU can run on, and import what it takes, the first time.
+
+        Raises QemuUnavailable and SnapshotDamaged.
+        """
+        if self._choice is _QEMU:
+            with self._timeline.phase("accel"):
+                self._choice = await choose_accel("qemu")
         self._plan = self._saved_plan()
         if not _imported(self._choice.accel):
             await anyio.to_thread.run_sync(self._import)
@@ -66,6 +80,9 @@ class RestoreAttempt(Attempt):
         with self._timeline.phase("machine_import"):
             import_machine(self._choice.accel)
             import_devices(self._config.devices, self._choice.accel)
+            resources = ["asyncvmm.resources"] * bool(self._config.devices.count)
+            for name in (*_BESIDE, *resources, _IMPORTED_LAST[self._choice.accel]):
+                import_module(name)
 
     def _saved_plan(self) -> BootPlan:
         saved = self._snapshot.manifest.extra.get("plan")
@@ -95,9 +112,7 @@ class RestoreAttempt(Attempt):
 
 
 def _imported(accel: str) -> bool:
-    import sys
-
-    return f"asyncvmm.machine.{accel}.machine" in sys.modules
+    return _IMPORTED_LAST[accel] in sys.modules
 
 
 def _text(saved: object, name: str) -> str | None:

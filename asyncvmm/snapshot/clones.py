@@ -85,7 +85,7 @@ async def _make(
 
     async def one(number: int) -> None:
         def prepare(vm: VM) -> None:
-            vm._clone = number
+            vm._clone = number if count > 1 else None
             if hooks.prepare is not None:
                 call_plain("prepare", hooks.prepare, vm, number)
 

@@ -118,6 +118,7 @@ def restore_profile(phases: Sequence[Phase]) -> RestoreProfile:
         vcpu_state_restore=attempt.took("vcpu_state_restore"),
         device_state_restore=attempt.took("device_state_restore"),
         resume_kvm_run=attempt.took("resume_kvm_run"),
+        restore_total=attempt.took("total"),
     )
 
 
@@ -127,6 +128,7 @@ def runtime_restore_profile(phases: Sequence[Phase]) -> RuntimeRestoreProfile:
     return RuntimeRestoreProfile(
         vcpu_state_restore=attempt.took("vcpu_state_restore"),
         device_state_restore=attempt.took("device_state_restore"),
+        restore_total=attempt.took("total"),
     )
 
 

@@ -126,7 +126,7 @@ class RestoreProfile(Profile):
     guest_memory_mmap: reserving the address range. memory_state_write: making the saved pages visible in it, by
     mapping the file and any prefetch, or by copying. resume_kvm_run: until the first KVM_RUN, if it was resumed.
     kvm_fd_open, guest_memory_mmap and memory_state_write lack what was done before the call, after the snapshot's last
-    restore: they may be 0.
+    restore: they may be 0. restore_total: from the call until memory and state are in place.
 
     QEMU makes its machine out of our sight: vm_arch_setup is all of that, from looking for QEMU until it answers;
     device_state_restore is its reading of the state, the vCPUs' too; resume_kvm_run: until it has let the vCPUs run.
@@ -143,6 +143,7 @@ class RestoreProfile(Profile):
     vcpu_state_restore: int | None = None
     device_state_restore: int | None = None
     resume_kvm_run: int | None = None
+    restore_total: int | None = None
 
     @property
     def total_without_resume(self) -> int | None:
@@ -165,14 +166,36 @@ class RestoreProfile(Profile):
         """All of it."""
         return total_of(self.total_without_resume, self.resume_kvm_run)
 
+    @property
+    def restore_misc(self) -> int | None:
+        """What the steps but resume_kvm_run leave of restore_total, never below 0: opening the snapshot, imports."""
+        return left_of(self.restore_total, [self.total_without_resume])
+
     def totals(self) -> dict[str, int | None]:
-        """total_without_resume, total_with_resume."""
-        return {"total_without_resume": self.total_without_resume, "total_with_resume": self.total_with_resume}
+        """total_without_resume, total_with_resume, restore_misc."""
+        return {
+            "total_without_resume": self.total_without_resume,
+            "total_with_resume": self.total_with_resume,
+            "restore_misc": self.restore_misc,
+        }
 
 
 @attrs.frozen(kw_only=True)
 class RuntimeRestoreProfile(Profile):
-    """Restoring a snapshot into a shell of a VM that was made ahead."""
+    """Restoring a snapshot into a shell of a VM that was made ahead.
+
+    restore_total: from the call until memory and state are in place.
+    """
 
     vcpu_state_restore: int | None = None
     device_state_restore: int | None = None
+    restore_total: int | None = None
+
+    @property
+    def restore_misc(self) -> int | None:
+        """What the two leave of restore_total, never below 0: opening the snapshot, imports, the memory's pages."""
+        return left_of(self.restore_total, [self.vcpu_state_restore, self.device_state_restore])
+
+    def totals(self) -> dict[str, int | None]:
+        """restore_misc."""
+        return {"restore_misc": self.restore_misc}

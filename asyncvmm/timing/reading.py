@@ -277,10 +277,11 @@ class _Vm:
     def not_saved(self, event: Event, t_ns: int, _: int) -> None:
         """A snapshot that was asked for is none, and why."""
         trigger, kind = fields.maybe_text(event, "trigger") or "", fields.maybe_text(event, "kind")
-        facts = {name: fields.maybe_text(event, name) for name in ("expected", "found", "state")}
+        facts = {name: fields.maybe_text(event, name) for name in ("expected", "found", "state", "reason")}
         said = ", ".join(f"{name} {fact}" for name, fact in facts.items() if fact is not None)
-        what = ", ".join(word for word in (kind, fields.maybe_text(event, "what")) if word)
-        reason = "cancelled" if kind == _CANCELLED else f"{what}: {said}" if said else what
+        words = ("cancelled",) if kind == _CANCELLED else (kind, fields.maybe_text(event, "what"))
+        what = ", ".join(word for word in words if word)
+        reason = f"{what}: {said}" if said else what
         self.instants.append(RecordedInstant(f"snapshot.failed {trigger}".rstrip(), t_ns, reason=reason or None))
 
     def restore_stage(self, event: Event, t_ns: int, _: int) -> None:

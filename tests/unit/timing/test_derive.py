@@ -135,7 +135,7 @@ def phases_of(*names: str) -> list[Phase]:
 
 
 def test_every_field_of_a_restore_is_there() -> None:
-    profile = restore_profile(phases_of(*RESTORE_ON, "device_state_restore", "resume_kvm_run"))
+    profile = restore_profile(phases_of(*RESTORE_ON, "device_state_restore", "resume_kvm_run", "total"))
     assert None not in attrs.astuple(profile)
     assert profile == RestoreProfile(
         kvm_fd_open=1,
@@ -149,6 +149,7 @@ def test_every_field_of_a_restore_is_there() -> None:
         vcpu_state_restore=10,
         device_state_restore=11,
         resume_kvm_run=12,
+        restore_total=13,
     )
 
 
@@ -167,5 +168,6 @@ def test_a_step_that_is_made_in_parts_counts_with_all_of_them() -> None:
 
 
 def test_a_restore_into_a_shell_has_a_profile_of_its_own() -> None:
-    found = runtime_restore_profile(phases_of("memory_state_write", "vcpu_state_restore", "device_state_restore"))
-    assert found == RuntimeRestoreProfile(vcpu_state_restore=2, device_state_restore=3)
+    steps = ("memory_state_write", "vcpu_state_restore", "device_state_restore", "total")
+    found = runtime_restore_profile(phases_of(*steps))
+    assert found == RuntimeRestoreProfile(vcpu_state_restore=2, device_state_restore=3, restore_total=4)

@@ -63,8 +63,23 @@ def test_what_the_named_steps_leave_is_misc_and_never_negative() -> None:
 def test_a_restore_sums_all_but_its_resumption() -> None:
     values = powers(RestoreProfile)
     profile = RestoreProfile(**values)
-    assert parts(profile.total_without_resume, values) == set(values) - {"resume_kvm_run"}
-    assert parts(profile.total_with_resume, values) == set(values)
+    assert parts(profile.total_without_resume, values) == set(values) - {"resume_kvm_run", "restore_total"}
+    assert parts(profile.total_with_resume, values) == set(values) - {"restore_total"}
+
+
+@pytest.mark.parametrize("kind", [RestoreProfile, RuntimeRestoreProfile])
+def test_what_the_steps_of_a_restore_leave_of_it_is_told_as_well(
+    kind: type[RestoreProfile] | type[RuntimeRestoreProfile],
+) -> None:
+    steps = {"vcpu_state_restore": 3, "device_state_restore": 4}
+    assert kind(**steps, restore_total=10).restore_misc == 3
+    assert kind(**steps, restore_total=5).restore_misc == 0
+    assert kind(**steps).restore_misc is None
+    assert kind(**steps, restore_total=10).to_dict().items() >= {"restore_total": 10, "restore_misc": 3}.items()
+
+
+def test_resuming_is_no_part_of_what_a_restores_misc_is_left_of() -> None:
+    assert RestoreProfile(kvm_fd_open=1, resume_kvm_run=5, restore_total=3).restore_misc == 2
 
 
 def test_a_dict_holds_the_derived_totals_too() -> None:

@@ -129,6 +129,18 @@ def test_a_snapshot_and_a_restore_leave_their_instants_and_stages() -> None:
     assert recording.faults == (3, 1)
 
 
+def test_why_a_snapshot_failed_is_kept_as_far_as_it_is_told() -> None:
+    facts = [
+        {"kind": "CancelledError", "what": "x", "reason": "stopped"},
+        {"what": "x", "found": "y"},
+        {"kind": "E"},
+        {},
+    ]
+    recording = one([line("snapshot.failed", n, **fact) for n, fact in enumerate(facts)])
+    told = ["cancelled: reason stopped", "x: found y", "E", None]
+    assert [instant.reason for instant in recording.instants] == told
+
+
 def test_a_restore_is_complete_once_its_memory_is_in_place_and_failed_if_it_came_to_nothing() -> None:
     failed = [phase("total", 0, 9, failed=True), line("vm.error", 9, what="no")]
     assert one(restore()).complete

@@ -1,0 +1,61 @@
+"""The first restore of a process: what it imports is imported in a phase, on a worker thread."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import anyio
+import orjson
+import pytest
+
+from asyncvmm import VM
+
+pytestmark = pytest.mark.anyio
+PATIENCE_S = 60
+
+PROGRAM = """
+import sys
+import anyio, orjson
+from asyncvmm import VM
+from asyncvmm.snapshot.attempt import RestoreAttempt, choose_machine
+from asyncvmm.snapshot.snapshot import Snapshot
+import asyncvmm.snapshot.restoring
+from asyncvmm.timing.timeline import Timeline
+
+async def main():
+    async with await Snapshot.load(sys.argv[1]) as snapshot:
+        timeline, choice = Timeline(), await choose_machine(snapshot)
+        await RestoreAttempt(snapshot, snapshot.config, "vm", choice, timeline, False).plan()
+        planned, mapped = set(sys.modules), set()
+
+        def listen(vm):
+            vm.events.attach(lambda event: mapped.update(sys.modules) if event.event == "restore.mapped" else None)
+
+        async with await VM.restore(snapshot, prepare=listen) as vm:
+            while vm.restore_profile is None:
+                await anyio.sleep(0.001)
+            profile = vm.restore_profile.to_dict()
+        late = [name for name in mapped - planned if name.startswith("asyncvmm")]
+        phases = [phase.name for phase in timeline.phases]
+        print(orjson.dumps({"late": late, "phases": phases, "profile": profile}).decode())
+
+anyio.run(main)
+"""
+
+
+async def test_a_first_restore_imports_nothing_on_the_loop_and_its_profile_has_no_gap(
+    vm: Callable[..., VM], tmp_path: Path
+) -> None:
+    async with vm("RE") as original:
+        await original.boot()
+        (await original.snapshot(out=tmp_path / "s", then="stop")).close()
+    with anyio.fail_after(PATIENCE_S):
+        done = await anyio.run_process([sys.executable, "-c", PROGRAM, str(tmp_path / "s")], stderr=sys.stderr)
+    found = orjson.loads(done.stdout)
+    assert found["late"] == []
+    assert found["phases"] == ["machine_import"]
+    profile = found["profile"]
+    assert profile["restore_total"] == profile["total_without_resume"] + profile["restore_misc"]
+    assert profile["restore_misc"] > 0
