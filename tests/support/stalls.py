@@ -2,9 +2,10 @@
 
 A heartbeat on the loop falls due every few milliseconds. While it is late, a bystander thread looks at what the loop's
 thread does. A stall is time during which it was seen in the package's code or in what that code called, less the time
-for which the kernel kept it waiting for a processor (/proc/.../schedstat), garbage was collected, or the bystander
-itself came late: then others had the interpreter or the processors. Waiting for a new thread to come to life is not
-blamed, nor is what a test does on the loop by itself: reading its own files, or walking the heap of a long session.
+for which the kernel kept it waiting for a processor (/proc/.../schedstat), another machine had ours (steal, proc(5)),
+garbage was collected, or the bystander itself came late: then others had the interpreter or the processors. Waiting for
+a new thread to come to life is not blamed, nor is what a test does on the loop by itself: reading its own files, or
+walking the heap of a long session.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import traceback
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from types import CodeType, FrameType
 
@@ -26,11 +28,16 @@ import attrs
 
 LONGEST_STALL_S = 0.5 if os.environ.get("ASYNCVMM_LAB") == "1" else 0.05
 PERIOD_S = 0.005
+BEATS_PER_SAMPLE = 20
+"""To ask what was stolen takes a tenth of a millisecond."""
 
 PACKAGE = Path(__file__).parents[2] / "asyncvmm"
 
 _LOOPS = ("_run_once", "run_forever", "run_until_complete", "run_test", "run_asyncgen_fixture", "run_fixture")
 """Functions of asyncio and anyio that run the loop: what called them is not on it."""
+
+_STEAL = 8
+"""Its place in the line "cpu" of proc(5)."""
 
 _COLLECTING = {"since": 0.0, "total": 0.0}
 
@@ -78,6 +85,7 @@ class StallWatch:
         self.worst: Stall | None = None
         self._bystander = bystander
         self._due = float("inf")
+        self._stolen = 0.0
         self._seen: list[float] = []
         self._stack: traceback.StackSummary | None = None
 
@@ -106,7 +114,9 @@ class StallWatch:
                     self._stack = _stack_of(frame)
 
     async def _beat(self) -> None:
-        while True:
+        for number in count():
+            if number % BEATS_PER_SAMPLE == 0:
+                self._stolen = stolen_s()
             waited, ran = self._waited(), time.thread_time()
             self._seen, self._stack, self._due = [], None, time.monotonic() + PERIOD_S
             await asyncio.sleep(PERIOD_S)
@@ -122,8 +132,16 @@ class StallWatch:
         # The bystander may be late because the loop's thread keeps the interpreter: no excuse for it.
         late_too = max(0.0, self._bystander.lateness_between(due, last) - ran)
         seconds = last - due - waited - late_too
+        if seconds > PERIOD_S:
+            seconds -= stolen_s() - self._stolen
         if seconds > (self.worst.seconds if self.worst else 0.0):
             self.worst = Stall(seconds, "".join(self._stack.format()) if self._stack is not None else "")
+
+
+def stolen_s(stat: str | None = None) -> float:
+    """Seconds for which a hypervisor gave our processors to others, on all of them; ``stat`` as /proc/stat."""
+    fields = (Path("/proc/stat").read_text() if stat is None else stat).split("\n", 1)[0].split()
+    return int(fields[_STEAL]) / os.sysconf("SC_CLK_TCK")
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import linecache
+import os
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from asyncvmm.events.outputs import CallbackOutput
-from tests.support.stalls import LONGEST_STALL_S, Bystander, Stall, StallWatch
+from tests.support.stalls import LONGEST_STALL_S, Bystander, Stall, StallWatch, stolen_s
 
 pytestmark = [pytest.mark.anyio, pytest.mark.stalls]
 
@@ -90,3 +91,9 @@ async def test_a_loop_that_only_waits_is_not_blamed_when_the_machine_is_busy(bys
         for _ in range(500):
             await asyncio.sleep(0.001)
     assert watch.worst is None or watch.worst.seconds <= LONGEST_STALL_S
+
+
+def test_what_a_hypervisor_took_is_read_from_the_kernels_account() -> None:
+    hertz = os.sysconf("SC_CLK_TCK")
+    assert stolen_s(f"cpu  1 2 3 4 5 6 7 {3 * hertz} 9 10\ncpu0 1 2 3 4 5 6 7 8 9 10\n") == 3
+    assert stolen_s() >= 0
