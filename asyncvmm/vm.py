@@ -41,7 +41,7 @@ from asyncvmm.readiness import GuestFacts, Readiness, complete, describe_end
 from asyncvmm.report import BootReport
 from asyncvmm.snapshot.of_vm import SnapshotCalls
 from asyncvmm.timing.of_vm import TimingProperties
-from asyncvmm.timing.timeline import Timeline
+from asyncvmm.timing.timeline import Span, Timeline
 from asyncvmm.timing.vm_timing import VmTiming
 from asyncvmm.watch import GuestWatch
 from asyncvmm.workload_hold import WorkloadHold
@@ -218,6 +218,8 @@ class VM(TimingProperties, MachineProperties, SnapshotCalls):
         async with self._freed_unless_done("restore"):
             total = self.timeline.phase("total")
             with total:
+                if restoring._launch is None:  # else each microsecond counts
+                    self.timeline.record(Span("snapshot_open", restoring.begin_ns, total.start_ns))
                 total.start_ns = restoring.begin_ns
                 self._attempt = attempt = await restoring.attempt(self.config, self.name)
                 self._watch = self._new_watch()

@@ -47,7 +47,7 @@ _PHASES = """
     boot kvm_open vm_create kvm_create_vm vm_arch_setup memory memory_alloc memory_register irqchip_create vcpu_create
     rootfs_load kernel_load boot_params vcpu_config cpuid_config register_config vm_finish vcpu_start
     qemu_fork qemu_qmp_connect boot_wait retry_pause
-    memory_state_write vcpu_state_restore device_state_restore resume_kvm_run
+    snapshot_open memory_state_write vcpu_state_restore device_state_restore resume_kvm_run
 """
 
 

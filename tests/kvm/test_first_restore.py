@@ -11,6 +11,7 @@ import orjson
 import pytest
 
 from asyncvmm import VM
+from tests.support.launched import Ready
 
 pytestmark = pytest.mark.anyio
 PATIENCE_S = 60
@@ -37,9 +38,10 @@ async def main():
             while vm.restore_profile is None:
                 await anyio.sleep(0.001)
             profile = vm.restore_profile.to_dict()
+            steps = [(phase.name, phase.start_ns - vm.timeline.start_ns, phase.parent) for phase in vm.timeline.phases]
         late = [name for name in mapped - planned if name.startswith("asyncvmm")]
         phases = [phase.name for phase in timeline.phases]
-        print(orjson.dumps({"late": late, "phases": phases, "profile": profile}).decode())
+        print(orjson.dumps({"late": late, "phases": phases, "profile": profile, "steps": steps}).decode())
 
 anyio.run(main)
 """
@@ -56,6 +58,14 @@ async def test_a_first_restore_imports_nothing_on_the_loop_and_its_profile_has_n
     found = orjson.loads(done.stdout)
     assert found["late"] == []
     assert found["phases"] == ["machine_import"]
+    assert ["snapshot_open", 0, "total"] in found["steps"]
     profile = found["profile"]
     assert profile["restore_total"] == profile["total_without_resume"] + profile["restore_misc"]
     assert profile["restore_misc"] > 0
+
+
+async def test_a_restore_that_is_launched_takes_no_look_at_what_came_before(ready: Ready) -> None:
+    async with ready("RE") as snapshot, await VM.restore(snapshot) as vm:
+        names = {phase.name for phase in vm.timeline.phases}
+        assert "kvm_create_vm" in names
+        assert "snapshot_open" not in names
