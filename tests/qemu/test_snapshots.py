@@ -240,6 +240,8 @@ async def test_a_restores_profile_has_all_that_qemu_took_until_its_vcpus_ran(hel
         "resume_kvm_run": took["resume_kvm_run"],
         "total_without_resume": profile.total_without_resume,
         "total_with_resume": profile.total_with_resume,
+        "restore_total": took["total"],
+        "restore_misc": profile.restore_misc,
     }
 
 
