@@ -11,6 +11,7 @@ from pathlib import Path
 import anyio
 import anyio.lowlevel
 
+from asyncvmm.accel import choose_accel
 from asyncvmm.commands import WorkloadOutput, write_all
 from asyncvmm.config import VMConfig
 from asyncvmm.console import ConsoleReader
@@ -19,6 +20,7 @@ from asyncvmm.events.lines import LineScanner
 from asyncvmm.events.outputs import Output, SharedFile, Target, open_output, shared_file
 from asyncvmm.snapshot.clones import MOST_CLONES
 from asyncvmm.snapshot.resources import SnapshotResources
+from asyncvmm.snapshot.savable import check_savable
 from asyncvmm.snapshot.snapshot import Snapshot
 from asyncvmm.vm import VM
 
@@ -54,6 +56,8 @@ async def take(config: VMConfig, when: SnapshotResources, jsonl: str | None, pre
     """``asyncvmm snapshot``: boot, wait, save, stop. The workload's output until then on stdout, a line on stderr."""
     if jsonl == "-":
         raise ConfigError("--jsonl of snapshot", expected="a file", found="stdout, which the workload's output has")
+    # A machine that is measured is measured once: the boot finds that done.
+    check_savable(config, config.accel if config.vsock is None else (await choose_accel(config.accel)).accel)
     async with VM(config) as vm:
         if jsonl is not None:
             vm.stream_to(jsonl)

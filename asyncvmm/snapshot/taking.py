@@ -33,6 +33,7 @@ from asyncvmm.snapshot.guest_record import SECTION, GuestRecord, record_of
 from asyncvmm.snapshot.manifest import Manifest
 from asyncvmm.snapshot.memory_writer import MemoryWriter
 from asyncvmm.snapshot.order import SnapshotOrder
+from asyncvmm.snapshot.savable import check_savable
 from asyncvmm.snapshot.snapshot import OWN_PREFIX, Snapshot
 from asyncvmm.snapshot.triggers import Fired
 from asyncvmm.snapshot.watcher import wait_for_trigger
@@ -106,10 +107,7 @@ class SnapshotTaker:
         allowed = ("ready", "paused") if order.when is None else ("new", "starting", "booting", "ready", "paused")
         if vm.state not in allowed:
             raise StateError("snapshot", expected=f"a VM that is {' or '.join(allowed)}", state=vm.state)
-        if (plan := vm._attempt.made_plan if vm._attempt else None) is not None and plan.resources.drives:
-            from asyncvmm.storage.snapshot import check_drives
-
-            check_drives(plan.resources)
+        check_savable(vm.config, vm.accel or vm.config.accel)
         self._bases.check(order)
         if order.needs_pre_exec and self._was_let_run():
             expected, found = "a workload that is yet to run (ask before boot)", "one that was let run"
@@ -144,6 +142,7 @@ class SnapshotTaker:
             return NOW
         await vm.events.ready
         machine = self._machine()
+        check_savable(vm.config, machine.accel)  # it may have been yet to be chosen
         try:
             await machine.expect_save()
         except StateError:

@@ -123,11 +123,22 @@ def check_drives(resources: Resources) -> None:
     """Whether these drives can be in a snapshot; of use before anything is paused. Raises SnapshotFailed."""
     for drive in resources.drives:
         if drive.overlay is None and not drive.config.read_only:
-            raise SnapshotFailed(
-                "saving drives",
-                expected="overlay=True or read_only=True, so that the image stays as it is",
-                found=f"drive {drive.config.id}, which writes to {drive.path}",
-            )
+            raise _written(drive.config)
+
+
+def check_drive_configs(drives: Sequence[DriveConfig]) -> None:
+    """The same of drives for which nothing is made ready yet. Raises SnapshotFailed."""
+    for drive in drives:
+        if drive.overlay is False and not drive.read_only:
+            raise _written(drive)
+
+
+def _written(drive: DriveConfig) -> SnapshotFailed:
+    return SnapshotFailed(
+        "saving drives",
+        expected="overlay=True or read_only=True, so that the image stays as it is",
+        found=f"drive {drive.id}, which writes to {drive.path}",
+    )
 
 
 def _save(drive: DriveResource, files: NewFiles, check: Callable[[], None]) -> SavedDrive:

@@ -20,7 +20,7 @@ import anyio.lowlevel
 import orjson
 import pytest
 
-from asyncvmm import VM, VMConfig
+from asyncvmm import VM, DriveConfig, VMConfig, VsockConfig
 from asyncvmm.errors import SnapshotFailed, TriggerImpossible
 from asyncvmm.events.outputs import open_output
 from asyncvmm.events.snapshot_types import RestoreStep
@@ -300,6 +300,22 @@ async def test_a_vm_that_is_yet_to_boot_is_refused_a_base_as_well(held: tuple[Sn
             assert vm.state == "new"
             return
     pytest.fail("it waits")
+
+
+async def test_a_vm_that_cannot_be_saved_is_refused_a_snapshot_before_it_boots(tmp_path: Path) -> None:
+    for devices, said in (
+        ({"vsock": VsockConfig(uds_path=tmp_path / "v")}, "vsock, a vhost-user device"),
+        ({"drives": [DriveConfig(path=tmp_path / "image")]}, f"drive drive0, which writes to {tmp_path / 'image'}"),
+    ):
+        async with VM(VMConfig(accel="qemu", workload=("true",), **devices)) as vm:
+            with anyio.move_on_after(1):
+                with pytest.raises(SnapshotFailed) as caught:
+                    await vm.snapshot(pre_exec(), out=tmp_path / "s")
+                assert caught.value.found == said
+                assert vm.state == "new"
+                continue
+        pytest.fail("it waits")
+    assert not os.listdir(tmp_path)
 
 
 async def test_a_listener_that_cannot_come_any_more_counts_as_parked() -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import anyio
 import pytest
 from click.testing import CliRunner
 
+from asyncvmm.accel import choose_accel
 from asyncvmm.cli import main
 from asyncvmm.snapshot.clones import MOST_CLONES
 
@@ -70,6 +72,46 @@ def test_a_path_without_a_name_is_refused_before_anything_is_done(
     done = CliRunner().invoke(main, [word.format(nothing / "s") for word in words])
     assert done.exit_code == 2
     assert done.output == f"asyncvmm: {which}: expected a path, found ''\n"
+    assert not list(nothing.iterdir())
+
+
+VSOCK = "snapshot: expected devices that QEMU can save, found vsock, a vhost-user device"
+DRIVE = (
+    "saving drives: expected overlay=True or read_only=True, so that the image stays as it is, "
+    "found drive drive0, which writes to {0}/image"
+)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--accel", "qemu", "--vsock", "{0}/v"), VSOCK),
+        (("--accel", "qemu", "--drive", "{0}/image"), DRIVE),
+        (("--accel", "kvm", "--drive", "{0}/image"), DRIVE),
+        (("--drive", "{0}/image,root"), DRIVE),
+    ],
+    ids=str,
+)
+def test_devices_that_cannot_be_saved_are_refused_before_there_is_a_guest(
+    nothing: Path, words: tuple[str, ...], said: str
+) -> None:
+    nothing.mkdir()
+    (nothing / "image").write_bytes(bytes(1 << 20))
+    saving = ("snapshot", "--on", "pre-exec", "--out", "{0}/s", "--jsonl", "{0}/lines", *words, "--", "true")
+    done = CliRunner().invoke(main, [word.format(nothing) for word in saving])
+    assert done.exit_code == 2
+    assert done.output == f"asyncvmm: {said.format(nothing)}\n"
+    assert [path.name for path in nothing.iterdir()] == ["image"]
+
+
+@pytest.mark.requires("qemu")
+def test_for_that_the_machine_is_found_out_first(nothing: Path) -> None:
+    if anyio.run(choose_accel).accel != "qemu":
+        pytest.skip("KVM is chosen, which saves a vsock device")
+    nothing.mkdir()
+    words = ["--jsonl", f"{nothing}/lines", "--vsock", f"{nothing}/v", "--", "true"]
+    done = CliRunner().invoke(main, ["snapshot", "--on", "pre-exec", "--out", f"{nothing}/s", *words])
+    assert (done.exit_code, done.output) == (2, f"asyncvmm: {VSOCK}\n")
     assert not list(nothing.iterdir())
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import attrs
 
+from asyncvmm.device_list import DeviceConfig
 from asyncvmm.errors import SnapshotDamaged, SnapshotFailed, SnapshotMismatch
 from asyncvmm.machine.base import BootPlan
 from asyncvmm.machine.qemu.command import MachineType, QemuAccel, QemuBinary, choose_machine_type, transport_of
@@ -60,7 +61,12 @@ def check_can_save(plan: BootPlan, difference_of: str | None) -> None:
     """Raises SnapshotFailed for what QEMU cannot save."""
     if difference_of is not None:
         raise SnapshotFailed("snapshot", expected="all of memory", found="a difference, which only KVM can tell")
-    if plan.devices.vsock is not None:
+    check_devices(plan.devices)
+
+
+def check_devices(devices: DeviceConfig) -> None:
+    """Raises SnapshotFailed for those that QEMU cannot save."""
+    if devices.vsock is not None:
         raise SnapshotFailed("snapshot", expected="devices that QEMU can save", found="vsock, a vhost-user device")
 
 
