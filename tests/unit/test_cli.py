@@ -1,5 +1,6 @@
 """The command line with wrong input: exit code 2, one line on stderr that says what was expected and found, no
-traceback, nothing started. Every case is the real command in a process of its own, as a user would run it."""
+traceback, nothing started. Every case is the real command in a process of its own, though most are forked from one that
+has imported it already."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,27 +18,33 @@ from click.testing import CliRunner
 
 from asyncvmm.cli import main
 from asyncvmm.storage.lock import lock_image
+from tests.support.fork_server import ForkServer
 from tests.support.requirements import ROOT
 
 ASYNCVMM = Path(sys.executable).with_name("asyncvmm")
 Refused = Callable[..., str]
 
 
+@pytest.fixture(scope="module")
+def server() -> Iterator[ForkServer]:
+    """What most are forked from."""
+    with ForkServer() as server:
+        yield server
+
+
 @pytest.fixture
-def refused(tmp_path: Path) -> Refused:
+def refused(tmp_path: Path, server: ForkServer) -> Refused:
     """Run ``asyncvmm WORDS``, which must be refused; gives the line on stderr."""
 
     def run(*words: object, prefix: tuple[str, ...] = (), env: dict[str, str] | None = None) -> str:
         temporary = tmp_path / "TMPDIR"
         temporary.mkdir(exist_ok=True)
-        done = subprocess.run(
-            [*prefix, str(ASYNCVMM), *map(str, words)],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-            env={**os.environ, "TMPDIR": str(temporary), **(env or {})},
-        )
+        command, env = [str(ASYNCVMM), *map(str, words)], {**os.environ, "TMPDIR": str(temporary), **(env or {})}
+        if prefix:
+            command = [*prefix, *command]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=env)
+        else:
+            done = server.run(command[1:], env)
         assert done.returncode == 2, done
         assert done.stdout == ""
         lines = done.stderr.splitlines()
