@@ -21,6 +21,7 @@ import orjson
 import pytest
 
 from asyncvmm import VM, DriveConfig, VMConfig, VsockConfig
+from asyncvmm.accel import choose_accel
 from asyncvmm.errors import SnapshotFailed, TriggerImpossible
 from asyncvmm.events.outputs import open_output
 from asyncvmm.events.snapshot_types import RestoreStep
@@ -316,6 +317,29 @@ async def test_a_vm_that_cannot_be_saved_is_refused_a_snapshot_before_it_boots(t
                 continue
         pytest.fail("it waits")
     assert not os.listdir(tmp_path)
+
+
+async def test_a_vm_whose_machine_turns_out_not_to_save_it_is_refused_one_as_soon_as_it_is_ready(
+    tmp_path: Path,
+) -> None:
+    if (await choose_accel()).accel != "qemu":
+        pytest.skip("KVM is chosen, which saves a vsock device")
+    config = VMConfig(workload=("sleep", "600"), vsock=VsockConfig(uds_path=tmp_path / "v"))
+    refused: list[SnapshotFailed] = []
+
+    async def take() -> None:
+        with pytest.raises(SnapshotFailed, match="vsock") as caught:
+            await vm.snapshot(console(rb"never"), out=tmp_path / "s")
+        refused.append(caught.value)
+
+    with anyio.fail_after(PATIENCE_S):
+        async with VM(config) as vm, anyio.create_task_group() as group:
+            group.start_soon(take)
+            await anyio.lowlevel.checkpoint()
+            assert not refused
+            await vm.boot()
+    assert refused
+    assert os.listdir(tmp_path) == []
 
 
 async def test_a_listener_that_cannot_come_any_more_counts_as_parked() -> None:
