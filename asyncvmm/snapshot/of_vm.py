@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -136,8 +137,9 @@ class SnapshotCalls(ABC):
         Raises SnapshotDamaged, SnapshotMismatch, SnapshotError where there is none, ConfigError, HostError,
         MachineError. Cancelled or failed, it leaves nothing behind.
         """
+        begin_ns = time.monotonic_ns()  # before what the first one imports
         restored, wanted = _restoring().restored, (prefetch, track_dirty, paused, shells)
-        vm: VM = await restored(cls, snapshot, wanted, name=name, prepare=prepare, configure=configure)
+        vm: VM = await restored(cls, snapshot, wanted, begin_ns, name=name, prepare=prepare, configure=configure)
         return vm
 
     async def go(self) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -200,7 +199,9 @@ class Restoring:
             kind = "serial" if isinstance(effects[0], SerialOutput) else "guest.end"
             faults = None if kvm is None else kvm.page_faults()
             minor, major = (None, None) if faults is None else (faults.minor, faults.major)
-            vm.events.publish(RestoreFirstGuestEvent(self._now(), self._since_call(), kind, minor, major))
+            now_ns = vm.timeline.clock()
+            since_start, since_call = now_ns - vm.timeline.start_ns, now_ns - self.begin_ns
+            vm.events.publish(RestoreFirstGuestEvent(since_start, since_call, kind, minor, major))
         if kvm is not None and not self.snapshot.working_set and isinstance(effects[0], SerialOutput):
             self._looking = asyncio.get_running_loop().create_task(self._find_working_set(kvm))
 
@@ -234,21 +235,21 @@ class Restoring:
     def _now(self) -> int:
         return self._vm.timeline.clock() - self._vm.timeline.start_ns
 
-    def _since_call(self) -> int:
-        return self._vm.timeline.clock() - self.begin_ns
-
 
 async def restored(
     kind: type[VM],
     snapshot: Snapshot | str | Path,
     wanted: Wanted,
+    begin_ns: int,
     *,
     name: str | None,
     prepare: Callable[[VM], None] | None,
     configure: Configure | None,
 ) -> VM:
-    """VM.restore. The launch comes as early as can be, in few calls: each costs a microsecond or several there."""
-    begin_ns = time.monotonic_ns()
+    """VM.restore, called at ``begin_ns``.
+
+    The launch comes as early as can be, in few calls: each costs a microsecond or several there.
+    """
     if isinstance(snapshot, Snapshot):
         opened, let_go = snapshot, snapshot.end_use
         opened.begin_use()

@@ -46,15 +46,48 @@ async def main():
 anyio.run(main)
 """
 
+IMPORTS = """
+import sys, time
+import anyio
+from asyncvmm import VM
+
+began = []
+
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "asyncvmm.snapshot.restoring":
+            began.append(time.monotonic_ns())
+
+async def main():
+    sys.meta_path.insert(0, Watch())
+    async with await VM.restore(sys.argv[1]) as vm:
+        print(began[0] - vm.timeline.start_ns)
+
+anyio.run(main)
+"""
+
+
+async def saved(vm: Callable[..., VM], where: Path) -> str:
+    """A snapshot of a guest that runs on."""
+    async with vm("RE") as original:
+        await original.boot()
+        (await original.snapshot(out=where, then="stop")).close()
+    return str(where)
+
+
+async def test_a_first_restore_begins_before_what_it_imports(vm: Callable[..., VM], tmp_path: Path) -> None:
+    snapshot = await saved(vm, tmp_path / "s")
+    with anyio.fail_after(PATIENCE_S):
+        done = await anyio.run_process([sys.executable, "-c", IMPORTS, snapshot], stderr=sys.stderr)
+    assert int(done.stdout) > 0
+
 
 async def test_a_first_restore_imports_nothing_on_the_loop_and_its_profile_has_no_gap(
     vm: Callable[..., VM], tmp_path: Path
 ) -> None:
-    async with vm("RE") as original:
-        await original.boot()
-        (await original.snapshot(out=tmp_path / "s", then="stop")).close()
+    snapshot = await saved(vm, tmp_path / "s")
     with anyio.fail_after(PATIENCE_S):
-        done = await anyio.run_process([sys.executable, "-c", PROGRAM, str(tmp_path / "s")], stderr=sys.stderr)
+        done = await anyio.run_process([sys.executable, "-c", PROGRAM, snapshot], stderr=sys.stderr)
     found = orjson.loads(done.stdout)
     assert found["late"] == []
     assert found["phases"] == ["machine_import"]
