@@ -37,6 +37,7 @@ from asyncvmm.machine.kvm.restoring import (
     RestoreBlueprint,
     Shell,
     held_in,
+    offset_in_effect,
     restore_blueprint,
 )
 from asyncvmm.machine.kvm.runner import IDLE_NAME, Runner, give_back, take
@@ -193,8 +194,8 @@ class Launch:
 
     @property
     def tsc_offset(self) -> int:
-        """KVM_VCPU_TSC_OFFSET as it was set."""
-        return self._made(0)[At(OFFSET_SLOT)]
+        """How far the guest's TSC is ahead of the host's."""
+        return offset_in_effect(self._made(0)[At(OFFSET_SLOT)])
 
     @property
     def faults(self) -> Faults:

@@ -26,6 +26,7 @@ from asyncvmm.errors import AsyncVMMError, MemorySizeError, SnapshotDamaged, Sna
 from asyncvmm.machine.host_clock import clock_sample
 from asyncvmm.machine.kvm.creation import Creation, expect_tsc_khz, seen_tsc_khz
 from asyncvmm.machine.kvm.fastpath.chain import Failure, Made, Program
+from asyncvmm.machine.kvm.guest_tsc import tsc_offset
 from asyncvmm.machine.kvm.launch_chain import LaunchChain
 from asyncvmm.machine.kvm.layers import Piece, arrange
 from asyncvmm.machine.kvm.mapped import Pinned
@@ -51,6 +52,7 @@ from asyncvmm.machine.kvm.working_set import advices
 from asyncvmm.machine.saved import RestorePlan, SavedMachine
 from asyncvmm.snapshot.memory_map import MemoryMap
 from asyncvmm.timing.timeline import Timeline
+from asyncvmm.timing.tsc import TscOffset
 from asyncvmm.x86.layout import ram_regions
 
 MOST_VCPUS = 1024
@@ -124,14 +126,18 @@ class RestoreBlueprint:
 
         def once(tsc: TscPlan) -> KvmVm:
             steps = restoration(self.shape, tsc)
-            given = (self._arena.address, *self.offsets(), *self.fds)
+            offsets = self.offsets()
+            given = (self._arena.address, *offsets, *self.fds)
             made = _run(steps.program, given, timeline, len(steps.vcpus), self.state.vcpus)
             try:
                 _check_tsc_after(steps, made, self.state, tsc)
-                return KvmVm.adopt(steps, made, "private-file")
+                vm = KvmVm.adopt(steps, made, "private-file")
             except BaseException:
                 made.undo()
                 raise
+            if tsc.by_offset:
+                _Host.learn_offset(offsets[0], tsc_offset(vm.vcpus[0].fd))
+            return vm
 
         return _with_tsc(self.state, once)
 
@@ -321,6 +327,19 @@ class LearnedError(Exception):
 class _Host:
     takes_offsets = True
     """Whether it knows KVM_VCPU_TSC_OFFSET (Linux 5.16), until it says that it does not."""
+    fixed_offset: int | None = None
+    """What the guests of a KVM have that takes offsets and heeds none: their TSC is the host's."""
+
+    @classmethod
+    def learn_offset(cls, told: int, shown: TscOffset | None) -> None:
+        """By a vCPU that was told an offset, and has not run yet."""
+        if shown is not None:
+            cls.fixed_offset = None if shown == TscOffset.of(told) else shown.low
+
+
+def offset_in_effect(told: int) -> int:
+    """What a vCPU's TSC is ahead of the host's, once it was told an offset."""
+    return told if _Host.fixed_offset is None else _Host.fixed_offset
 
 
 def _tsc_plan(state: State) -> TscPlan:
