@@ -51,15 +51,16 @@ async def make_clones(
 ) -> AsyncIterator[list[VM]]:
     """Snapshot.clones."""
     _check(count, at_once, beyond_bend)
-    if not isinstance(track_dirty, bool):
-        raise ConfigError("track_dirty", expected="True or False", found=repr(track_dirty)[:80])
+    for flag, value in (("track_dirty", track_dirty), ("beyond_bend", beyond_bend)):
+        if not isinstance(value, bool):
+            raise ConfigError(flag, expected="True or False", found=repr(value)[:80])
     _check_hooks(hooks)
     if count > 1 and hooks.configure is None and (net := snapshot.config.net) is not None and net.publish:
         raise ConfigError("clones", expected="configure=, for only one VM can have published ports", found=count)
     vms: dict[int, VM] = {}
     try:
-        limit = anyio.CapacityLimiter(at_once or 2 * (os.cpu_count() or 1))
-        await _make(snapshot, count, vms, hooks, limit, track_dirty)
+        slots = anyio.Semaphore(at_once or 2 * (os.cpu_count() or 1))
+        await _make(snapshot, count, vms, hooks, slots, track_dirty)
         yield [vms[number] for number in range(count)]
     finally:
         await _stop(list(vms.values()))
@@ -79,7 +80,7 @@ def _check_hooks(hooks: Hooks) -> None:
 
 
 async def _make(
-    snapshot: Snapshot, count: int, vms: dict[int, VM], hooks: Hooks, limit: anyio.CapacityLimiter, track_dirty: bool
+    snapshot: Snapshot, count: int, vms: dict[int, VM], hooks: Hooks, slots: anyio.Semaphore, track_dirty: bool
 ) -> None:
     from asyncvmm.vm import VM
 
@@ -89,7 +90,7 @@ async def _make(
             if hooks.prepare is not None:
                 call_plain("prepare", hooks.prepare, vm, number)
 
-        async with limit:
+        try:
             configure = hooks.configure or _apart
             vms[number] = vm = await VM.restore(
                 snapshot,
@@ -97,12 +98,15 @@ async def _make(
                 configure=lambda config: configure(config, number),
                 track_dirty=track_dirty,
             )
+        finally:
+            slots.release()
         if hooks.identity is not None:
             await _identify(hooks.identity, vm, number)
 
     try:
         async with anyio.create_task_group() as group:
             for number in range(count):
+                await slots.acquire()  # nothing is there of a clone before its turn, however many were asked for
                 group.start_soon(one, number)
     except BaseExceptionGroup as failed:
         raise _first(failed) from None

@@ -41,6 +41,11 @@ def _check_base(_: object, __: object, value: Any) -> None:
         raise ConfigError("base", expected="a Snapshot", found=repr(value)[:80])
 
 
+def _check_precopy(_: object, __: object, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError("precopy", expected="True or False", found=repr(value)[:80])
+
+
 def _check_then(_: object, __: object, value: object) -> None:
     if value not in get_args(Then):
         raise ConfigError("then", expected=" or ".join(get_args(Then)), found=repr(value))
@@ -58,7 +63,7 @@ class SnapshotOrder:
     when: SnapshotResources | Predicate | None = attrs.field(default=None, validator=_check_when)
     out: Path | None = attrs.field(default=None, converter=_path)
     base: Snapshot | None = attrs.field(default=None, validator=_check_base)
-    precopy: bool = False
+    precopy: bool = attrs.field(default=False, validator=_check_precopy)
     then: Then = attrs.field(default="resume", validator=_check_then)
 
     @property

@@ -16,6 +16,7 @@ from asyncvmm.errors import ConfigError
 from asyncvmm.events.snapshot_types import RestoreStep
 from asyncvmm.events.types import Event, GuestGoDone
 from asyncvmm.machine.host_clock import realtime_ahead_ns
+from asyncvmm.machine.kvm.launch import Launch
 from asyncvmm.snapshot import clones
 from tests.kvm.conftest import IN_LAB, PATIENCE_S
 
@@ -88,6 +89,23 @@ async def test_a_hundred_clones_at_once_all_differ_and_keep_the_hosts_time(guest
         assert abs(error) + sure <= LEEWAY_NS
 
 
+async def test_one_after_the_other_they_keep_the_hosts_time_as_well(
+    guest: Callable[[str], Path], launches: list[Launch]
+) -> None:
+    """From the second one on they are launched."""
+    async with VM(VMConfig(kernel=guest("clone"), memory_mib=4, accel="kvm")) as original:
+        await original.boot()
+        async with await original.snapshot() as snapshot:
+            for _ in range(4):
+                heard = Heard()
+                async with await VM.restore(snapshot, prepare=heard.listen):
+                    await heard.random()
+                assert heard.clock_error is not None
+                error, sure = heard.clock_error
+                assert abs(error) + sure <= LEEWAY_NS
+    assert launches
+
+
 async def test_more_than_are_sensible_in_one_process_have_to_be_insisted_on(
     guest: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,12 +132,25 @@ async def test_clones_keep_account_of_what_they_write_if_that_is_asked_for(guest
                 assert not made[0].config.track_dirty
 
 
-async def test_clones_are_asked_for_that_with_true_or_false(guest: Callable[[str], Path]) -> None:
+async def test_of_clones_beyond_number_no_more_is_there_than_has_had_its_turn(guest: Callable[[str], Path]) -> None:
+    def fail_at_last(_: VM, number: int) -> None:
+        if number == 5:
+            raise ZeroDivisionError
+
+    async with VM(VMConfig(kernel=guest("clone"), memory_mib=4, accel="kvm")) as original:
+        await original.boot()
+        async with await original.snapshot() as snapshot:
+            with anyio.fail_after(PATIENCE_S), pytest.raises(ZeroDivisionError):
+                await snapshot.clones(10**12, prepare=fail_at_last, beyond_bend=True).__aenter__()
+
+
+@pytest.mark.parametrize("flag", ["track_dirty", "beyond_bend"])
+async def test_clones_are_asked_for_that_with_true_or_false(guest: Callable[[str], Path], flag: str) -> None:
     seen: list[VM] = []
     async with VM(VMConfig(kernel=guest("clone"), memory_mib=4, accel="kvm")) as original:
         await original.boot()
         async with await original.snapshot() as snapshot:
             wrong: Any = "no"
-            with pytest.raises(ConfigError, match="track_dirty: expected True or False, found 'no'"):
-                await snapshot.clones(2, track_dirty=wrong, prepare=lambda vm, _: seen.append(vm)).__aenter__()
+            with pytest.raises(ConfigError, match=f"{flag}: expected True or False, found 'no'"):
+                await snapshot.clones(2, **{flag: wrong}, prepare=lambda vm, _: seen.append(vm)).__aenter__()
     assert not seen
