@@ -184,6 +184,8 @@ def read_config(link: Link) -> VMConfig:
         for name in ("memory_mib", "vcpus"):
             if (found := getattr(config, name)) != (expected := getattr(manifest, name)):
                 raise SnapshotDamaged(f"saved configuration, {name}", expected=expected, found=found)
+        if (devices := tuple(config.devices.names)) != tuple(manifest.devices):
+            raise SnapshotDamaged("saved configuration, devices", expected=manifest.devices, found=devices)
     return config
 
 

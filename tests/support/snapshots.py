@@ -35,7 +35,7 @@ def manifest_of(id: str, memory_mib: int = SIZE // MIB, **changes: Any) -> Manif
         regions=((0, memory_mib * MIB),),
         memory=MemoryMap(size=memory_mib * MIB),
         cpu={"vendor": "GenuineIntel"},
-        devices=("serial",),
+        devices=(),
         config={"memory_mib": memory_mib},
         extra={"trigger": {"trigger": "pre-exec", "detail": "pid 1"}},
     )
