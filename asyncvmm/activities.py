@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import anyio
 
 from asyncvmm.errors import StateError
+from asyncvmm.machine.waiting import wait_out
 
 
 class Activities:
@@ -33,11 +35,15 @@ class Activities:
             raise StateError(what, expected="a VM that nobody stops meanwhile", found="stop()")
 
     async def end_all(self) -> None:
-        """Cancel all, and wait until each has cleared up behind itself."""
+        """Cancel all, and wait until each has cleared up behind itself; a cancellation is heard then."""
         self.ended = True
         under_way = dict(self._under_way)
         for scope in under_way:
             scope.cancel()
-        with anyio.CancelScope(shield=True):
-            for done in under_way.values():
-                await done.wait()
+        if under_way:
+            await wait_out(asyncio.ensure_future(_all(under_way.values())))
+
+
+async def _all(events: Iterable[anyio.Event]) -> None:
+    for event in events:
+        await event.wait()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import anyio
+import anyio.lowlevel
 import pytest
 
 from asyncvmm.activities import Activities
@@ -33,6 +36,32 @@ async def test_what_is_ended_raises_once_it_has_cleared_up() -> None:
         await anyio.sleep(0.01)
         await activities.end_all()
         assert steps == ["cleared up", "cleared up"]
+
+
+async def test_whoever_ends_them_and_is_cancelled_hears_of_it_when_all_have_ended() -> None:
+    activities, steps = Activities(), list[str]()
+
+    async def forever() -> None:
+        try:
+            await anyio.sleep_forever()
+        finally:
+            with anyio.CancelScope(shield=True):
+                await anyio.sleep(0.02)
+            steps.append("cleared up")
+
+    async def work() -> None:
+        with pytest.raises(StateError), activities.begin("boot"):
+            await forever()
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(work)
+        await anyio.sleep(0.01)
+        ending = asyncio.ensure_future(activities.end_all())
+        await anyio.lowlevel.checkpoint()
+        ending.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await ending
+        assert steps == ["cleared up"]
 
 
 async def test_an_error_of_its_own_stays_what_it_is() -> None:
