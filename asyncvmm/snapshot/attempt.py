@@ -8,7 +8,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import anyio.to_thread
 import attrs
 
 from asyncvmm.accel import AccelChoice, KvmFacts, choose_accel
@@ -18,6 +17,7 @@ from asyncvmm.device_imports import import_devices
 from asyncvmm.errors import SnapshotDamaged
 from asyncvmm.machine.base import BootPlan, EffectSink, Machine
 from asyncvmm.machine.choose import import_machine, make_machine
+from asyncvmm.machine.threads import run_in_thread
 from asyncvmm.snapshot.snapshot import Snapshot
 from asyncvmm.timing.timeline import Timeline
 
@@ -65,7 +65,7 @@ class RestoreAttempt(Attempt):
                 self._choice = await choose_accel("qemu")
         self._plan = self._saved_plan()
         if not _imported(self._choice.accel):
-            await anyio.to_thread.run_sync(self._import)
+            await run_in_thread(self._import)
 
     async def make(self, on_effects: EffectSink, metrics: VmMetrics) -> Machine:
         """Make ready what the devices stand on, and the machine. Raises ConfigError and HostError, with their kinds."""
