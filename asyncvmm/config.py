@@ -214,8 +214,8 @@ class VMConfig:
     ``none``, ``user`` or a NetConfig; balloon, vsock, rng, virtio_console: True for the default one, or a record.
     acpi: False for a kernel built without ACPI, which then finds its devices on the command line (KVM alone).
     metrics_interval_s: seconds between two ``metrics`` events. pre_exec_window: PID 1 holds the workload, one step
-    before its exec, until ``vm.go()``. track_dirty: keep account of the pages that are written, so that snapshots can
-    be differences (KVM alone; it slows the guest a little).
+    before its exec, until ``vm.go()`` or a snapshot that waited for that is taken. track_dirty: keep account of the
+    pages that are written, so that snapshots can be differences (KVM alone; it slows the guest a little).
 
     Raises ConfigError and its kinds at construction.
     """

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 import anyio
 import anyio.lowlevel
-import anyio.to_thread
 
 from asyncvmm.accel import AccelChoice, choose_accel
 from asyncvmm.activities import Activities
@@ -84,6 +83,7 @@ class VM(TimingProperties, MachineProperties, SnapshotCalls):
         self._upkeep: Upkeep | None = None
         self._activities = Activities()
         self._hold = WorkloadHold(self.config.pre_exec_window)
+        self._going: asyncio.Task[None] | None = None
         self._being_saved = False
         self._restoring: Restoring | None = None
 
@@ -138,11 +138,16 @@ class VM(TimingProperties, MachineProperties, SnapshotCalls):
         """
         if self._being_saved:
             raise StateError("resume", expected="a VM that is not being saved", state=self._state)
+        self._require("paused")
+        if self._restoring is not None and self._machine is not None:
+            await self._restoring.tell_untold(self._machine)
         await self._let_run()
-        await self._let_workload_go()
 
     async def _let_run(self) -> None:
-        await self._timed("resume_vm", self._change("paused", "ready", self._resume))
+        try:
+            await self._timed("resume_vm", self._change("paused", "ready", self._resume))
+        finally:
+            self._let_workload_go()
 
     async def shutdown(self, timeout_s: float = 30.0) -> None:
         """Ask the guest to power off, wait ``timeout_s`` seconds for it at the most, then stop it in any case."""
@@ -158,8 +163,10 @@ class VM(TimingProperties, MachineProperties, SnapshotCalls):
         """End the guest at once and free everything. May be called again, and from any state: it ends a boot, too."""
         if self._ending is None or not self._ending.done():
             self._home.claim("stop")
-        await self._activities.end_all()
-        await self._end()
+        try:
+            await self._activities.end_all()
+        finally:
+            await self._end()
 
     async def __aenter__(self) -> Self:
         return self
@@ -250,7 +257,7 @@ class VM(TimingProperties, MachineProperties, SnapshotCalls):
         if not self._ended:
             self._go("ready")
             self._poll_balloon()
-            await self._let_workload_go()
+            self._let_workload_go()
         return choice.accel
 
     def _keep_up(self) -> None:
@@ -370,9 +377,10 @@ class VM(TimingProperties, MachineProperties, SnapshotCalls):
 
     async def _discard_machine(self) -> None:
         if self._attempt is not None:
-            with anyio.CancelScope(shield=True):
-                await self._attempt.free()
-            self._attempt = None
+            try:
+                await wait_out(asyncio.ensure_future(self._attempt.free()))
+            finally:
+                self._attempt = None
 
     # -- small things ----------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -11,7 +12,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
-import anyio
 import attrs
 
 from asyncvmm.activities import Activities
@@ -33,9 +33,6 @@ if TYPE_CHECKING:
     from asyncvmm.snapshot.taking import SnapshotTaker
     from asyncvmm.vm import VM
 
-_GO_S = 1.0
-"""Seconds that a guest has to take a line that lets its workload go: whoever cancels a call waits for no more."""
-
 
 @cache
 def _restoring() -> ModuleType:
@@ -55,6 +52,7 @@ class SnapshotCalls(ABC):
     _activities: Activities
     events: EventHub
     _hold: WorkloadHold
+    _going: asyncio.Task[None] | None
     _being_saved: bool
     _restoring: Restoring | None
     _clone: int | None = None
@@ -101,17 +99,13 @@ class SnapshotCalls(ABC):
 
         self._home.claim("snapshot")
         order = SnapshotOrder(when=when, out=out, base=base, precopy=precopy, then=then)
-        try:
-            with self._workload_held(order), self._activities.begin("snapshot"):
-                snapshot = await self._snapshots.take(order)
-                if order.wants_pre_exec and snapshot.guest.in_window:
-                    self._hold.is_configured = False  # it has served its purpose
-            if then == "stop":
-                await self.stop()
-            return snapshot
-        finally:
-            with anyio.move_on_after(_GO_S, shield=True):
-                await self._let_workload_go()
+        with self._workload_held(order), self._activities.begin("snapshot"):
+            snapshot = await self._snapshots.take(order)
+            if order.wants_pre_exec and snapshot.guest.in_window:
+                self._hold.is_configured = False  # it has served its purpose
+        if then == "stop":
+            await self.stop()
+        return snapshot
 
     @classmethod
     async def restore(
@@ -153,8 +147,8 @@ class SnapshotCalls(ABC):
         machine = self._attempt.machine if self._attempt else None
         if machine is None or self.state != "ready" or not self._watch.contract.ready_on_control:
             raise StateError("go", expected="a ready VM whose PID 1 listens", state=self.state)
-        self._hold.is_on = False
         await machine.write("control", go_lines(machine))
+        self._hold.is_on = False
 
     @contextmanager
     def _workload_held(self, order: SnapshotOrder) -> Iterator[None]:
@@ -168,17 +162,22 @@ class SnapshotCalls(ABC):
                 yield
         finally:
             self._tell_hold()
+            self._let_workload_go()
 
     def _tell_hold(self) -> None:
         """Have the guest be booted as is wanted by now, if it was not begun with."""
         if self._attempt is None and self.state in ("new", "starting"):
             self.config = attrs.evolve(self.config, pre_exec_window=self._hold.is_wanted)
 
-    async def _let_workload_go(self) -> None:
-        """If it is held, it can be told, and nobody wants it held any more."""
-        if self._hold.is_on and not self._hold.is_wanted and self.state == "ready":
-            with suppress(StateError, MachineError):  # the guest's end is told otherwise
-                await self.go()
+    def _let_workload_go(self) -> None:
+        """If it is held, it can be told, and nobody wants it held any more: soon, whatever becomes of the caller."""
+        is_ready = self._hold.is_on and not self._hold.is_wanted and self.state == "ready"
+        if is_ready and (self._going is None or self._going.done()):
+            self._going = asyncio.get_running_loop().create_task(self._go_unless_stopped())
+
+    async def _go_unless_stopped(self) -> None:
+        with suppress(StateError, MachineError), self._activities.begin("go"):  # the guest's end is told otherwise
+            await self.go()
 
     def _made_of(self) -> dict[str, Any]:
         """What a VM that is made of a snapshot says of that as it starts; nothing if it boots."""

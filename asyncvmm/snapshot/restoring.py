@@ -29,6 +29,7 @@ from asyncvmm.snapshot.launching import Preparation, RestoreOptions, Wanted, beg
 from asyncvmm.snapshot.snapshot import Snapshot
 from asyncvmm.snapshot.working_set import WorkingSet
 from asyncvmm.watch import GuestWatch
+from asyncvmm.workload_hold import WorkloadHold
 
 if TYPE_CHECKING:
     from asyncvmm.machine.kvm.launch import Launch
@@ -79,7 +80,7 @@ class Restoring:
         self._vm = vm
         self._launch = launch
         self._preparing: Preparation | None = None
-        self._running = False
+        self._running = self._is_untold = False
         self._heard = False
         self._told = False
         self._kvm: KvmMachine | None = None
@@ -148,14 +149,16 @@ class Restoring:
         Before it runs, if the time holds whenever it is read; with ``paused`` somebody else resumes it.
         """
         guest, begin_ns = self.snapshot.guest, self._vm.timeline.clock()
+        self._running = True
+        if self.options.paused:
+            self._is_untold = guest.has_pid1
+            self._vm._hold = WorkloadHold(is_configured=True, is_on=guest.in_window)  # if it is saved before it has run
+            return
         answer = Answer(self._vm.events, expected=guest.answers_go) if guest.has_pid1 else None
-        early = self.options.paused or machine.guest_time() is not None
+        early = machine.guest_time() is not None
         try:
-            self._running = True
             if answer and early:
                 await machine.write("control", go_lines(machine))
-            if self.options.paused:
-                return
             try:
                 await self._let_go(resume)
             except StateError:
@@ -171,6 +174,13 @@ class Restoring:
         finally:
             if answer:
                 answer.close()
+
+    async def tell_untold(self, machine: Machine) -> None:
+        """A VM that was left paused is about to run: what ``let_run`` tells PID 1 it is told now. A snapshot of it that
+        was taken before has nothing of that, which all clones would read."""
+        if self._is_untold:
+            await machine.write("control", go_lines(machine))
+            self._is_untold = self._vm._hold.is_on = False
 
     async def _hear(self, answer: Answer, begin_ns: int) -> None:
         """Wait for PID 1's answer, unless another VM of the snapshot has shown that there will be none."""

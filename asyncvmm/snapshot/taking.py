@@ -115,7 +115,12 @@ class SnapshotTaker:
 
     def _was_let_run(self) -> bool:
         """Whether it is too late to hold the workload before its exec."""
-        return self._vm.events.pre_exec.value is not None and not self._vm._hold.is_on
+        vm = self._vm
+        if vm._hold.is_on:
+            return False
+        # One that is about to run is not held either, if PID 1 was told of no window as it was begun.
+        is_begun = vm._attempt is not None and bool(vm.config.workload)
+        return vm.events.pre_exec.value is not None or is_begun
 
     @asynccontextmanager
     async def _draft(self, order: SnapshotOrder) -> AsyncIterator[SnapshotDirectory]:
@@ -141,6 +146,8 @@ class SnapshotTaker:
         if order.when is None:
             return NOW
         await vm.events.ready
+        while vm.state == "starting":  # what starts the machine is yet to return
+            await anyio.lowlevel.checkpoint()
         machine = self._machine()
         check_savable(vm.config, machine.accel)  # it may have been yet to be chosen
         try:

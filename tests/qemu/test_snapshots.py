@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -145,66 +144,6 @@ async def test_a_workload_is_let_go_though_something_else_came_first(when: Snaps
             async with await call as snapshot:
                 assert snapshot.manifest.extra["trigger"]["trigger"] != "pre_exec"
             assert await vm.events.exit == 0
-
-
-async def test_a_workload_is_let_go_though_nothing_could_be_saved(tmp_path: Path) -> None:
-    (tmp_path / "gone").mkdir()
-    async with VM(VMConfig(accel="qemu", workload=("true",))) as vm:
-        with anyio.fail_after(PATIENCE_S):
-            call = await armed(vm, SnapshotResources(on_pre_exec=True, quiesce_ms=300), tmp_path / "gone" / "s")
-            await vm.boot()
-            shutil.rmtree(tmp_path / "gone")
-            with pytest.raises(SnapshotFailed):
-                await call
-            assert await vm.events.exit == 0
-
-
-async def test_a_workload_of_a_paused_vm_is_let_go_when_that_goes_on() -> None:
-    async with VM(VMConfig(accel="qemu", workload=("true",))) as vm:
-        with anyio.fail_after(PATIENCE_S):
-            call = await armed(vm, SnapshotResources(on_pre_exec=True, quiesce_ms=300))
-            await vm.boot()
-            await vm.events.pre_exec
-            await vm.pause()
-            async with await call as snapshot:
-                assert snapshot.guest.in_window
-            assert vm.state == "paused"
-            await vm.resume()
-            assert await vm.events.exit == 0
-
-
-async def test_a_workload_is_let_go_though_the_call_was_cancelled_as_the_guest_booted() -> None:
-    def cancel(event: Event) -> None:
-        if isinstance(event, VmState) and event.state == "booting":
-            call.cancel()
-
-    async with VM(VMConfig(accel="qemu", workload=("true",))) as vm:
-        with anyio.fail_after(PATIENCE_S):
-            call = await armed(vm, pre_exec())
-            vm.events.attach(cancel)
-            await vm.boot()
-            assert await vm.events.exit == 0
-            assert call.cancelled()
-
-
-async def test_a_workload_is_held_until_the_last_call_that_wants_it_ends() -> None:
-    async with VM(VMConfig(accel="qemu", workload=("true",))) as vm:
-        with anyio.fail_after(PATIENCE_S):
-            slow = await armed(vm, SnapshotResources(on_pre_exec=True, quiesce_ms=1500))
-            quick = await armed(vm, SnapshotResources(on_pre_exec=True))
-            await vm.boot()
-            async with await quick, await slow as last:
-                assert last.guest.in_window
-            assert await vm.events.exit == 0
-
-
-async def test_a_call_that_was_given_up_before_the_boot_has_nothing_held() -> None:
-    async with VM(VMConfig(workload=("true",))) as vm:
-        call = await armed(vm, pre_exec())
-        assert vm.config.pre_exec_window
-        call.cancel()
-        await asyncio.wait([call])
-        assert not vm.config.pre_exec_window
 
 
 async def test_a_workload_that_was_let_run_cannot_be_saved_before_its_exec() -> None:

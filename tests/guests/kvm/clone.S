@@ -1,7 +1,7 @@
-# Does on COM2 what PID 1 does behind a snapshot: says its clock (if CLOCK) and READY, then takes "tsc <value> <khz>"
-# and "go <seed> <realtime_ns>". After a go it prints the first 16 bytes of the seed on COM1, and answers "go-done
-# tsc=<now> realtime_ns=<the time>": the time is go's, and what its time stamp counter has counted since the value in
-# tsc.
+# Does on COM2 what PID 1 does behind a snapshot: says its clock (if CLOCK) and READY (if HELD, that a workload is about
+# to be run as well, which is held and has ended with the first go), then takes "tsc <value> <khz>" and "go <seed>
+# <realtime_ns>". After a go it prints the first 16 bytes of the seed on COM1, and answers "go-done tsc=<now>
+# realtime_ns=<the time>": the time is go's, and what its time stamp counter has counted since the value in tsc.
 #include "machine.inc"
 .set COM2, 0x2f8
 
@@ -82,6 +82,13 @@ go:                                 # "go <64 hex digits> <ns>"
     mov $COM2, %dx
     mov $'\n', %al
     out %al, %dx
+#if HELD
+    cmpb $0, has_ended
+    jne take_line
+    movb $1, has_ended
+    mov $exit_text, %esi
+    call say
+#endif
     jmp take_line
 
 number:                             # the decimal number at esi, in edx:eax; esi behind it
@@ -137,7 +144,14 @@ ready_text:
 #if CLOCK
     .ascii "clock tsc=1 ns=1 tsc_end=2\n"
 #endif
+#if HELD
+    .ascii "READY\n"
+    .asciz "workload-pre-exec\n"
+exit_text:  .asciz "workload-exit code=0\n"
+has_ended:  .byte 0
+#else
     .asciz "READY\n"
+#endif
 done_text:  .asciz "go-done tsc="
 time_text:  .asciz " realtime_ns="
     .balign 8
