@@ -138,6 +138,7 @@ class VM(TimingProperties, MachineProperties, SnapshotCalls):
         """
         if self._being_saved:
             raise StateError("resume", expected="a VM that is not being saved", state=self._state)
+        self._home.check("resume")
         self._require("paused")
         if self._restoring is not None and self._machine is not None:
             await self._restoring.tell_untold(self._machine)
