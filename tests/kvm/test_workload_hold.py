@@ -24,7 +24,7 @@ from asyncvmm.snapshot.predicate import Predicate
 from asyncvmm.snapshot.predicates import after, console, pre_exec
 from asyncvmm.snapshot.resources import SnapshotResources
 from asyncvmm.snapshot.snapshot import Snapshot
-from tests.kvm.conftest import PATIENCE_S
+from tests.kvm.conftest import IN_LAB, PATIENCE_S
 from tests.support.cancelling import cancel_work
 
 pytestmark = pytest.mark.anyio
@@ -131,7 +131,8 @@ async def test_that_of_a_paused_vm_is_let_go_when_it_goes_on_though_that_is_canc
 
 async def test_it_is_held_until_the_last_call_that_wants_it_ends(held: Make) -> None:
     async with held() as vm:
-        slow, quick = await armed(vm, LATER), await armed(vm)
+        slow = await armed(vm, SnapshotResources(on_pre_exec=True, quiesce_ms=5000 if IN_LAB else 300))
+        quick = await armed(vm)
         await vm.boot()
         async with await quick, await slow as last:
             assert last.guest.in_window
